@@ -1,0 +1,1 @@
+"""Wire contract of knapsack-rl: protobuf messages and gRPC stubs."""
