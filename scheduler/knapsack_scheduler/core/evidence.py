@@ -1,0 +1,177 @@
+"""Rewards become evidence: successes per group, and a window of visits per prompt.
+
+A visit is what one step learned of one prompt under one policy version. A prompt keeps
+its ``WINDOW`` newest visits; older ones only live on in undiscounted totals. Because
+the window is the newest keys with their sums, it does not depend on the order in which
+reports arrive, nor on how they were cut into parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from knapsack_scheduler.core.problem import IntArray
+
+_Item = TypeVar("_Item", bound=np.generic)
+
+WINDOW = 8
+"""Visits kept per prompt. At the default discount of 1/2 a ninth would weigh 1/256."""
+
+IMPORT_STEP_OFFSET = 2**60
+"""Imported outcomes are merged at ``step - IMPORT_STEP_OFFSET``: older than step 0."""
+
+_EMPTY_STEP = -(2**62)
+"""Step of an empty slot: sorts behind every real visit, imported ones included."""
+
+
+class Visits:
+    """Windows of visits as growable columns, one row per prompt, newest visit first.
+
+    Attributes:
+        step: int64[P, WINDOW].
+        policy_version: int64[P, WINDOW].
+        rollouts: int32[P, WINDOW]; 0 marks an empty slot.
+        successes: int32[P, WINDOW].
+    """
+
+    __slots__ = ("_size", "policy_version", "rollouts", "step", "successes")
+
+    def __init__(self, rows: int = 0) -> None:
+        self._size = 0
+        self.step: npt.NDArray[np.int64] = np.empty((0, WINDOW), np.int64)
+        self.policy_version: npt.NDArray[np.int64] = np.empty((0, WINDOW), np.int64)
+        self.rollouts: npt.NDArray[np.int32] = np.empty((0, WINDOW), np.int32)
+        self.successes: npt.NDArray[np.int32] = np.empty((0, WINDOW), np.int32)
+        self.grow(rows)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def grow(self, rows: int) -> None:
+        """Make room for ``rows`` prompts; new rows are empty. Never shrinks."""
+        if rows > self.step.shape[0]:
+            # By a quarter more than asked, so that growing one by one stays linear.
+            capacity = max(rows, self.step.shape[0] * 5 // 4, 64)
+            self.step = _resized(self.step, capacity, _EMPTY_STEP)
+            self.policy_version = _resized(self.policy_version, capacity, 0)
+            self.rollouts = _resized(self.rollouts, capacity, 0)
+            self.successes = _resized(self.successes, capacity, 0)
+        self._size = max(self._size, rows)
+
+
+def _resized(column: npt.NDArray[_Item], rows: int, fill: int) -> npt.NDArray[_Item]:
+    bigger = np.full((rows, WINDOW), fill, column.dtype)
+    bigger[: column.shape[0]] = column
+    return bigger
+
+
+def merge_visits(
+    visits: Visits,
+    rows: IntArray,
+    step: int,
+    policy_version: int,
+    rollouts: npt.NDArray[np.integer],
+    successes: npt.NDArray[np.integer],
+) -> None:
+    """Add the outcomes of one (step, policy_version) to the windows of ``rows``.
+
+    Commutative and associative: any order and any cut of the same outcomes leaves the
+    same windows.
+
+    Args:
+        visits: changed in place; must have grown beyond every row.
+        rows: int64[n], each row at most once.
+        step: the trainer's step, or an imported one less ``IMPORT_STEP_OFFSET``.
+        policy_version: version that generated the rollouts.
+        rollouts: [n], 0 or more; rows with 0 are left as they are.
+        successes: [n], at most ``rollouts``.
+    """
+    some = np.asarray(rollouts) > 0
+    if not some.all():
+        rows, rollouts, successes = rows[some], rollouts[some], successes[some]
+    if rows.size == 0:
+        return
+    steps = visits.step[rows]
+    versions = visits.policy_version[rows]
+    filled = visits.rollouts[rows] > 0
+    newer = filled & ((steps > step) | ((steps == step) & (versions > policy_version)))
+    place = newer.sum(axis=1)  # how many of the row's visits are newer
+    inside = place < WINDOW
+    if not inside.all():
+        rows, place = rows[inside], place[inside]
+        steps, versions, filled = steps[inside], versions[inside], filled[inside]
+        rollouts, successes = rollouts[inside], successes[inside]
+        if rows.size == 0:
+            return
+    at = np.arange(rows.size)
+    same = filled[at, place] & (steps[at, place] == step)
+    same &= versions[at, place] == policy_version
+
+    hit, hit_place = rows[same], place[same]
+    visits.rollouts[hit, hit_place] += np.asarray(rollouts)[same].astype(np.int32)
+    visits.successes[hit, hit_place] += np.asarray(successes)[same].astype(np.int32)
+
+    new = ~same
+    if not new.any():
+        return
+    rows, place = rows[new], place[new]
+    at = np.arange(rows.size)
+    # Slots behind the place move one back; the last one falls out.
+    slot = np.arange(WINDOW)
+    source = np.where(slot > place[:, None], slot - 1, slot)
+    values = (
+        (visits.step, step),
+        (visits.policy_version, policy_version),
+        (visits.rollouts, np.asarray(rollouts)[new]),
+        (visits.successes, np.asarray(successes)[new]),
+    )
+    for column, value in values:
+        moved = np.take_along_axis(column[rows], source, axis=1)
+        moved[at, place] = value
+        column[rows] = moved
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOutcomes:
+    """What the rewards of a report say per position.
+
+    Attributes:
+        rollouts: delivered rollouts, int64[positions].
+        successes: those with a reward above the threshold, int64[positions].
+        reward_min, reward_max: float32[positions]; +inf and -inf where none came.
+    """
+
+    rollouts: IntArray
+    successes: IntArray
+    reward_min: npt.NDArray[np.float32]
+    reward_max: npt.NDArray[np.float32]
+
+
+def group_outcomes(
+    rewards: npt.NDArray[np.float32],
+    owner: IntArray,
+    positions: int,
+    success_threshold: float,
+) -> GroupOutcomes:
+    """Return the outcomes of each position from flat rewards.
+
+    Args:
+        rewards: float32[n], finite.
+        owner: int64[n], the position each reward belongs to, 0..positions-1.
+        positions: how many positions there are.
+        success_threshold: a rollout is a success if its reward is above this.
+    """
+    success = (rewards.astype(np.float64) > success_threshold).astype(np.int64)
+    rollouts = np.bincount(owner, minlength=positions).astype(np.int64)
+    # Integer sums: exact in any order, unlike bincount's float weights.
+    successes = np.zeros(positions, np.int64)
+    np.add.at(successes, owner, success)
+    low = np.full(positions, np.inf, np.float32)
+    high = np.full(positions, -np.inf, np.float32)
+    np.minimum.at(low, owner, rewards)
+    np.maximum.at(high, owner, rewards)
+    return GroupOutcomes(rollouts, successes, low, high)

@@ -1,0 +1,197 @@
+"""Evidence becomes a Beta posterior of every prompt's success rate.
+
+The counts of a visit weigh ``visit_discount`` less for each later step that visited the
+prompt and ``version_discount`` less for each policy version since, because the policy
+moves on; the prior is fitted to the run's own prompts. A prompt that nobody has visited
+has the prior, one that is rarely visited drifts back to it, and a prompt that always
+failed keeps some chance of success: no case needs a rule of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from knapsack_scheduler.core.evidence import Visits
+from knapsack_scheduler.core.problem import FloatArray, IntArray
+
+_FIXED_POINT = 2**40
+"""Scale of the exact integer sums of success rates."""
+
+_MAX_EXPONENT = 2**20
+"""Version distances beyond this weigh the same: 0.99999 ** 2**20 is 3e-5."""
+
+PRIOR_PROMPTS = 16
+"""Pseudo-prompts of Beta(1/2, 1/2) in the fit: what is assumed before there is data."""
+
+PRIOR_STRENGTH = (0.3, 4.0)
+"""Least and most rollouts that the prior weighs."""
+
+PRIOR_MEAN = (0.02, 0.98)
+"""Least and greatest mean of the prior: a run that never fails may yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Discounts:
+    """How fast evidence ages.
+
+    Attributes:
+        visit: factor per later visiting step, in (0, 1].
+        version: factor per policy version since, in (0, 1].
+        cap: most rollouts that a prompt's evidence may weigh, > 0.
+    """
+
+    visit: float
+    version: float
+    cap: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prior:
+    """A Beta distribution of success rates, alpha > 0 and beta > 0."""
+
+    alpha: float
+    beta: float
+
+
+@dataclass(frozen=True, slots=True)
+class PriorStatistics:
+    """Sums over every prompt's newest visit, as exact integers.
+
+    Integers make the sums independent of the order of reports, and ``moved`` keeps
+    them up to date without a pass over the prompts.
+
+    Attributes:
+        prompts: prompts with a visit.
+        rate_sum: sum of successes/rollouts, in units of 2**-40.
+        pairs: prompts whose newest visit has two rollouts or more.
+        pair_sum: sum over those of the unbiased estimate of the squared success rate,
+            k(k-1) / n(n-1), in units of 2**-40.
+    """
+
+    prompts: int = 0
+    rate_sum: int = 0
+    pairs: int = 0
+    pair_sum: int = 0
+
+    def moved(
+        self,
+        old_rollouts: IntArray,
+        old_successes: IntArray,
+        new_rollouts: IntArray,
+        new_successes: IntArray,
+    ) -> PriorStatistics:
+        """Return the sums after prompts' newest visits went from old to new counts.
+
+        Args:
+            old_rollouts, old_successes: [n], counts before; 0 rollouts for no visit.
+            new_rollouts, new_successes: [n], counts after.
+        """
+        old = _sums(old_rollouts, old_successes)
+        new = _sums(new_rollouts, new_successes)
+        return PriorStatistics(
+            self.prompts + new[0] - old[0],
+            self.rate_sum + new[1] - old[1],
+            self.pairs + new[2] - old[2],
+            self.pair_sum + new[3] - old[3],
+        )
+
+
+def _sums(rollouts: IntArray, successes: IntArray) -> tuple[int, int, int, int]:
+    n = np.asarray(rollouts, np.int64)
+    k = np.asarray(successes, np.int64)
+    k, n = k[n > 0], n[n > 0]
+    rate = np.floor_divide(k * _FIXED_POINT, n) if n.size else n
+    k2, n2 = k[n > 1], n[n > 1]
+    # Dividing twice keeps the product inside 63 bits for groups of up to 2**20.
+    once = np.floor_divide(k2 * _FIXED_POINT, n2) if n2.size else n2
+    rest = np.maximum(k2 - 1, 0)
+    whole, part = np.divmod(once, np.maximum(n2 - 1, 1))
+    pair = whole * rest + np.floor_divide(part * rest, np.maximum(n2 - 1, 1))
+    return int(n.size), int(rate.sum()), int(n2.size), int(pair.sum())
+
+
+def fit_prior(statistics: PriorStatistics) -> Prior:
+    """Return the Beta distribution whose first two moments are those of the run.
+
+    Method of moments on unbiased per-prompt estimates, with ``PRIOR_PROMPTS``
+    pseudo-prompts of Beta(1/2, 1/2) and the strength and mean held within
+    ``PRIOR_STRENGTH`` and ``PRIOR_MEAN``.
+    """
+    mean = (statistics.rate_sum / _FIXED_POINT + PRIOR_PROMPTS * 0.5) / (
+        statistics.prompts + PRIOR_PROMPTS
+    )
+    square = (statistics.pair_sum / _FIXED_POINT + PRIOR_PROMPTS * 0.375) / (
+        statistics.pairs + PRIOR_PROMPTS
+    )
+    mean = min(max(mean, PRIOR_MEAN[0]), PRIOR_MEAN[1])
+    variance = square - mean * mean
+    least, most = PRIOR_STRENGTH
+    strength = most
+    if variance > 0.0:
+        strength = min(max(mean * (1.0 - mean) / variance - 1.0, least), most)
+    return Prior(mean * strength, (1.0 - mean) * strength)
+
+
+def beta_posterior(
+    visits: Visits,
+    rows: IntArray,
+    newest_policy_version: int,
+    discounts: Discounts,
+    prior: Prior,
+) -> tuple[FloatArray, FloatArray]:
+    """Return alpha and beta of the posterior of each row, float64[M] both.
+
+    Args:
+        visits: the run's windows.
+        rows: int64[M]; -1 for a prompt never seen, which gets the prior.
+        newest_policy_version: newest version reported to the run.
+        discounts: how fast evidence ages.
+        prior: of the run.
+    """
+    seen = np.flatnonzero(rows >= 0)
+    alpha = np.full(rows.shape, prior.alpha)
+    beta = np.full(rows.shape, prior.beta)
+    if seen.size == 0:
+        return alpha, beta
+    picked = rows[seen]
+    step = visits.step[picked]
+    rollouts = visits.rollouts[picked]
+    filled = rollouts > 0
+    age = np.zeros(step.shape, np.int64)
+    age[:, 1:] = np.cumsum(step[:, 1:] != step[:, :-1], axis=1)
+    distance = np.maximum(newest_policy_version - visits.policy_version[picked], 0)
+    weight = _power(discounts.visit, age) * _power(discounts.version, distance)
+    weight[~filled] = 0.0
+    successes = _row_sum(weight * visits.successes[picked])
+    total = _row_sum(weight * rollouts)
+    over = total > discounts.cap
+    shrink = np.ones(total.shape)
+    shrink[over] = discounts.cap / total[over]
+    alpha[seen] += shrink * successes
+    beta[seen] += shrink * (total - successes)
+    return alpha, beta
+
+
+def _row_sum(columns: FloatArray) -> FloatArray:
+    """Sum each row from newest to oldest: np.sum may choose another order."""
+    total = columns[:, 0].copy()
+    for slot in range(1, columns.shape[1]):
+        total += columns[:, slot]
+    return total
+
+
+def _power(base: float, exponents: IntArray) -> FloatArray:
+    """Return base ** exponents by squaring: only multiplications, so reproducible."""
+    result = np.ones(exponents.shape)
+    if base == 1.0:
+        return result
+    left = np.minimum(exponents, _MAX_EXPONENT)
+    factor = base
+    while left.any():
+        odd = (left & 1).astype(bool)
+        result[odd] *= factor
+        factor *= factor
+        left = left >> 1
+    return result
