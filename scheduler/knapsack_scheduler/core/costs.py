@@ -1,0 +1,226 @@
+"""Division of a budget in tokens: highest gain per cost first, with a certificate.
+
+When rollouts cost differently the best division is a knapsack proper. Taking the highest
+gains per unit of cost until the budget is used, and then whatever still fits, is within
+one rollout of the optimum; the linear relaxation at the same price bounds the optimum
+from above, so every answer comes with the most that it can be short of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from knapsack_scheduler.core.knapsack import divide
+from knapsack_scheduler.core.objective import Marginals
+from knapsack_scheduler.core.problem import (
+    BoolArray,
+    FloatArray,
+    InfeasibleBudget,
+    IntArray,
+    KeyArray,
+)
+from knapsack_scheduler.core.sweep import count_gains, sweep
+
+
+@dataclass(frozen=True, slots=True)
+class CostSolution:
+    """A division within a budget of costs.
+
+    Attributes:
+        num_rollouts: new rollouts of each position, int64[M].
+        price: gain per unit of cost at the margin.
+        gain: sum of the gains of the new rollouts.
+        upper_bound: no division within the budget gains more.
+    """
+
+    num_rollouts: IntArray
+    price: float
+    gain: float
+    upper_bound: float
+
+
+class _HighestDensities:
+    """Keeps the gains per cost of a sweep until they use up the budget."""
+
+    def __init__(self, capacity: IntArray, costs: FloatArray, budget: float) -> None:
+        self.bound = 0.0
+        self._capacity = capacity
+        self._costs = costs
+        self._budget = budget
+        self._blocks: list[tuple[IntArray, FloatArray]] = []
+        self._pool: FloatArray = np.empty(0)
+        self._pool_costs: FloatArray = np.empty(0)
+
+    def add(self, rows: IntArray, gains: FloatArray) -> None:
+        self._blocks.append((rows, gains))
+        better = (gains > 0.0) & (gains >= self.bound)
+        costs = np.broadcast_to(self._costs[rows, None], gains.shape)[better]
+        pool = np.concatenate((self._pool, gains[better]))
+        pool_costs = np.concatenate((self._pool_costs, costs))
+        if float(pool_costs.sum()) > self._budget:
+            order = np.argsort(-pool, kind="stable")
+            pool, pool_costs = pool[order], pool_costs[order]
+            critical = int(np.searchsorted(np.cumsum(pool_costs), self._budget, side="right"))
+            if critical < pool.size:
+                self.bound = float(pool[critical])
+                keep = pool >= self.bound
+                pool, pool_costs = pool[keep], pool_costs[keep]
+        self._pool, self._pool_costs = pool, pool_costs
+
+    def counts(self) -> IntArray:
+        """Return how many gains of each position lie above the price."""
+        price = self.bound
+        return count_gains(self._capacity, self._blocks, lambda gains: gains > price)
+
+
+def divide_by_cost(
+    marginals: Marginals,
+    size: IntArray,
+    capacity: IntArray,
+    costs: FloatArray,
+    budget: float,
+    tie_keys: KeyArray,
+    pairs: BoolArray | None = None,
+) -> CostSolution:
+    """Return a division that costs at most ``budget``, by gain per cost.
+
+    Rollouts that gain nothing are not given.
+
+    Args:
+        marginals, size, capacity, tie_keys, pairs: as in ``knapsack.divide``.
+        costs: cost of one rollout, float64[M], > 0.
+        budget: most that all may cost, >= 0.
+    """
+    capacity = np.minimum(capacity, np.floor(budget / costs)).astype(np.int64)
+    if pairs is not None:
+        capacity = np.where(pairs & (capacity < 2), 0, capacity)
+        pairs = pairs & (capacity > 0)
+    per_cost = marginals.per_cost(costs)
+    highest = _HighestDensities(capacity, costs, budget)
+    sweep(per_cost, capacity, pairs, highest)
+    price = highest.bound
+    given = highest.counts()
+    if pairs is None:
+        pairs = np.zeros(given.shape, np.bool_)
+    left = budget - float((costs * given).sum())
+    bound = total_gain(marginals, given, pairs) + price * max(left, 0.0)
+    _fill(per_cost, given, size, capacity, costs, left, tie_keys, pairs)
+    gain = total_gain(marginals, given, pairs)
+    return CostSolution(given, price, gain, max(bound, gain))
+
+
+_BISECTIONS = 16
+"""Halvings in the search for the weight between the two caps."""
+
+
+def divide_within(
+    marginals: Marginals,
+    size: IntArray,
+    capacity: IntArray,
+    costs: FloatArray,
+    budget: float,
+    tie_keys: KeyArray,
+    pairs: BoolArray | None = None,
+    most_rollouts: int | None = None,
+) -> CostSolution:
+    """Return a division that costs at most ``budget`` and gives at most ``most_rollouts``.
+
+    Where both caps bind, rollouts are weighed by ``cost + weight``, which is one cap
+    that any answer within both must keep, so that every weight gives an upper bound;
+    the weight is searched for.
+
+    Args:
+        marginals, size, capacity, costs, budget, tie_keys, pairs: as in
+            ``divide_by_cost``.
+        most_rollouts: cap on the sum; None for none.
+    """
+    by_cost = divide_by_cost(marginals, size, capacity, costs, budget, tie_keys, pairs)
+    if most_rollouts is None or int(by_cost.num_rollouts.sum()) <= most_rollouts:
+        return by_cost
+    ended = np.zeros(size.shape, np.bool_) if pairs is None else pairs
+    # A part of what the budget pays for costs no more than it.
+    best = _most_gaining(marginals, size, by_cost.num_rollouts, most_rollouts, tie_keys, pairs)
+    best_gain = total_gain(marginals, best, ended)
+    bound, price = by_cost.upper_bound, by_cost.price
+    low, high = 0.0, 1e3 * float(costs.max())
+    for _ in range(_BISECTIONS):
+        weight = 0.5 * (low + high)
+        weighed = divide_by_cost(
+            marginals,
+            size,
+            capacity,
+            costs + weight,
+            budget + weight * most_rollouts,
+            tie_keys,
+            pairs,
+        )
+        bound = min(bound, weighed.upper_bound)
+        given = weighed.num_rollouts
+        if int(given.sum()) > most_rollouts:
+            low = weight
+            continue
+        high = weight
+        if float((costs * given).sum()) <= budget and weighed.gain > best_gain:
+            best, best_gain, price = given, weighed.gain, weighed.price
+    return CostSolution(best, price, best_gain, max(bound, best_gain))
+
+
+def _most_gaining(
+    marginals: Marginals,
+    size: IntArray,
+    capacity: IntArray,
+    rollouts: int,
+    tie_keys: KeyArray,
+    pairs: BoolArray | None,
+) -> IntArray:
+    try:
+        return divide(marginals, size, capacity, rollouts, tie_keys, pairs).num_rollouts
+    except InfeasibleBudget:
+        # An odd number of pairs' rollouts: one less is even.
+        return divide(marginals, size, capacity, rollouts - 1, tie_keys, pairs).num_rollouts
+
+
+def _fill(
+    per_cost: Marginals,
+    given: IntArray,
+    size: IntArray,
+    capacity: IntArray,
+    costs: FloatArray,
+    left: float,
+    tie_keys: KeyArray,
+    pairs: BoolArray,
+) -> None:
+    """Give whatever still fits, highest gain per cost first; changes ``given``."""
+    while True:
+        fresh = pairs & (given == 0)
+        price = np.where(fresh, 2.0 * costs, costs)
+        rows = np.flatnonzero((given < capacity) & (price <= left))
+        if rows.size == 0:
+            return
+        done = np.where(pairs, np.maximum(given - 1, 0), given)[rows]
+        gains = per_cost.take(rows).advanced(done).first
+        gains = np.where(fresh[rows], 0.5 * gains, gains)
+        if not gains.max() > 0.0:
+            return
+        highest = rows[gains == gains.max()]
+        # Ties: lowest group first, then by key, as many as fit at once.
+        order = highest[np.lexsort((tie_keys[highest], (size + given)[highest]))]
+        fitting = np.cumsum(price[order]) <= left
+        fitting[0] = True
+        chosen = order[fitting]
+        left -= float(price[chosen].sum())
+        given[chosen] += np.where(fresh[chosen], 2, 1)
+
+
+def total_gain(marginals: Marginals, given: IntArray, pairs: BoolArray) -> float:
+    """Return the sum of the gains of ``given`` new rollouts."""
+    steps = np.where(pairs, np.maximum(given - 1, 0), given)
+    total = 0.0
+    chains = marginals
+    for t in range(int(steps.max(initial=0))):
+        rows = steps > t
+        total += float(chains.take(rows).first.sum())
+        chains, steps = chains.advanced(np.ones_like(steps)), steps
+    return total

@@ -1,0 +1,346 @@
+"""The method on one screen: beliefs, bounds and a budget become counts and reasons.
+
+A policy is a choice of marginals. ``posterior`` takes the expected gains of the
+objective under each prompt's posterior, ``uniform`` takes no gain anywhere, so that the
+tie rule (lowest group first) divides evenly. Everything after that is the same: what
+the bounds force, the exact division of the rest, the reasons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from knapsack_scheduler.core.costs import divide_within
+from knapsack_scheduler.core.knapsack import divide
+from knapsack_scheduler.core.objective import (
+    OBJECTIVES,
+    Marginals,
+    Objective,
+    conditional_marginals,
+    expected_values,
+    find_objective,
+)
+from knapsack_scheduler.core.problem import (
+    Beliefs,
+    BoolArray,
+    Bounds,
+    Budget,
+    Decision,
+    FloatArray,
+    InfeasibleBudget,
+    IntArray,
+    Reasons,
+    WaveOutcomes,
+)
+from knapsack_scheduler.core.ties import fill_lowest
+
+POLICIES = ("posterior", "uniform")
+"""The rules that divide a budget."""
+
+
+def plan_allocation(
+    policy: str, objective: str, beliefs: Beliefs, bounds: Bounds, budget: Budget
+) -> Decision:
+    """Return how many rollouts each position gets in the first wave.
+
+    Args:
+        policy: one of ``POLICIES``.
+        objective: a name in ``OBJECTIVES``.
+        beliefs: posteriors of the positions' prompts.
+        bounds: of whole groups, all waves.
+        budget: of all waves, and the share of this one.
+
+    Raises:
+        InfeasibleBudget: the bounds cannot hold the budget and it is not partial.
+        ValueError: an unknown policy or objective.
+    """
+    forced = bounds.minimum
+    least = int(forced.sum())
+    total = _held_total(bounds, budget)
+    wave = _share(total, total, budget.wave_fraction, least)
+    tokens = budget.total_tokens * (budget.wave_fraction or 1.0)
+    least_tokens = float((beliefs.expected_tokens * forced).sum())
+    if budget.total_tokens and least_tokens > tokens:
+        if least_tokens > budget.total_tokens and not budget.allow_partial:
+            raise InfeasibleBudget(
+                "total_tokens",
+                budget.total_tokens,
+                f"must be at least {least_tokens:.0f}, the expected tokens of min_rollouts",
+            )
+        tokens = least_tokens
+    begun = _Begun.nothing(forced.shape[0])
+    wanted = _Wanted(wave, tokens if budget.total_tokens else None, total, budget.allow_partial)
+    return _plan(policy, objective, beliefs, bounds, begun, forced, wanted, budget)
+
+
+def plan_extension(
+    policy: str,
+    objective: str,
+    beliefs: Beliefs,
+    bounds: Bounds,
+    budget: Budget,
+    outcomes: WaveOutcomes,
+    keep_outstanding: bool,
+) -> Decision:
+    """Return how many further rollouts each position gets in the next wave.
+
+    Groups that are already effective gain nothing from another rollout, groups that
+    only failed or only passed gain what they may still become; see
+    ``conditional_marginals``. Never gives more than the budget has left: where lost
+    rollouts leave too little for every minimum, minimums give way to marginals.
+
+    Args:
+        policy, objective, beliefs, bounds: as in ``plan_allocation``; the posteriors
+            know the outcomes of the earlier waves.
+        budget: of all waves; its wave_fraction is this wave's share of the whole.
+        outcomes: of the earlier waves.
+        keep_outstanding: rollouts not delivered are still running and count as spent;
+            else they are lost and their budget is spent again.
+
+    Raises:
+        ValueError: an unknown policy or objective.
+    """
+    missing = np.maximum(outcomes.allocated - outcomes.delivered, 0)
+    outstanding = missing if keep_outstanding else np.zeros_like(missing)
+    begun = _Begun(outcomes.delivered, outcomes.successes, outcomes.mixed, outstanding)
+    budget = replace(budget, allow_partial=True)
+    total = _held_total(bounds, budget)
+    left = max(total - int(begun.size.sum()), 0)
+    cost = beliefs.expected_tokens
+    tokens = max(budget.total_tokens - float((cost * begun.size).sum()), 0.0)
+    if budget.wave_fraction:
+        tokens = min(tokens, budget.total_tokens * budget.wave_fraction)
+    forced = np.maximum(bounds.minimum - begun.size, 0)
+    if (budget.total_rollouts and int(forced.sum()) > left) or (
+        budget.total_tokens and float((cost * forced).sum()) > tokens
+    ):
+        forced = np.zeros_like(forced)
+    wave = _share(total, left, budget.wave_fraction, int(forced.sum()))
+    wanted = _Wanted(wave, tokens if budget.total_tokens else None, left, True)
+    return _plan(policy, objective, beliefs, bounds, begun, forced, wanted, budget)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """What the earlier waves left at each position: see ``conditional_marginals``."""
+
+    delivered: IntArray
+    successes: IntArray
+    mixed: BoolArray
+    outstanding: IntArray
+
+    @classmethod
+    def nothing(cls, count: int) -> _Begun:
+        zero = np.zeros(count, np.int64)
+        return cls(zero, zero, np.zeros(count, np.bool_), zero)
+
+    @property
+    def size(self) -> IntArray:
+        """Rollouts of each group that need not be given again, int64[M]."""
+        return self.delivered + self.outstanding
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What this wave is to spend.
+
+    Attributes:
+        rollouts: of this wave, the forced ones among them.
+        tokens: cap on their expected tokens; None for no cap. With one, ``rollouts``
+            is a cap too, or 0 for none.
+        left: rollouts left in the budget, this wave's among them.
+        partial: one less may be given where the exact number cannot.
+    """
+
+    rollouts: int
+    tokens: float | None
+    left: int
+    partial: bool
+
+
+def _held_total(bounds: Bounds, budget: Budget) -> int:
+    """Return the total that the bounds hold; 0 if rollouts are not what is budgeted."""
+    total = budget.total_rollouts
+    if total == 0 and budget.total_tokens:
+        return 0
+    least, most = int(bounds.minimum.sum()), int(bounds.maximum.sum())
+    if budget.total_tokens:
+        total = min(total, most)
+    if not least <= total <= most and not budget.allow_partial:
+        raise InfeasibleBudget(
+            "total_rollouts",
+            total,
+            f"must be from {least}, the sum of min_rollouts, to {most}, the sum of "
+            "max_rollouts, or allow_partial must be set",
+        )
+    return min(max(total, least), most)
+
+
+def _share(total: int, left: int, fraction: float, forced: int) -> int:
+    """Return the rollouts of a wave: its share of the total, and what is forced."""
+    wanted = int(total * fraction + 0.5) if fraction else left
+    return max(min(wanted, left), min(forced, left))
+
+
+def _plan(
+    policy: str,
+    objective_name: str,
+    beliefs: Beliefs,
+    bounds: Bounds,
+    begun: _Begun,
+    forced: IntArray,
+    wanted: _Wanted,
+    budget: Budget,
+) -> Decision:
+    objective = find_objective(objective_name)
+    problem = _problem(objective, beliefs, bounds, begun, forced)
+    chosen = problem if policy == "posterior" else problem.levelled()
+    if policy not in POLICIES:
+        raise ValueError(f"policy = {policy!r}: must be one of {', '.join(POLICIES)}")
+    rest = max(wanted.rollouts - int(forced.sum()), 0)
+    if wanted.tokens is not None:
+        tokens = wanted.tokens - float((beliefs.expected_tokens * forced).sum())
+        cap = rest if budget.total_rollouts else None
+        given, price, slack = chosen.within_tokens(beliefs, max(tokens, 0.0), cap)
+    else:
+        given, price = chosen.exactly(beliefs, rest, wanted)
+        slack = 0.0
+    new = forced + given
+    allocated = int(new.sum())
+    remaining = max(wanted.left - allocated, 0) if budget.total_rollouts else 0
+    unallocated = 0
+    if wanted.tokens is None:
+        unallocated = budget.total_rollouts - int(begun.size.sum()) - allocated - remaining
+    best = given
+    if policy != "posterior" and wanted.tokens is None:
+        best, _ = problem.exactly(beliefs, int(given.sum()), wanted)
+    reasons = _reasons(policy, objective, beliefs, begun, forced, given, problem, price)
+    bound = _value(objective, beliefs, begun, forced + best) + slack
+    reasons = replace(reasons, value_upper_bound=max(bound, reasons.value))
+    return Decision(new, allocated, remaining, unallocated, reasons)
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """What is left to divide after the bounds have forced their part."""
+
+    marginals: Marginals
+    size: IntArray
+    room: IntArray
+    pairs: BoolArray | None
+
+    def levelled(self) -> _Problem:
+        """Return the problem in which nothing gains anything, so that ties decide."""
+        nobody = np.zeros(self.size.shape, np.bool_)
+        return replace(self, marginals=self.marginals.only(nobody))
+
+    def exactly(self, beliefs: Beliefs, rollouts: int, wanted: _Wanted) -> tuple[IntArray, float]:
+        """Return the division of ``rollouts``, or of the nearest number that divides."""
+        rollouts = min(rollouts, int(self.room.sum()))
+        spare = wanted.left - wanted.rollouts
+        attempts = [rollouts]
+        attempts += [rollouts + 1] if spare > 0 and rollouts < int(self.room.sum()) else []
+        attempts += [rollouts - 1] if rollouts > 0 and (wanted.partial or spare > 0) else []
+        for attempt in attempts:
+            try:
+                solution = divide(
+                    self.marginals, self.size, self.room, attempt, beliefs.tie_keys, self.pairs
+                )
+            except InfeasibleBudget:
+                if attempt == attempts[-1]:
+                    raise
+            else:
+                return solution.num_rollouts, solution.price
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def within_tokens(
+        self, beliefs: Beliefs, tokens: float, most_rollouts: int | None
+    ) -> tuple[IntArray, float, float]:
+        """Return a division within both caps, its price, and what it may be short of."""
+        costs = np.maximum(beliefs.expected_tokens, 1.0)
+        solution = divide_within(
+            self.marginals,
+            self.size,
+            self.room,
+            costs,
+            tokens,
+            beliefs.tie_keys,
+            self.pairs,
+            most_rollouts,
+        )
+        return solution.num_rollouts, solution.price, solution.upper_bound - solution.gain
+
+
+def _problem(
+    objective: Objective, beliefs: Beliefs, bounds: Bounds, begun: _Begun, forced: IntArray
+) -> _Problem:
+    marginals = conditional_marginals(
+        objective,
+        beliefs.alpha,
+        beliefs.beta,
+        begun.delivered,
+        begun.successes,
+        begun.mixed,
+        begun.outstanding,
+    )
+    fresh = begun.size == 0
+    # Marginals of a new group begin at its second rollout, those of others at the next.
+    marginals = marginals.advanced(np.where(fresh, np.maximum(forced - 1, 0), forced))
+    size = begun.size + forced
+    room = np.maximum(bounds.maximum - size, 0)
+    pairs = (size == 0) & (room >= 2)
+    # A lone rollout cannot differ from anything.
+    marginals = marginals.only(~fresh | (bounds.maximum >= 2))
+    return _Problem(marginals, size, room, pairs if pairs.any() else None)
+
+
+def _value(objective: Objective, beliefs: Beliefs, begun: _Begun, new: IntArray) -> float:
+    return float(_group_values(objective, beliefs, begun, new).sum())
+
+
+def _group_values(
+    objective: Objective, beliefs: Beliefs, begun: _Begun, new: IntArray
+) -> FloatArray:
+    return expected_values(
+        objective,
+        beliefs.alpha,
+        beliefs.beta,
+        begun.outstanding + new,
+        begun.delivered,
+        begun.successes,
+        begun.mixed,
+    )
+
+
+def _reasons(
+    policy: str,
+    objective: Objective,
+    beliefs: Beliefs,
+    begun: _Begun,
+    forced: IntArray,
+    given: IntArray,
+    problem: _Problem,
+    price: float,
+) -> Reasons:
+    new = forced + given
+    sizes = begun.size + new
+    groups = max(int(np.count_nonzero(sizes)), 1)
+    effective = _group_values(OBJECTIVES["effective"], beliefs, begun, new)
+    level = fill_lowest(
+        problem.size, problem.size + problem.room, int(given.sum()), beliefs.tie_keys
+    )
+    return Reasons(
+        policy=policy,
+        objective=objective.name,
+        effective_group_rate=float(effective.sum()) / groups,
+        effective_rollout_rate=float((effective * sizes).sum()) / max(int(sizes.sum()), 1),
+        value=_value(objective, beliefs, begun, new),
+        uniform_value=_value(objective, beliefs, begun, forced + level),
+        value_upper_bound=0.0,
+        price=price,
+        unseen_prompts=int(np.count_nonzero(beliefs.unseen)),
+        largest_group=int(sizes.max(initial=0)),
+        expected_tokens=float((beliefs.expected_tokens * new).sum()),
+    )

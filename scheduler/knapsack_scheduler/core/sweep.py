@@ -1,0 +1,96 @@
+"""A pass over the gains of a batch from the first rollout up, highest prompts longest.
+
+The gains are never all computed: they are swept in blocks of levels, and a prompt is
+dropped as soon as its next gain lies below what the collector is sure to reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import numpy as np
+
+from knapsack_scheduler.core.objective import Chain, Marginals
+from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray
+
+_BLOCK = 4096
+"""Gains computed at once: enough to hide NumPy's overhead, and little is wasted when
+the bound falls inside the block."""
+
+
+class Collector(Protocol):
+    """Takes the gains of a sweep and says below which they no longer matter."""
+
+    @property
+    def bound(self) -> float:
+        """No gain below this can be part of the answer; never falls."""
+
+    def add(self, rows: IntArray, gains: FloatArray) -> None:
+        """Take gains of consecutive rollouts, [len(rows), levels]; -1 where there is none."""
+
+
+def sweep(
+    marginals: Marginals, capacity: IntArray, pairs: BoolArray | None, collector: Collector
+) -> None:
+    """Hand every gain that may matter to the collector, in order for each prompt.
+
+    Args:
+        marginals: gains of the next rollouts; where ``pairs``, of the second and
+            further ones, the second being worth both.
+        capacity: most rollouts of each position, int64[M]; 2 or more where ``pairs``.
+        pairs: bool[M], positions whose first two rollouts come together.
+        collector: see ``Collector``.
+    """
+    left = capacity
+    ceiling = None
+    if pairs is not None:
+        # The halves of a pair are worth the same as its third rollout, which must not
+        # come before them by a rounding.
+        ceiling = np.where(pairs, 0.5 * marginals.first, np.inf)
+        paired = np.flatnonzero(pairs)
+        collector.add(paired, ceiling[paired, None])
+        left = left - pairs
+    active = np.flatnonzero(left > 0)
+    left = left[active]
+    passed = marginals.passed.take(active)
+    failed = marginals.failed.take(active)
+    t = 0
+    while active.size:
+        levels = max(1, min(_BLOCK // active.size, int(left.max())))
+        gains, next_passed = _block(passed, t, levels)
+        down, next_failed = _block(failed, t, levels)
+        gains += down
+        if ceiling is not None:
+            np.minimum(gains, ceiling[active, None], out=gains)
+        last = gains[:, -1].copy()
+        if int(left.min()) < levels:
+            gains[np.arange(levels) >= left[:, None]] = -1.0
+        collector.add(active, gains)
+        t += levels
+        alive = (left > levels) & (last > 0.0) & (last >= collector.bound)
+        active = active[alive]
+        left = left[alive] - levels
+        passed = passed.replaced(next_passed).take(alive)
+        failed = failed.replaced(next_failed).take(alive)
+
+
+def _block(chain: Chain, t: int, levels: int) -> tuple[FloatArray, FloatArray]:
+    """Return x(t) .. x(t + levels - 1) and x(t + levels), chain.value being x(t)."""
+    block = np.empty((chain.value.shape[0], levels + 1))
+    block[:, 0] = chain.value
+    block[:, 1:] = chain.ratios(t, levels)
+    np.multiply.accumulate(block, axis=1, out=block)
+    return block[:, :-1], block[:, -1].copy()
+
+
+def count_gains(
+    like: IntArray,
+    blocks: Iterable[tuple[IntArray, FloatArray]],
+    chosen: Callable[[FloatArray], BoolArray],
+) -> IntArray:
+    """Return how many gains of each position are chosen, int64 of the shape of ``like``."""
+    counts = np.zeros_like(like)
+    for rows, gains in blocks:
+        counts[rows] += np.count_nonzero(chosen(gains), axis=1)
+    return counts
