@@ -1,0 +1,109 @@
+"""Gains and values against exact arithmetic."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from knapsack_scheduler.core.objective import (
+    OBJECTIVES,
+    conditional_marginals,
+    expected_values,
+    point_marginals,
+    posterior_marginals,
+)
+
+from oracles import EXPONENTS, beta_moment, posterior_value, value
+
+POSITIVE = st.floats(1e-3, 1e3)
+STEPS = np.arange(60)
+
+
+def gains(marginals: object, count: int = 60) -> np.ndarray:
+    """Return the first gains of the only prompt."""
+    return np.array(
+        [float(marginals.advanced(np.array([n])).first[0]) for n in range(count)]  # type: ignore[attr-defined]
+    )
+
+
+@given(st.floats(0, 1), st.sampled_from(list(OBJECTIVES)))
+@settings(max_examples=150, deadline=None)
+def test_point_gains_never_rise_and_add_up_to_the_value(p: float, name: str) -> None:
+    """In floating point, for any success rate, subnormal ones included."""
+    series = gains(point_marginals(OBJECTIVES[name], np.array([p])))
+
+    assert (np.diff(series) <= 0).all()
+    assert series.sum() == pytest.approx(value(61, p, name), rel=1e-12, abs=1e-300)
+
+
+@given(POSITIVE, POSITIVE, st.sampled_from(list(OBJECTIVES)))
+@settings(max_examples=150, deadline=None)
+def test_posterior_gains_never_rise_and_add_up_to_the_value(a: float, b: float, name: str) -> None:
+    """In floating point, for any Beta posterior."""
+    series = gains(posterior_marginals(OBJECTIVES[name], np.array([a]), np.array([b])))
+
+    assert (np.diff(series) <= 0).all()
+    assert series.sum() == pytest.approx(posterior_value(61, a, b, name), rel=1e-11)
+
+
+@given(POSITIVE, POSITIVE, st.integers(2, 500), st.sampled_from(list(OBJECTIVES)))
+@settings(max_examples=150, deadline=None)
+def test_closed_form_is_the_exact_expectation(a: float, b: float, n: int, name: str) -> None:
+    """The value reported agrees with rational arithmetic."""
+    closed = expected_values(OBJECTIVES[name], np.array([a]), np.array([b]), np.array([n]))
+
+    scale = float(beta_moment(Fraction(a), Fraction(b), *EXPONENTS[name]))
+    assert closed[0] == pytest.approx(posterior_value(n, a, b, name), rel=1e-9, abs=1e-9 * scale)
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("outstanding", [0, 3])
+def test_gains_of_begun_groups_are_conditional_expectations(name: str, outstanding: int) -> None:
+    """Failed so far: first success; passed so far: first failure; mixed: nothing; new: as new."""
+    i, j = EXPONENTS[name]
+    alpha = np.array([0.7, 4.7, 1.5, 0.5])
+    beta = np.array([4.4, 0.4, 3.5, 0.5])
+    marginals = conditional_marginals(
+        OBJECTIVES[name],
+        alpha,
+        beta,
+        delivered=np.array([4, 4, 4, 0]),
+        successes=np.array([0, 4, 1, 0]),
+        mixed=np.array([False, False, True, False]),
+        outstanding=np.full(4, outstanding),
+    )
+
+    for k in range(1, 20):
+        first = marginals.advanced(np.full(4, k - 1)).first
+        place = k + outstanding
+        a, b = (Fraction(float(x[0])) for x in (alpha, beta))
+        assert first[0] == pytest.approx(float(beta_moment(a, b, i + 1, j + place - 1)), rel=1e-13)
+        a, b = (Fraction(float(x[1])) for x in (alpha, beta))
+        assert first[1] == pytest.approx(float(beta_moment(a, b, i + place - 1, j + 1)), rel=1e-13)
+        assert first[2] == 0.0
+        # A new group's first rollout gains nothing: its gains begin with the second.
+        size = k + max(outstanding - 1, 0)
+        new = posterior_value(size + 1, 0.5, 0.5, name) - posterior_value(size, 0.5, 0.5, name)
+        assert first[3] == pytest.approx(new, rel=1e-9)
+
+
+def test_values_of_begun_groups_are_what_their_gains_add_up_to() -> None:
+    """The value of a begun group is that of what it has plus the gains of what it gets."""
+    alpha, beta = np.array([0.7, 4.7, 1.5]), np.array([4.4, 0.4, 3.5])
+    begun = {
+        "delivered": np.array([4, 4, 4]),
+        "successes": np.array([0, 4, 2]),
+        "mixed": np.array([False, False, True]),
+    }
+    for name, objective in OBJECTIVES.items():
+        marginals = conditional_marginals(
+            objective, alpha, beta, **begun, outstanding=np.zeros(3, np.int64)
+        )
+        before = expected_values(objective, alpha, beta, np.zeros(3, np.int64), **begun)
+        after = expected_values(objective, alpha, beta, np.full(3, 9), **begun)
+        gained = sum(marginals.advanced(np.full(3, k)).first for k in range(9))
+        assert after - before == pytest.approx(gained, rel=1e-11, abs=1e-14), name
