@@ -209,10 +209,12 @@ def _plan(
         slack = 0.0
     new = forced + given
     allocated = int(new.sum())
-    remaining = max(wanted.left - allocated, 0) if budget.total_rollouts else 0
+    last = wanted.rollouts >= wanted.left
+    remaining = 0 if last or not budget.total_rollouts else max(wanted.left - allocated, 0)
     unallocated = 0
     if wanted.tokens is None:
-        unallocated = budget.total_rollouts - int(begun.size.sum()) - allocated - remaining
+        left = max(budget.total_rollouts - int(begun.size.sum()), 0)
+        unallocated = left - allocated - remaining
     best = given
     if policy != "posterior" and wanted.tokens is None:
         best, _ = problem.exactly(beliefs, int(given.sum()), wanted)
