@@ -100,21 +100,32 @@ class _HighestGains:
         self._capacity = capacity
         self._rollouts = rollouts
         self._blocks: list[tuple[IntArray, FloatArray]] = []
-        self._pool: FloatArray = np.empty(0)
+        self._parts: list[FloatArray] = []
+        self._held = 0
 
     def add(self, rows: IntArray, gains: FloatArray) -> None:
         self._blocks.append((rows, gains))
         better = gains[(gains > 0.0) & (gains >= self.bound)]
-        pool = np.concatenate((self._pool, better))
-        if pool.size >= self._rollouts:
-            lowest = pool.size - self._rollouts
-            pool.partition(lowest)
-            self.bound = float(pool[lowest])
-            pool = pool[lowest:]
-        self._pool = pool
+        self._parts.append(better)
+        self._held += better.size
+        # Raising the bound costs a pass over all that is held: worth it when it is
+        # known for the first time, and then when a good part would be dropped.
+        enough = self._rollouts if self.bound == 0.0 else self._rollouts + self._rollouts // 4
+        if self._held >= enough:
+            self._raise_bound()
+
+    def _raise_bound(self) -> None:
+        pool = np.concatenate(self._parts)
+        lowest = pool.size - self._rollouts
+        pool.partition(lowest)
+        self.bound = float(pool[lowest])
+        self._parts = [pool[lowest:]]
+        self._held = self._rollouts
 
     def counts(self) -> tuple[float, IntArray, IntArray]:
         """Return the price and, per position, the gains above it and those not below."""
+        if self._held > self._rollouts:
+            self._raise_bound()
         price = self.bound
         above = count_gains(self._capacity, self._blocks, lambda gains: gains > price)
         if price == 0.0:
