@@ -1,1 +1,58 @@
-""""""
+"""Client of the budget scheduler: how many rollouts each prompt should get.
+
+    client = BudgetClient("localhost:50051", run_id="exp1")
+    allocation = client.allocate(prompt_ids, total_rollouts=2048, step=step)
+    groups = generate(prompts, allocation.num_rollouts)
+    client.report(allocation, rewards, policy_version=step)
+    advantages = group_advantages(rewards)
+
+Loads the standard library, grpc and protobuf, and nothing else.
+"""
+
+from knapsack_trainer_client.client import AsyncBudgetClient
+from knapsack_trainer_client.errors import (
+    AccessDenied,
+    ClientMisuse,
+    ExtraMissing,
+    InvalidRequest,
+    KnapsackError,
+    RunConfigConflict,
+    SchedulerUnavailable,
+)
+from knapsack_trainer_client.groups import group_advantages, loss_weights, repeat_by_allocation
+from knapsack_trainer_client.nouns import (
+    TLS,
+    Allocation,
+    AllocationSummary,
+    PromptStats,
+    ReportReceipt,
+    Run,
+    RunConfig,
+)
+from knapsack_trainer_client.outbox import Limits
+from knapsack_trainer_client.sync import BudgetClient
+from knapsack_trainer_client.telemetry import ClientStats
+
+__all__ = [
+    "TLS",
+    "AccessDenied",
+    "Allocation",
+    "AllocationSummary",
+    "AsyncBudgetClient",
+    "BudgetClient",
+    "ClientMisuse",
+    "ClientStats",
+    "ExtraMissing",
+    "InvalidRequest",
+    "KnapsackError",
+    "Limits",
+    "PromptStats",
+    "ReportReceipt",
+    "Run",
+    "RunConfig",
+    "RunConfigConflict",
+    "SchedulerUnavailable",
+    "group_advantages",
+    "loss_weights",
+    "repeat_by_allocation",
+]

@@ -1,0 +1,245 @@
+"""The command line: what a scheduler knows of runs and prompts, and the demo."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from knapsack_trainer_client.calls import Caller
+from knapsack_trainer_client.errors import ExtraMissing, InvalidRequest, KnapsackError
+from knapsack_trainer_client.nouns import TLS, PromptStats, Run
+from knapsack_trainer_client.queries import fetch_prompt_stats, fetch_runs, no_fallback
+from knapsack_trainer_client.transport import GrpcTransport
+
+DEFAULT_ADDRESS = "localhost:50051"
+
+_SORTS: dict[str, Callable[[PromptStats], tuple[Any, ...]]] = {
+    "prompt": lambda s: (s.prompt_id,),
+    "rollouts": lambda s: (-s.total_rollouts, s.prompt_id),
+    "successes": lambda s: (-s.total_successes, s.prompt_id),
+    "rate": lambda s: (s.success_rate, s.prompt_id),
+    "step": lambda s: (-s.last_step, s.prompt_id),
+    "tokens": lambda s: (-s.mean_completion_tokens, s.prompt_id),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code: 0, or 2 after one line of error."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["demo"]:
+        # The demo reads its own arguments, --help among them.
+        return _demo(argv[1:])
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except KnapsackError as error:
+        return _failed(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough.
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="knapsack-rl",
+        description="Look into a budget scheduler, or see the demo.",
+        epilog="Each command has its own --help.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    runs = commands.add_parser(
+        "runs",
+        help="list the runs of a scheduler",
+        description="List the runs of a scheduler: one line per experiment.",
+    )
+    _add_connection(runs)
+    runs.set_defaults(command=_runs)
+    stats = commands.add_parser(
+        "stats",
+        help="list what is known of each prompt of a run",
+        description="List what is known of each prompt of a run: rollouts, successes and the "
+        "posterior mean of the success rate.",
+    )
+    _add_connection(stats)
+    stats.add_argument("--run", required=True, metavar="RUN", help="name of the run")
+    stats.add_argument(
+        "--sort",
+        choices=_SORTS,
+        default="rollouts",
+        help="rate: lowest first; prompt: by name; all others: highest first "
+        "(default: %(default)s)",
+    )
+    stats.add_argument(
+        "--limit",
+        type=_count,
+        default=20,
+        metavar="N",
+        help="most prompts to show; 0 for all (default: %(default)s)",
+    )
+    stats.set_defaults(command=_stats)
+    commands.add_parser(
+        "demo",
+        help="train a small model, uniform against knapsack (needs knapsack-rl[demo])",
+        add_help=False,
+    )
+    return parser
+
+
+def _add_connection(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        default=DEFAULT_ADDRESS,
+        metavar="HOST:PORT",
+        help="gRPC address of the scheduler (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="longest wait for an answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--token-file", metavar="FILE", help="file with the bearer token (default: no token)"
+    )
+    parser.add_argument("--tls", action="store_true", help="use TLS with the system's authorities")
+    parser.add_argument("--tls-ca", metavar="FILE", help="use TLS and trust this PEM file")
+    parser.add_argument("--tls-cert", metavar="FILE", help="client certificate, PEM")
+    parser.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    runs: list[Run] = _ask(arguments, lambda caller: fetch_runs(caller, arguments.timeout))
+    rows = [
+        [
+            run.run_id,
+            run.config.policy or "",
+            run.config.objective or "",
+            str(run.last_step) if run.last_step >= 0 else "-",
+            f"{run.known_prompts:,}",
+            f"{run.total_rollouts:,}",
+            _share(run.total_successes, run.total_rollouts),
+            f"{run.create_time:%Y-%m-%d %H:%M}" if run.create_time else "",
+        ]
+        for run in runs
+    ]
+    heads = ["run", "policy", "objective", "step", "prompts", "rollouts", "success", "created"]
+    print(_table(heads, rows, left={0, 1, 2, 7}) if rows else "no runs")
+    return 0
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    stats: list[PromptStats] = _ask(
+        arguments, lambda caller: fetch_prompt_stats(caller, arguments.run, arguments.timeout)
+    )
+    shown = sorted(stats, key=_SORTS[arguments.sort])[: arguments.limit or None]
+    rows = [
+        [
+            s.prompt_id,
+            f"{s.total_rollouts:,}",
+            f"{s.total_successes:,}",
+            f"{s.success_rate:.3f}",
+            str(s.last_step) if s.last_step >= 0 else "-",
+            f"{s.mean_completion_tokens:,.0f}" if s.mean_completion_tokens else "-",
+        ]
+        for s in shown
+    ]
+    heads = ["prompt", "rollouts", "successes", "rate", "step", "tokens"]
+    print(_table(heads, rows, left={0}) if rows else "no outcomes yet")
+    if len(shown) < len(stats):
+        print(f"{len(shown):,} of {len(stats):,} prompts; --limit 0 shows all")
+    return 0
+
+
+def _demo(argv: Sequence[str]) -> int:
+    try:
+        from knapsack_trainer_client.demo.main import run
+    except ImportError as error:
+        return _failed(f"the demo needs more packages: pip install 'knapsack-rl[demo]' ({error})")
+    try:
+        return int(run(list(argv)) or 0)
+    except ExtraMissing as error:
+        return _failed(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _ask(arguments: argparse.Namespace, question: Callable[[Caller], Any]) -> Any:
+    async def ask() -> Any:
+        transport = GrpcTransport(arguments.address, _token(arguments), _tls(arguments))
+        caller = Caller(transport, lambda event: None, lambda: 0, lambda: None)
+        await transport.open()
+        try:
+            with no_fallback():
+                return await question(caller)
+        finally:
+            await transport.close()
+
+    return asyncio.run(ask())
+
+
+def _token(arguments: argparse.Namespace) -> str | None:
+    if arguments.token_file is None:
+        return None
+    try:
+        with open(arguments.token_file) as file:
+            return file.read().strip()
+    except OSError as error:
+        raise InvalidRequest(f"--token-file {arguments.token_file}: {error.strerror}") from None
+
+
+def _tls(arguments: argparse.Namespace) -> TLS | bool | None:
+    if arguments.tls_ca or arguments.tls_cert or arguments.tls_key:
+        return TLS(arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
+    return True if arguments.tls else None
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: set[int]) -> str:
+    """Return rows under their heads, columns aligned, those in ``left`` to the left."""
+    # Names come from users: a control character must not steer the terminal.
+    lines = [list(heads), *([_printable(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _printable(text: str) -> str:
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}%" if whole else "-"
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < 1e6:
+        raise ValueError(text)
+    return seconds
+
+
+def _failed(message: str) -> int:
+    print(f"knapsack-rl: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

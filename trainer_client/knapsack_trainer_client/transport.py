@@ -1,0 +1,196 @@
+"""One call to a scheduler, over gRPC or in this process, with one kind of failure.
+
+The gRPC transport drives grpc's thread-based channel from asyncio. grpc.aio allows one
+event loop per process, which a library cannot claim: the trainer, an engine or a server
+in the same process may have it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from knapsack_trainer_client.errors import refused
+from knapsack_trainer_client.nouns import TLS
+
+RequestT = TypeVar("RequestT", bound=Message)
+ResponseT = TypeVar("ResponseT", bound=Message)
+
+Token = str | Callable[[], str]
+"""A bearer token, or what returns the current one where tokens rotate."""
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[RequestT, ResponseT]):
+    """A call of the scheduler's wire contract."""
+
+    name: str
+    request: type[RequestT]
+    response: type[ResponseT]
+
+
+class StatusError(Exception):
+    """A call that ended with a status other than OK."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        self.code = code
+        self.message = message
+        super().__init__(f"{code.name}: {message}" if message else code.name)
+
+
+class Transport(Protocol):
+    """How calls get to a scheduler.
+
+    Implementations raise nothing but ``StatusError`` from ``call`` (and let
+    cancellation pass), and answer or raise within ``timeout`` seconds.
+    """
+
+    @property
+    def target(self) -> str:
+        """Name of the scheduler for messages, and for the place of its outbox."""
+
+    async def open(self) -> None:
+        """Get ready. Called once, in the event loop that calls will come from."""
+
+    async def call(
+        self, method: Method[RequestT, ResponseT], request: RequestT, timeout: float
+    ) -> ResponseT:
+        """Return the scheduler's answer."""
+
+    async def close(self) -> None:
+        """Let go of everything. May be called without ``open``, and twice."""
+
+
+class GrpcTransport:
+    """Calls over one gRPC channel."""
+
+    def __init__(self, address: str, token: Token | None, tls: TLS | bool | None) -> None:
+        if not isinstance(address, str) or not address:
+            raise refused("address", address, 'must be a gRPC target such as "localhost:50051"')
+        self._address = address
+        self._token = token
+        self._credentials, server_name = _credentials(tls)
+        self._options: list[tuple[str, Any]] = [
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            # A scheduler is a sidecar or a neighbour, never behind the web proxy that a
+            # cluster sets for downloads.
+            ("grpc.enable_http_proxy", 0),
+            # Two clients must not share a connection's backoff or its credentials.
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        if server_name:
+            self._options.append(("grpc.ssl_target_name_override", server_name))
+        self._channel: grpc.Channel | None = None
+        self._stubs: dict[str, grpc.UnaryUnaryMultiCallable[Any, Any]] = {}
+
+    @property
+    def target(self) -> str:
+        """The address."""
+        return self._address
+
+    async def open(self) -> None:
+        """Make the channel; it connects at the first call."""
+        if self._credentials is None:
+            self._channel = grpc.insecure_channel(self._address, self._options)
+        else:
+            self._channel = grpc.secure_channel(self._address, self._credentials, self._options)
+
+    async def call(
+        self, method: Method[RequestT, ResponseT], request: RequestT, timeout: float
+    ) -> ResponseT:
+        """Return the scheduler's answer, or raise ``StatusError`` within ``timeout`` s."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[ResponseT] = loop.create_future()
+        try:
+            rpc = self._stub(method).future(request, timeout=timeout, metadata=self._metadata())
+        except Exception as error:
+            raise StatusError(grpc.StatusCode.UNKNOWN, repr(error)) from error
+
+        def settle() -> None:
+            if answer.done():
+                return
+            try:
+                answer.set_result(rpc.result(timeout=0))
+            except grpc.RpcError as error:
+                answer.set_exception(_status(error))
+            except Exception as error:
+                answer.set_exception(StatusError(grpc.StatusCode.UNKNOWN, repr(error)))
+
+        def hand_over(_: object) -> None:
+            # Called in a thread of grpc, where the loop may be gone already.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(settle)
+
+        rpc.add_done_callback(hand_over)
+        try:
+            return await answer
+        finally:
+            rpc.cancel()
+
+    async def close(self) -> None:
+        """Close the channel; calls under way end as cancelled."""
+        channel, self._channel = self._channel, None
+        self._stubs.clear()
+        if channel is not None:
+            channel.close()
+
+    def _stub(
+        self, method: Method[RequestT, ResponseT]
+    ) -> grpc.UnaryUnaryMultiCallable[RequestT, ResponseT]:
+        if self._channel is None:
+            raise StatusError(grpc.StatusCode.UNAVAILABLE, "the channel is closed")
+        stub = self._stubs.get(method.name)
+        if stub is None:
+            stub = self._stubs[method.name] = self._channel.unary_unary(
+                f"/knapsack_proto.v1.BudgetScheduler/{method.name}",
+                request_serializer=method.request.SerializeToString,
+                response_deserializer=method.response.FromString,
+            )
+        return stub
+
+    def _metadata(self) -> tuple[tuple[str, str], ...] | None:
+        if self._token is None:
+            return None
+        token = self._token if isinstance(self._token, str) else self._token()
+        # A token read from a file ends in a newline, which HTTP/2 does not allow.
+        return (("authorization", f"Bearer {token.strip()}"),)
+
+
+def _status(error: grpc.RpcError) -> StatusError:
+    if isinstance(error, grpc.Call):
+        return StatusError(error.code() or grpc.StatusCode.UNKNOWN, error.details() or "")
+    return StatusError(grpc.StatusCode.UNKNOWN, repr(error))
+
+
+def _credentials(
+    tls: TLS | bool | None,
+) -> tuple[grpc.ChannelCredentials | None, str | None]:
+    if tls is None or tls is False:
+        return None, None
+    files = TLS() if tls is True else tls
+    if not isinstance(files, TLS):
+        raise refused("tls", tls, "must be None, True or a TLS")
+    parts = [_read(path) for path in (files.ca, files.key, files.certificate)]
+    return grpc.ssl_channel_credentials(*parts), files.server_name
+
+
+def _read(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise refused("tls", path, f"must be a readable PEM file ({error.strerror})") from error
