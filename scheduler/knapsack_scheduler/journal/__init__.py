@@ -1,1 +1,1 @@
-""""""
+"""The durable truth: an append-only journal per run, in SQL."""

@@ -1,0 +1,142 @@
+"""The command line: knapsack-scheduler serve | check | migrate | export."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+try:
+    from knapsack_scheduler.config import ENVIRONMENT, Settings, as_json, load_settings
+    from knapsack_scheduler.errors import ConfigError, SchedulerError
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"knapsack-scheduler: {error.name} is not installed; pip install 'knapsack-rl[scheduler]'"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; exits with 0, 1 (check found something) or 2 (could not start)."""
+    options = _parser().parse_args(arguments)
+    command = options.command
+    flags = {key: value for key, value in vars(options).items() if key in Settings.model_fields}
+    try:
+        settings = load_settings(flags, options.config)
+        sys.exit(command(settings, options))
+    except (ConfigError, SchedulerError) as error:
+        print(f"knapsack-scheduler: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _serve(settings: Settings, _options: argparse.Namespace) -> int:
+    from knapsack_scheduler import logs, server
+
+    logs.configure(settings.log_level, settings.log_format)
+    asyncio.run(server.serve(settings))
+    return 0
+
+
+def _check(settings: Settings, options: argparse.Namespace) -> int:
+    if options.store is None:
+        print(as_json(settings))
+        print("settings are right; --store URL checks a store too", file=sys.stderr)
+        return 0
+    from knapsack_scheduler.inspection import check_store
+
+    report = check_store(settings.store)
+    for line in report.lines:
+        print(line)
+    for line in report.faults:
+        print(f"fault: {line}", file=sys.stderr)
+    return 1 if report.faults else 0
+
+
+def _migrate(settings: Settings, _options: argparse.Namespace) -> int:
+    from knapsack_scheduler.journal.journal import Journal
+
+    journal = Journal(settings.store)
+    journal.open()
+    journal.close()
+    print("the schema is up to date")
+    return 0
+
+
+def _export(settings: Settings, options: argparse.Namespace) -> int:
+    from knapsack_scheduler.inspection import export_run
+
+    for line in export_run(settings.store, options.run, options.what):
+        print(json.dumps(line))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="knapsack-scheduler",
+        description="Divides a budget of rollouts among prompts where it teaches most.",
+        epilog=f"Every setting can also be given in the environment ({ENVIRONMENT}LISTEN ...) or "
+        "in the file of --config; flags win over the environment, and it over the file.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve the API until SIGTERM")
+    _add_settings(serve, list(Settings.model_fields))
+    serve.set_defaults(command=_serve)
+    check = commands.add_parser("check", help="check settings, and with --store a store")
+    _add_settings(check, list(Settings.model_fields))
+    check.set_defaults(command=_check)
+    migrate = commands.add_parser("migrate", help="bring a store's schema up to date")
+    _add_settings(migrate, ["store"])
+    migrate.set_defaults(command=_migrate)
+    export = commands.add_parser("export", help="write a run as JSON lines to stdout")
+    _add_settings(export, ["store"])
+    export.add_argument("--run", required=True, help="run to export")
+    export.add_argument(
+        "--what",
+        choices=("journal", "prompts"),
+        default="journal",
+        help="every recorded call, or the statistics of every prompt (default: journal)",
+    )
+    export.set_defaults(command=_export)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: list[str]) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings as YAML or TOML (default: none)"
+    )
+    for name in names:
+        field = Settings.model_fields[name]
+        if name == "run_defaults":
+            continue
+        flag = "--" + name.replace("_", "-")
+        shown = "off" if field.default is False else field.default
+        text = f"{field.description} (default: {'none' if shown is None else shown})"
+        if field.annotation is bool:
+            parser.add_argument(
+                flag, dest=name, action=argparse.BooleanOptionalAction, default=None, help=text
+            )
+        else:
+            parser.add_argument(
+                flag, dest=name, type=_kind(field), default=None, help=text, metavar=_word(name)
+            )
+
+
+def _kind(field: FieldInfo) -> Any:
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    return kinds[0] if kinds else field.annotation
+
+
+def _word(name: str) -> str:
+    words = {"store": "URL", "listen": "ADDRESS", "seconds": "SECONDS", "level": "LEVEL"}
+    last = name.rsplit("_", 1)[-1]
+    return words.get(last, "FILE" if last in ("cert", "key", "ca", "file") else last.upper())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Settings of the server: flags over environment over one file over defaults."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_scheduler import wire
+from knapsack_scheduler.errors import ConfigError, InvalidArgument
+from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.runconfig import RunConfig
+
+ENVIRONMENT = "KNAPSACK_SCHEDULER_"
+_DEFAULT = RunConfig()
+
+
+class RunDefaults(BaseModel):
+    """Config of runs that are created without one; see RunConfig of the contract."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    policy: str = _DEFAULT.policy
+    objective: str = _DEFAULT.objective
+    success_threshold: float = _DEFAULT.success_threshold
+    min_rollouts: int = _DEFAULT.min_rollouts
+    max_rollouts: int = _DEFAULT.max_rollouts
+    visit_discount: float = _DEFAULT.visit_discount
+    version_discount: float = _DEFAULT.version_discount
+    evidence_cap: float = _DEFAULT.evidence_cap
+
+
+class Settings(BaseSettings):
+    """Everything the server can be told."""
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT, extra="forbid")
+
+    listen: str = Field("127.0.0.1:50051", description="address of the API, HOST:PORT")
+    admin_listen: str = Field(
+        "127.0.0.1:9464", description="address of /metrics, /healthz, /readyz and the live page"
+    )
+    health_listen: str = Field(
+        "127.0.0.1:50052", description="address of plaintext gRPC health checks, for probes"
+    )
+    store: str = Field(
+        "sqlite:///stats.db", description="database URL: sqlite:///FILE or postgresql+psycopg://..."
+    )
+    auto_create_runs: bool = Field(False, description="create unknown runs as they are used")
+    insecure: bool = Field(
+        False, description="allow an API that others can reach without TLS and without tokens"
+    )
+    tls_cert: Path | None = Field(None, description="PEM certificate chain of the API")
+    tls_key: Path | None = Field(None, description="PEM private key of the certificate")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM authorities; clients must show a certificate of one of them"
+    )
+    token_file: Path | None = Field(
+        None, description="file of accepted bearer tokens: a token and a run prefix per line"
+    )
+    max_prompts: int = Field(Limits().prompts, gt=0, description="most prompts of one call")
+    max_concurrent_calls: int = Field(
+        Limits().concurrent_calls, gt=0, description="calls served at once"
+    )
+    drain_seconds: float = Field(
+        10.0, ge=0, description="how long calls under way may take to end after SIGTERM"
+    )
+    log_level: str = Field("info", description="debug, info, warning or error")
+    log_format: str = Field("json", description="json or text")
+    run_defaults: RunDefaults = Field(default_factory=RunDefaults)
+
+
+def load_settings(flags: dict[str, Any], file: Path | None) -> Settings:
+    """Return the settings; flags that were not given are None.
+
+    Raises:
+        ConfigError: names every key at fault and what happens because of it.
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    from_file = _read(file) if file else {}
+    try:
+        # Environment variables win over the file, flags over both.
+        environment = Settings().model_dump(exclude_unset=True)
+        settings = Settings(**{**from_file, **environment, **given})
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()
+        ]
+        raise ConfigError("the scheduler does not start: " + "; ".join(lines)) from None
+    check(settings)
+    return settings
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if file.suffix == ".toml" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"config = {str(file)!r}: cannot be read: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"config = {str(file)!r}: must hold keys and values")
+    return {str(key).replace("-", "_"): value for key, value in data.items()}
+
+
+def check(settings: Settings) -> None:
+    """Raise ConfigError for settings that are each right but not together."""
+    for key in ("listen", "admin_listen", "health_listen"):
+        host_and_port(key, getattr(settings, key))
+    if (settings.tls_cert is None) != (settings.tls_key is None):
+        raise ConfigError("tls_cert and tls_key must be given together; TLS needs both")
+    if settings.tls_client_ca and not settings.tls_cert:
+        raise ConfigError("tls_client_ca needs tls_cert and tls_key; client certificates need TLS")
+    for key in ("tls_cert", "tls_key", "tls_client_ca", "token_file"):
+        path = getattr(settings, key)
+        if path is not None and not path.is_file():
+            raise ConfigError(f"{key} = {str(path)!r}: no such file")
+    if settings.log_level not in ("debug", "info", "warning", "error"):
+        raise ConfigError(
+            f"log_level = {settings.log_level!r}: must be debug, info, warning or error"
+        )
+    if settings.log_format not in ("json", "text"):
+        raise ConfigError(f"log_format = {settings.log_format!r}: must be json or text")
+    host, _ = host_and_port("listen", settings.listen)
+    if not (is_loopback(host) or settings.tls_cert or settings.token_file or settings.insecure):
+        raise ConfigError(
+            f"listen = {settings.listen!r}: others can reach this address, and without tls_cert "
+            "or token_file anybody could change a training run; give one of them, or --insecure "
+            "if the network is yours alone"
+        )
+    default_config(settings)
+
+
+def default_config(settings: Settings) -> RunConfig:
+    """Return the config of runs created without one; ConfigError names the key."""
+    try:
+        return wire.parse_config(pb.RunConfig(**settings.run_defaults.model_dump()))
+    except InvalidArgument as error:
+        field = error.field.replace("config.", "run_defaults.")
+        raise ConfigError(f"{field} = {error.value!r}: {error.allowed}") from None
+
+
+def host_and_port(key: str, address: str) -> tuple[str, int]:
+    """Return the parts of HOST:PORT; ConfigError naming the key otherwise."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{key} = {address!r}: must be HOST:PORT with a port from 0 to 65535")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach the host."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def as_json(settings: Settings) -> str:
+    """Return the settings for people to read; they hold paths and no secrets but the store's."""
+    shown = json.loads(settings.model_dump_json())
+    scheme, at, rest = shown["store"].rpartition("@")
+    if at:
+        shown["store"] = scheme.split("://")[0] + "://***@" + rest
+    return json.dumps(shown, indent=2)

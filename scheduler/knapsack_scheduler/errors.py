@@ -1,0 +1,100 @@
+"""What can go wrong, one tree; turned into gRPC status in ``interceptors.py`` only.
+
+SchedulerError
+├── InvalidArgument      a field, its value, and what is allowed
+├── NotFound             no such run, no such allocation
+├── AlreadyExists        an id used again with other content
+├── FailedPrecondition   a call out of order
+├── ResourceExhausted    a limit of the server
+├── Unauthenticated      no token, or an unknown one
+├── PermissionDenied     a token for other runs
+└── Unavailable          the call may work later, elsewhere
+    └── StoreUnavailable the journal could not be read or written
+
+ConfigError              a setting that the server cannot start with
+"""
+
+from __future__ import annotations
+
+
+class SchedulerError(Exception):
+    """A call that is refused; nothing was changed.
+
+    Attributes:
+        code: name of the gRPC status code.
+    """
+
+    code = "INTERNAL"
+
+
+class InvalidArgument(SchedulerError):
+    """A field of the request has a value that is not allowed.
+
+    Attributes:
+        field: its name, with the position where it is repeated.
+        value: what it was.
+        allowed: what is allowed.
+    """
+
+    code = "INVALID_ARGUMENT"
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+        super().__init__(f"{field} = {_short(value)}: {allowed}")
+
+
+class NotFound(SchedulerError):
+    """The run or the allocation does not exist."""
+
+    code = "NOT_FOUND"
+
+
+class AlreadyExists(SchedulerError):
+    """The id was used before, with other content."""
+
+    code = "ALREADY_EXISTS"
+
+
+class FailedPrecondition(SchedulerError):
+    """Another call must come first."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class ResourceExhausted(SchedulerError):
+    """A limit of the server is reached."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+
+class Unauthenticated(SchedulerError):
+    """The call carries no token that the server knows."""
+
+    code = "UNAUTHENTICATED"
+
+
+class PermissionDenied(SchedulerError):
+    """The token does not cover the run."""
+
+    code = "PERMISSION_DENIED"
+
+
+class Unavailable(SchedulerError):
+    """The server cannot answer now."""
+
+    code = "UNAVAILABLE"
+
+
+class StoreUnavailable(Unavailable):
+    """The journal could not be read or written; nothing was acknowledged."""
+
+
+class ConfigError(Exception):
+    """A setting that the server cannot start with; names it and the consequence."""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:100] + f"... ({len(text)} characters)"

@@ -1,0 +1,97 @@
+"""What the journal says happened to a run: the events that its state is folded from.
+
+Frozen, plain, without protobuf. ``wire.py`` makes them from stored calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from knapsack_scheduler.core.problem import Bounds, Budget, IntArray
+
+ALWAYS = -(2**62)
+"""Step of entries that no rewind forgets."""
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationMade:
+    """A batch got its first wave."""
+
+    allocation_id: str
+    step: int
+    prompt_ids: tuple[str, ...]
+    bounds: Bounds
+    budget: Budget
+    num_rollouts: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class AllocationExtended:
+    """A batch got a further wave."""
+
+    allocation_id: str
+    step: int
+    num_rollouts: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """Rewards of some positions, flat.
+
+    Attributes:
+        owner: position of each reward, int64[n].
+        rewards: float32[n].
+        tokens: completion length of each rollout, int64[n]; None if unknown.
+    """
+
+    owner: IntArray
+    rewards: npt.NDArray[np.float32]
+    tokens: IntArray | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomesReported:
+    """Rollouts came back.
+
+    Attributes:
+        allocation_id: the allocation they belong to; empty for none.
+        step: of the allocation, or their own.
+        prompt_ids: without an allocation, what the positions are of.
+        policy_version: that generated them.
+        rewards: by position.
+    """
+
+    allocation_id: str
+    step: int
+    prompt_ids: tuple[str, ...]
+    policy_version: int
+    rewards: Rewards
+
+
+@dataclass(frozen=True, slots=True)
+class ImportedPart:
+    """One message of an import."""
+
+    step: int
+    prompt_ids: tuple[str, ...]
+    rewards: Rewards
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomesImported:
+    """Outcomes of an earlier run were added."""
+
+    parts: tuple[ImportedPart, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rewound:
+    """Everything after a step was forgotten."""
+
+    step: int
+
+
+Fact = AllocationMade | AllocationExtended | OutcomesReported | OutcomesImported | Rewound

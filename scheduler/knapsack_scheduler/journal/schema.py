@@ -1,0 +1,47 @@
+"""The tables of the journal, the same on SQLite and PostgreSQL."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# SQLite counts rowids for INTEGER PRIMARY KEY only.
+_RUN_KEY = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    # Tells a run from a later one of the same name.
+    sa.Column("run_key", _RUN_KEY, primary_key=True, autoincrement=True),
+    sa.Column("run_id", sa.Text, nullable=False, unique=True),
+    sa.Column("config", sa.LargeBinary, nullable=False),
+    sa.Column("create_time", sa.BigInteger, nullable=False),  # nanoseconds since 1970
+    # Of the newest entry. Appending locks this row, so that entries become visible in
+    # the order of their numbers.
+    sa.Column("last_seq", sa.BigInteger, nullable=False),
+    # Rewinds so far: ids may be used again after one.
+    sa.Column("branch", sa.BigInteger, nullable=False),
+)
+
+entries = sa.Table(
+    "entries",
+    metadata,
+    sa.Column("run_key", _RUN_KEY, sa.ForeignKey("runs.run_key"), primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True),
+    sa.Column("kind", sa.Text, nullable=False),
+    sa.Column("key", sa.Text, nullable=False),
+    sa.Column("branch", sa.BigInteger, nullable=False),
+    sa.Column("step", sa.BigInteger, nullable=False),
+    sa.Column("digest", sa.LargeBinary, nullable=False),
+    sa.Column("payload", sa.LargeBinary, nullable=False),
+    sa.Column("answer", sa.LargeBinary, nullable=False),
+    sa.UniqueConstraint("run_key", "kind", "key", "branch", name="uq_entries_key"),
+)

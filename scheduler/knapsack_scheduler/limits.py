@@ -1,0 +1,30 @@
+"""What one call may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Largest requests that are served.
+
+    Attributes:
+        prompts: positions of one call.
+        id_length: characters of a prompt id.
+        total_rollouts: budget of one allocation, and rollouts of one report.
+        step: step, policy version and token budget.
+        import_rollouts: rollouts of one import.
+        import_bytes: bytes of one import.
+        message_bytes: bytes of one message.
+        concurrent_calls: calls served at once.
+    """
+
+    prompts: int = 200_000
+    id_length: int = 1024
+    total_rollouts: int = 10_000_000
+    step: int = 2**53
+    import_rollouts: int = 10_000_000
+    import_bytes: int = 256 * 2**20
+    message_bytes: int = 64 * 2**20
+    concurrent_calls: int = 1024

@@ -1,0 +1,113 @@
+"""Structured logs on stderr: JSON lines, or text for people. Secrets are never in them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+
+from knapsack_scheduler.events import (
+    BudgetDivided,
+    CallHandled,
+    Event,
+    OutcomesCounted,
+    RunRemoved,
+    RunRewound,
+)
+
+_LOG = logging.getLogger("knapsack_scheduler")
+_REFUSED_BY_CALLER = {"INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION"}
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per record; fields given as ``extra={"fields": {...}}`` are merged."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class Text(logging.Formatter):
+    """One readable line per record."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as a line with its fields behind it."""
+        fields = getattr(record, "fields", {})
+        return super().format(record) + "".join(f" {key}={value}" for key, value in fields.items())
+
+
+def configure(level: str, kind: str) -> None:
+    """Send every log of the process to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if kind == "json" else Text())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+
+
+def log_event(event: Event) -> None:
+    """Write an event to the log, with the ids that find it again."""
+    match event:
+        case CallHandled(code="OK"):
+            _write(logging.DEBUG, "call", method=event.method, **_ids(event))
+        case CallHandled():
+            level = logging.WARNING if event.code in _REFUSED_BY_CALLER else logging.ERROR
+            _write(
+                logging.INFO if event.code == "CANCELLED" else level,
+                "call refused",
+                method=event.method,
+                code=event.code,
+                reason=event.message,
+                **_ids(event),
+            )
+        case BudgetDivided():
+            _write(
+                logging.INFO,
+                "budget divided",
+                run_id=event.run_id,
+                step=event.step,
+                wave=event.wave,
+                prompts=event.prompts,
+                rollouts=event.allocated,
+                largest_group=event.reasons.largest_group,
+                effective_group_rate=round(event.reasons.effective_group_rate, 4),
+            )
+        case OutcomesCounted():
+            _write(
+                logging.INFO,
+                "outcomes imported" if event.imported else "outcomes reported",
+                run_id=event.run_id,
+                step=event.step,
+                rollouts=event.counted.accepted,
+                ignored=event.counted.ignored,
+            )
+        case RunRewound():
+            _write(logging.WARNING, "run rewound", run_id=event.run_id, step=event.step)
+        case RunRemoved():
+            _write(logging.WARNING, "run deleted", run_id=event.run_id)
+
+
+def _ids(event: CallHandled) -> dict[str, object]:
+    return {
+        "run_id": event.run_id[:256],
+        "call_id": event.call_id[:256],
+        "milliseconds": round(event.seconds * 1e3, 2),
+    }
+
+
+def _write(level: int, message: str, **fields: object) -> None:
+    if _LOG.isEnabledFor(level):
+        _LOG.log(level, message, extra={"fields": fields})

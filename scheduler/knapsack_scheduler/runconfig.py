@@ -1,0 +1,29 @@
+"""How a run decides, with every default in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """The settings of a run; fixed when it is created.
+
+    Attributes:
+        policy: rule that divides the budget, one of ``core.policy.POLICIES``.
+        objective: what is maximised, one of ``core.objective.OBJECTIVES``.
+        success_threshold: a rollout is a success if its reward is above this.
+        min_rollouts, max_rollouts: bounds of a prompt where a request sets none.
+        visit_discount: weight left to evidence per later visit, in (0, 1].
+        version_discount: weight left to evidence per policy version, in (0, 1].
+        evidence_cap: most rollouts that a prompt's evidence may weigh, above 0.
+    """
+
+    policy: str = "posterior"
+    objective: str = "paper"
+    success_threshold: float = 0.5
+    min_rollouts: int = 2
+    max_rollouts: int = 128
+    visit_discount: float = 0.5
+    version_discount: float = 0.999
+    evidence_cap: float = 32.0

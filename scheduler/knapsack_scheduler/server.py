@@ -1,0 +1,182 @@
+"""Wires the service to its sockets and takes them down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+
+import grpc
+import grpc.aio
+from aiohttp import web
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry
+
+from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
+from knapsack_scheduler.admin import LivePage, admin_app
+from knapsack_scheduler.config import Settings, default_config, host_and_port
+from knapsack_scheduler.errors import ConfigError
+from knapsack_scheduler.events import Events
+from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.logs import log_event
+from knapsack_scheduler.metrics import Metrics
+from knapsack_scheduler.rpc import SchedulerServicer
+from knapsack_scheduler.security import TokenGuard, server_credentials
+from knapsack_scheduler.service import SchedulerService
+
+READINESS = ""
+LIVENESS = "liveness"
+_SERVICE = pb.DESCRIPTOR.services_by_name["BudgetScheduler"].full_name
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Server:
+    """The scheduler with all its sockets, from start to drained."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._limits = Limits(
+            prompts=settings.max_prompts, concurrent_calls=settings.max_concurrent_calls
+        )
+        self._journal = Journal(settings.store)
+        self._events = Events()
+        self._health = health_aio.HealthServicer()
+        self._serving = False
+        self._service: SchedulerService | None = None
+        self._api: grpc.aio.Server | None = None
+        self._probes: grpc.aio.Server | None = None
+        self._admin: web.AppRunner | None = None
+        self.addresses: dict[str, str] = {}
+
+    async def start(self) -> None:
+        """Open the store and every socket; ConfigError says which of them failed."""
+        settings = self._settings
+        await asyncio.to_thread(self._journal.open)
+        try:
+            self._service = SchedulerService(
+                self._journal,
+                auto_create_runs=settings.auto_create_runs,
+                default_config=default_config(settings),
+                limits=self._limits,
+                events=self._events,
+            )
+            await self._start_admin()
+            await self._start_probes()
+            await self._start_api(self._service)
+        except BaseException:
+            await self.stop(0.0)
+            raise
+        await self._health.set(LIVENESS, _SERVING)
+        await self._set_ready(True)
+
+    async def _start_api(self, service: SchedulerService) -> None:
+        settings = self._settings
+        guard = TokenGuard(settings.token_file) if settings.token_file else None
+        size = self._limits.message_bytes
+        server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", size),
+                ("grpc.max_send_message_length", size),
+            ],
+            maximum_concurrent_rpcs=self._limits.concurrent_calls,
+        )
+        rpc.add_BudgetSchedulerServicer_to_server(SchedulerServicer(service, guard), server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        credentials = None
+        if settings.tls_cert and settings.tls_key:
+            credentials = server_credentials(
+                settings.tls_cert, settings.tls_key, settings.tls_client_ca
+            )
+        self.addresses["listen"] = _bind(server, "listen", settings.listen, credentials)
+        await server.start()
+        self._api = server
+
+    async def _start_probes(self) -> None:
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self.addresses["health"] = _bind(server, "health_listen", self._settings.health_listen)
+        await server.start()
+        self._probes = server
+
+    async def _start_admin(self) -> None:
+        registry = CollectorRegistry()
+        for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
+            registry.register(collector)
+        page = LivePage()
+        for listener in (Metrics(registry), page, log_event):
+            self._events.listen(listener)
+        runner = web.AppRunner(admin_app(registry, page, lambda: self._serving))
+        await runner.setup()
+        self._admin = runner
+        host, port = host_and_port("admin_listen", self._settings.admin_listen)
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise ConfigError(
+                f"admin_listen = {self._settings.admin_listen!r}: cannot be bound: {error.strerror}"
+            ) from None
+        self.addresses["admin"] = f"{host}:{runner.addresses[0][1]}"
+
+    async def _set_ready(self, ready: bool) -> None:
+        self._serving = ready
+        for name in (READINESS, _SERVICE):
+            await self._health.set(name, _SERVING if ready else _NOT_SERVING)
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new calls, let those under way end, then close everything."""
+        await self._set_ready(False)
+        if self._api:
+            await self._api.stop(grace)
+        if self._service:
+            await asyncio.to_thread(self._service.close)
+        await asyncio.to_thread(self._journal.close)
+        if self._probes:
+            await self._probes.stop(0)
+        if self._admin:
+            await self._admin.cleanup()
+
+
+def _bind(
+    server: grpc.aio.Server,
+    key: str,
+    address: str,
+    credentials: grpc.ServerCredentials | None = None,
+) -> str:
+    host, _ = host_and_port(key, address)
+    try:
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise ConfigError(f"{key} = {address!r}: cannot be bound; is it in use?")
+    return f"{host}:{port}"
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Prints one JSON object with the real addresses on stdout once calls are served.
+    """
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    server = Server(settings)
+    await server.start()
+    order = ("listen", "admin", "health")
+    line = {"event": "serving", **{name: server.addresses[name] for name in order}}
+    print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
+    await stopped.wait()
+    await server.stop(settings.drain_seconds)

@@ -1,0 +1,412 @@
+"""The calls of the contract: validate, read, decide, write, answer.
+
+Knows neither gRPC nor Prometheus: takes and returns messages, raises ``errors``, emits
+``events``. The gRPC server and the in-process client call the same methods.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import AsyncIterator
+
+import numpy as np
+from google.protobuf.message import Message
+
+from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_scheduler import pages, validation, wire
+from knapsack_scheduler.core.policy import plan_allocation, plan_extension
+from knapsack_scheduler.core.problem import Budget, Decision, InfeasibleBudget
+from knapsack_scheduler.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+)
+from knapsack_scheduler.events import (
+    BudgetDivided,
+    Events,
+    OutcomesCounted,
+    RunRemoved,
+    RunRewound,
+)
+from knapsack_scheduler.facts import ALWAYS
+from knapsack_scheduler.journal.journal import Entry, Journal, Writing
+from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.runconfig import RunConfig
+from knapsack_scheduler.runs import LoadedRun, Runs
+from knapsack_scheduler.state import OpenAllocation
+
+
+class SchedulerService:
+    """The budget scheduler on one journal."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        auto_create_runs: bool = False,
+        default_config: RunConfig | None = None,
+        limits: Limits | None = None,
+        events: Events | None = None,
+    ) -> None:
+        self._journal = journal
+        self._default_config = default_config or RunConfig()
+        self._limits = limits or Limits()
+        self.events = events or Events()
+        self._runs = Runs(
+            journal,
+            self.events,
+            auto_create_runs=auto_create_runs,
+            default_config=self._default_config,
+        )
+
+    def close(self) -> None:
+        """Wait for calls under way; the journal is closed by whoever opened it."""
+        self._runs.close()
+
+    async def create_run(self, request: pb.CreateRunRequest) -> pb.Run:
+        """Create a run, or answer the one there is if its config is the same."""
+        run_id = validation.name("run_id", request.run_id)
+        config = self._default_config
+        if request.HasField("config"):
+            config = wire.parse_config(request.config)
+        try:
+            await self._runs.create(run_id, config)
+        except AlreadyExists:
+            run = await self.get_run(pb.GetRunRequest(run_id=run_id))
+            if run.config != wire.config_message(config):
+                raise AlreadyExists(
+                    f"run_id = {run_id!r}: exists with another config: "
+                    f"{_differences(run.config, wire.config_message(config))}"
+                ) from None
+            return run
+        return await self.get_run(pb.GetRunRequest(run_id=run_id))
+
+    async def get_run(self, request: pb.GetRunRequest) -> pb.Run:
+        """Return one run."""
+        run_id = validation.name("run_id", request.run_id)
+        run, _ = await self._runs.alone(
+            run_id, lambda run, _writing: wire.run_message(run.row, run.state)
+        )
+        return run
+
+    async def list_runs(self, request: pb.ListRunsRequest) -> pb.ListRunsResponse:
+        """Return a page of runs."""
+        size = pages.page_size(request.page_size, 100, 1000)
+        after = pages.key_before(request.page_token)
+        rows = await self._runs.in_thread(lambda: self._journal.list_runs(after, size + 1))
+        answer = pb.ListRunsResponse()
+        for row in rows[:size]:
+            try:
+                answer.runs.append(await self.get_run(pb.GetRunRequest(run_id=row.run_id)))
+            except NotFound:
+                continue  # Deleted since.
+        if len(rows) > size:
+            answer.next_page_token = pages.token_after(rows[size - 1].run_id)
+        return answer
+
+    async def delete_run(self, request: pb.DeleteRunRequest) -> pb.DeleteRunResponse:
+        """Delete a run."""
+        run_id = validation.name("run_id", request.run_id)
+        await self._runs.delete(run_id)
+        self.events.emit(RunRemoved(run_id))
+        return pb.DeleteRunResponse()
+
+    async def allocate(self, request: pb.AllocateRequest) -> pb.Allocation:
+        """Divide a budget among the prompts of a batch."""
+        ids = await self._runs.in_thread(lambda: wire.check_allocate(request, self._limits))
+        (answer, divided), _ = await self._runs.alone(
+            request.run_id,
+            lambda run, writing: self._allocate(request, ids, run, writing),
+            create=True,
+        )
+        if divided:
+            self.events.emit(divided)
+        return answer
+
+    def _allocate(
+        self, request: pb.AllocateRequest, ids: tuple[str, ...], run: LoadedRun, writing: Writing
+    ) -> tuple[pb.Allocation, BudgetDivided | None]:
+        digest = wire.digest_of(request)
+        before = run.answered(writing, "allocate", request.request_id, digest)
+        if before is not None:
+            return pb.Allocation.FromString(before), None
+        state = run.state
+        bounds = wire.bounds_of(request, state.config)
+        budget = wire.budget_of(request)
+        beliefs, prior = state.beliefs(ids)
+        if budget.total_tokens and not budget.total_rollouts and not beliefs.expected_tokens.any():
+            raise InvalidArgument(
+                "total_tokens",
+                budget.total_tokens,
+                "needs completion_tokens in earlier reports of the run; set total_rollouts "
+                "until there are some",
+            )
+        if not beliefs.expected_tokens.any():
+            budget = Budget(budget.total_rollouts, 0, budget.wave_fraction, budget.allow_partial)
+        start = time.perf_counter()
+        try:
+            decision = plan_allocation(
+                state.config.policy, state.config.objective, beliefs, bounds, budget
+            )
+        except InfeasibleBudget as error:
+            raise InvalidArgument(error.field, error.value, error.allowed) from None
+        seconds = time.perf_counter() - start
+        name = wire.allocation_id(run.row.run_key, run.row.branch, request.request_id)
+        answer = wire.allocation_message(name, run.row.run_id, request.step, 1, decision, prior)
+        writing.append(
+            _entry("allocate", request.request_id, request.step, digest, request, answer)
+        )
+        return answer, _divided(run, request.step, 1, decision, seconds)
+
+    async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
+        """Spend what an allocation has left."""
+        wire.check_extend(request)
+        (answer, divided), _ = await self._runs.alone(
+            request.run_id, lambda run, writing: self._extend(request, run, writing)
+        )
+        if divided:
+            self.events.emit(divided)
+        return answer
+
+    def _extend(
+        self, request: pb.ExtendRequest, run: LoadedRun, writing: Writing
+    ) -> tuple[pb.Allocation, BudgetDivided | None]:
+        digest = wire.digest_of(request)
+        before = run.answered(writing, "extend", request.request_id, digest)
+        if before is not None:
+            return pb.Allocation.FromString(before), None
+        state = run.state
+        allocation = _allocation(run, request.allocation_id)
+        if not request.keep_outstanding and not allocation.delivered.any():
+            raise FailedPrecondition(
+                f"allocation_id = {request.allocation_id!r}: nothing was reported of it yet; "
+                "Report its rollouts first, or set keep_outstanding to count them as running"
+            )
+        ids = tuple(state.prompt_ids[row] for row in allocation.rows.tolist())
+        beliefs, prior = state.beliefs(ids)
+        budget = allocation.budget
+        tokens = budget.total_tokens if beliefs.expected_tokens.any() else 0
+        start = time.perf_counter()
+        decision = plan_extension(
+            state.config.policy,
+            state.config.objective,
+            beliefs,
+            allocation.bounds,
+            Budget(budget.total_rollouts, tokens, request.wave_fraction, True),
+            allocation.outcomes(),
+            request.keep_outstanding,
+        )
+        seconds = time.perf_counter() - start
+        wave = allocation.wave + 1
+        answer = wire.allocation_message(
+            request.allocation_id, run.row.run_id, allocation.step, wave, decision, prior
+        )
+        writing.append(
+            _entry("extend", request.request_id, allocation.step, digest, request, answer)
+        )
+        return answer, _divided(run, allocation.step, wave, decision, seconds)
+
+    async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
+        """Record rewards."""
+        await self._runs.in_thread(lambda: wire.check_report(request, self._limits))
+        (answer, step, known), counted = await self._runs.alone(
+            request.run_id,
+            lambda run, writing: self._report(request, run, writing),
+            create=not request.allocation_id,
+        )
+        if counted.accepted or counted.ignored:
+            self.events.emit(
+                OutcomesCounted(
+                    request.run_id, step, request.policy_version, counted, known.state.known_prompts
+                )
+            )
+        return answer
+
+    def _report(
+        self, request: pb.ReportRequest, run: LoadedRun, writing: Writing
+    ) -> tuple[pb.ReportResponse, int, LoadedRun]:
+        digest = wire.digest_of(request)
+        before = run.answered(writing, "report", request.report_id, digest)
+        if before is not None:
+            return pb.ReportResponse.FromString(before), request.step, run
+        count = len(request.rewards)
+        if request.allocation_id in run.state.abandoned:
+            answer = pb.ReportResponse(ignored_rollouts=count)
+            step = ALWAYS
+        elif request.allocation_id:
+            allocation = _allocation(run, request.allocation_id)
+            _check_report(request, allocation)
+            answer = pb.ReportResponse(accepted_rollouts=count)
+            step = allocation.step
+        else:
+            answer = pb.ReportResponse(accepted_rollouts=count)
+            step = request.step
+        writing.append(_entry("report", request.report_id, step, digest, request, answer))
+        return answer, step, run
+
+    async def rewind_run(self, request: pb.RewindRunRequest) -> pb.Run:
+        """Forget what came after a step."""
+        validation.name("run_id", request.run_id)
+        validation.within("step", request.step, -1, self._limits.step)
+        if request.request_id:
+            validation.name("request_id", request.request_id)
+        (answer, done), _ = await self._runs.alone(
+            request.run_id, lambda run, writing: self._rewind(request, run, writing)
+        )
+        if done:
+            self.events.emit(RunRewound(request.run_id, request.step))
+        return answer
+
+    def _rewind(
+        self, request: pb.RewindRunRequest, run: LoadedRun, writing: Writing
+    ) -> tuple[pb.Run, bool]:
+        digest = wire.digest_of(request)
+        if request.request_id:
+            before = run.answered(writing, "rewind", request.request_id, digest)
+            if before is not None:
+                return pb.Run.FromString(before), False
+        run.refold(writing, rewound_to=request.step)
+        answer = wire.run_message(run.row, run.state)
+        answer.rewinds += 1
+        # Without an id of its own a rewind is named for its place in the journal.
+        key = request.request_id or f"\x01{writing.run.last_seq + 1}"
+        writing.append(_entry("rewind", key, request.step, digest, request, answer))
+        return answer, True
+
+    async def list_prompt_stats(
+        self, request: pb.ListPromptStatsRequest
+    ) -> pb.ListPromptStatsResponse:
+        """Return a page of prompt statistics."""
+        validation.name("run_id", request.run_id)
+        size = pages.page_size(request.page_size, 1000, 100_000)
+        after = pages.key_before(request.page_token)
+        answer, _ = await self._runs.alone(
+            request.run_id, lambda run, _writing: _stats_page(run, after, size)
+        )
+        return answer
+
+    async def import_outcomes(
+        self, requests: AsyncIterator[pb.ImportOutcomesRequest]
+    ) -> pb.ImportOutcomesResponse:
+        """Add the outcomes of an earlier run."""
+        stream = wire.ImportStream(self._limits)
+        async for message in requests:
+            stream.add(message)
+        payload = await self._runs.in_thread(stream.payload)
+        (answer, run), counted = await self._runs.alone(
+            stream.run_id,
+            lambda run, writing: (self._import(stream, payload, run, writing), run),
+            create=True,
+        )
+        if counted.accepted:
+            self.events.emit(
+                OutcomesCounted(
+                    stream.run_id, -1, 0, counted, run.state.known_prompts, imported=True
+                )
+            )
+        return answer
+
+    def _import(
+        self, stream: wire.ImportStream, payload: bytes, run: LoadedRun, writing: Writing
+    ) -> pb.ImportOutcomesResponse:
+        digest = wire.digest_of_bytes(payload)
+        before = run.answered(writing, "import", stream.request_id, digest)
+        if before is not None:
+            return pb.ImportOutcomesResponse.FromString(before)
+        prompts = {
+            p
+            for message in stream.messages or ()
+            for p, n in zip(message.prompt_ids, message.num_rewards, strict=True)
+            if n
+        }
+        answer = pb.ImportOutcomesResponse(
+            imported_rollouts=stream.rollouts, imported_prompts=len(prompts)
+        )
+        writing.append(
+            Entry(
+                0,
+                "import",
+                stream.request_id,
+                0,
+                ALWAYS,
+                digest,
+                payload,
+                answer.SerializeToString(),
+            )
+        )
+        return answer
+
+
+def _entry(
+    kind: str, key: str, step: int, digest: bytes, request: Message, answer: Message
+) -> Entry:
+    return Entry(
+        0, kind, key, 0, step, digest, request.SerializeToString(), answer.SerializeToString()
+    )
+
+
+def _allocation(run: LoadedRun, name: str) -> OpenAllocation:
+    allocation = run.state.allocations.get(name)
+    if allocation is not None:
+        return allocation
+    reason = "was forgotten by a rewind" if name in run.state.abandoned else "does not exist"
+    raise NotFound(f"allocation_id = {name!r}: {reason} in run {run.row.run_id!r}")
+
+
+def _check_report(request: pb.ReportRequest, allocation: OpenAllocation) -> None:
+    """Refuse rewards for positions that do not exist and more than were allocated."""
+    if request.step not in (0, allocation.step):
+        raise InvalidArgument(
+            "step", request.step, f"must be the allocation's, {allocation.step}, or not set"
+        )
+    positions = allocation.rows.size
+    owner = wire.rewards_of(request, positions).owner
+    delivered = allocation.delivered + np.bincount(owner, minlength=positions)
+    over = delivered > allocation.allocated
+    if over.any():
+        at = int(np.argmax(over))
+        place = list(request.prompt_indices).index(at)
+        raise InvalidArgument(
+            f"num_rewards[{place}]",
+            request.num_rewards[place],
+            f"brings position {at} to {int(delivered[at])} rollouts; "
+            f"{int(allocation.allocated[at])} were allocated",
+        )
+
+
+def _divided(
+    run: LoadedRun, step: int, wave: int, decision: Decision, seconds: float
+) -> BudgetDivided:
+    return BudgetDivided(
+        run.row.run_id,
+        step,
+        wave,
+        decision.num_rollouts.size,
+        decision.allocated,
+        decision.unallocated,
+        decision.reasons,
+        tuple(decision.num_rollouts.tolist()),
+        seconds,
+    )
+
+
+def _stats_page(run: LoadedRun, after: str, size: int) -> pb.ListPromptStatsResponse:
+    known = run.state.sorted_prompts()
+    start = bisect_right(known, after, key=lambda pair: pair[0]) if after else 0
+    page = known[start : start + size]
+    rows = np.fromiter((row for _, row in page), np.int64, len(page))
+    answer = wire.stats_message([p for p, _ in page], run.state.stats_of(rows))
+    if start + size < len(known):
+        answer.next_page_token = pages.token_after(page[-1][0])
+    return answer
+
+
+def _differences(there: pb.RunConfig, asked: pb.RunConfig) -> str:
+    fields = (field.name for field in pb.RunConfig.DESCRIPTOR.fields)
+    return ", ".join(
+        f"{name} is {getattr(there, name)!r}, asked for {getattr(asked, name)!r}"
+        for name in fields
+        if getattr(there, name) != getattr(asked, name)
+    )

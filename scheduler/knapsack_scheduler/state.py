@@ -1,0 +1,372 @@
+"""A run in memory: a fold of its journal, and nothing else.
+
+Prompts are rows of growable columns, found by their ids. Statistics are integer sums and
+windows of visits, so they do not depend on the order in which reports arrived. A rewind
+folds the journal anew without what it forgets; nothing is ever taken back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from knapsack_scheduler.core.evidence import (
+    IMPORT_STEP_OFFSET,
+    GroupOutcomes,
+    Visits,
+    group_outcomes,
+    merge_visits,
+)
+from knapsack_scheduler.core.posterior import (
+    Discounts,
+    Prior,
+    PriorStatistics,
+    beta_posterior,
+    fit_prior,
+)
+from knapsack_scheduler.core.problem import (
+    Beliefs,
+    BoolArray,
+    Bounds,
+    Budget,
+    FloatArray,
+    IntArray,
+    WaveOutcomes,
+    tie_keys,
+)
+from knapsack_scheduler.facts import (
+    AllocationExtended,
+    AllocationMade,
+    Fact,
+    OutcomesImported,
+    OutcomesReported,
+    Rewards,
+    Rewound,
+)
+from knapsack_scheduler.runconfig import RunConfig
+
+TOKEN_SHRINKAGE = 4
+"""A prompt's mean length counts like this many rollouts of the run's mean length more."""
+
+
+@dataclass(slots=True)
+class OpenAllocation:
+    """An allocation that reports may still arrive for.
+
+    Attributes:
+        step: the trainer's.
+        rows: of the prompt at each position, int32[M].
+        bounds: of whole groups.
+        budget: of all waves.
+        wave: the newest.
+        allocated, delivered, successes: int32[M], all waves so far.
+        low, high: lowest and highest reward at each position, float32[M].
+    """
+
+    step: int
+    rows: npt.NDArray[np.int32]
+    bounds: Bounds
+    budget: Budget
+    wave: int
+    allocated: npt.NDArray[np.int32]
+    delivered: npt.NDArray[np.int32]
+    successes: npt.NDArray[np.int32]
+    low: npt.NDArray[np.float32]
+    high: npt.NDArray[np.float32]
+
+    @property
+    def mixed(self) -> BoolArray:
+        """Positions whose rewards are not all equal, bool[M]."""
+        return self.low < self.high
+
+    def outcomes(self) -> WaveOutcomes:
+        """Return what became of the waves so far."""
+        return WaveOutcomes(
+            self.allocated.astype(np.int64),
+            self.delivered.astype(np.int64),
+            self.successes.astype(np.int64),
+            self.mixed,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What folding a report changed.
+
+    Attributes:
+        accepted: rollouts counted.
+        ignored: rollouts of a forgotten allocation.
+        groups: positions that had their first rollout.
+        effective_groups: positions whose rewards became unequal.
+        effective_rollouts: rollouts that came to lie in groups with unequal rewards.
+    """
+
+    accepted: int = 0
+    ignored: int = 0
+    groups: int = 0
+    effective_groups: int = 0
+    effective_rollouts: int = 0
+
+
+class RunState:
+    """Everything that is known of one run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.discounts = Discounts(
+            config.visit_discount, config.version_discount, config.evidence_cap
+        )
+        self.prompt_ids: list[str] = []
+        self.allocations: dict[str, OpenAllocation] = {}
+        self.abandoned: set[str] = set()
+        self.last_step = -1
+        self.last_policy_version = 0
+        self.known_prompts = 0
+        self.total_rollouts = 0
+        self.total_successes = 0
+        self.ignored_rollouts = 0
+        self._rows: dict[str, int] = {}
+        self._visits = Visits()
+        self._prior_statistics = PriorStatistics()
+        self._sums = np.zeros((_SUMS, 0), np.int64)
+        self._keys = np.zeros(0, np.uint64)
+        self._token_sum = 0
+        self._token_rollouts = 0
+        self._sorted: list[tuple[str, int]] | None = None
+
+    def fold(self, fact: Fact) -> Counted:
+        """Take in what happened next; returns what it changed."""
+        match fact:
+            case AllocationMade():
+                self._open(fact)
+            case AllocationExtended():
+                allocation = self.allocations[fact.allocation_id]
+                allocation.allocated += fact.num_rollouts.astype(np.int32)
+                allocation.wave += 1
+            case OutcomesReported():
+                return self._report(fact)
+            case OutcomesImported():
+                return self._import(fact)
+            case Rewound():
+                raise AssertionError("a rewind is a new fold of the journal")
+        return Counted()
+
+    def abandon(self, fact: Fact) -> None:
+        """Remember of a forgotten fact what must be: the name of its allocation."""
+        if isinstance(fact, AllocationMade):
+            self.abandoned.add(fact.allocation_id)
+
+    def rows_of(self, prompt_ids: tuple[str, ...]) -> IntArray:
+        """Return the row of each prompt, int64[M]; -1 where there is none."""
+        find = self._rows.get
+        return np.fromiter((find(p, -1) for p in prompt_ids), np.int64, len(prompt_ids))
+
+    def beliefs(self, prompt_ids: tuple[str, ...]) -> tuple[Beliefs, Prior]:
+        """Return what is believed of each position's prompt, and the run's prior."""
+        rows = self.rows_of(prompt_ids)
+        prior = fit_prior(self._prior_statistics)
+        alpha, beta = beta_posterior(
+            self._visits, rows, self.last_policy_version, self.discounts, prior
+        )
+        known = rows >= 0
+        keys = np.zeros(rows.shape, np.uint64)
+        keys[known] = self._keys[rows[known]]
+        if not known.all():
+            new = np.flatnonzero(~known)
+            keys[new] = tie_keys([prompt_ids[k] for k in new])
+        unseen = ~known
+        unseen[known] = self._sums[_ROLLOUTS, rows[known]] == 0
+        return Beliefs(alpha, beta, keys, unseen, self._expected_tokens(rows)), prior
+
+    def _expected_tokens(self, rows: IntArray) -> FloatArray:
+        if self._token_rollouts == 0:
+            return np.zeros(rows.shape)
+        mean = self._token_sum / self._token_rollouts
+        expected = np.full(rows.shape, mean)
+        known = rows >= 0
+        tokens = self._sums[_TOKENS, rows[known]]
+        rollouts = self._sums[_TOKEN_ROLLOUTS, rows[known]]
+        expected[known] = (tokens + TOKEN_SHRINKAGE * mean) / (rollouts + TOKEN_SHRINKAGE)
+        return expected
+
+    def _add_prompts(self, prompt_ids: tuple[str, ...]) -> IntArray:
+        rows = self.rows_of(prompt_ids)
+        if (rows >= 0).all():
+            return rows
+        new = list(dict.fromkeys(p for p, row in zip(prompt_ids, rows, strict=True) if row < 0))
+        first = len(self.prompt_ids)
+        self.prompt_ids.extend(new)
+        self._rows.update(zip(new, range(first, first + len(new)), strict=True))
+        size = len(self.prompt_ids)
+        self._visits.grow(size)
+        if size > self._sums.shape[1]:
+            capacity = max(size, self._sums.shape[1] * 5 // 4, 64)
+            sums = np.zeros((_SUMS, capacity), np.int64)
+            sums[_LAST_STEP] = -1
+            sums[:, :first] = self._sums[:, :first]
+            keys = np.zeros(capacity, np.uint64)
+            keys[:first] = self._keys[:first]
+            self._sums, self._keys = sums, keys
+        self._keys[first:size] = tie_keys(new)
+        return self.rows_of(prompt_ids)
+
+    def _open(self, fact: AllocationMade) -> None:
+        rows = self._add_prompts(fact.prompt_ids)
+        count = rows.size
+        self.allocations[fact.allocation_id] = OpenAllocation(
+            fact.step,
+            rows.astype(np.int32),
+            fact.bounds,
+            fact.budget,
+            1,
+            fact.num_rollouts.astype(np.int32),
+            np.zeros(count, np.int32),
+            np.zeros(count, np.int32),
+            np.full(count, np.inf, np.float32),
+            np.full(count, -np.inf, np.float32),
+        )
+        self.last_step = max(self.last_step, fact.step)
+
+    def _report(self, fact: OutcomesReported) -> Counted:
+        if fact.allocation_id in self.abandoned:
+            self.ignored_rollouts += fact.rewards.rewards.size
+            return Counted(ignored=fact.rewards.rewards.size)
+        allocation = self.allocations.get(fact.allocation_id)
+        if allocation is not None:
+            rows = allocation.rows.astype(np.int64)
+        else:
+            rows = self._add_prompts(fact.prompt_ids)
+        self.last_step = max(self.last_step, fact.step)
+        self.last_policy_version = max(self.last_policy_version, fact.policy_version)
+        outcomes = self._outcomes(fact.rewards, rows.size)
+        self._learn(rows, outcomes, fact.rewards, fact.step, fact.policy_version)
+        if allocation is not None:
+            return _deliver(allocation, outcomes)
+        mixed = outcomes.reward_min < outcomes.reward_max
+        return Counted(
+            accepted=int(outcomes.rollouts.sum()),
+            groups=int(np.count_nonzero(outcomes.rollouts)),
+            effective_groups=int(np.count_nonzero(mixed)),
+            effective_rollouts=int(outcomes.rollouts[mixed].sum()),
+        )
+
+    def _import(self, fact: OutcomesImported) -> Counted:
+        accepted = 0
+        for part in fact.parts:
+            rows = self._add_prompts(part.prompt_ids)
+            outcomes = self._outcomes(part.rewards, rows.size)
+            self._learn(rows, outcomes, part.rewards, part.step - IMPORT_STEP_OFFSET, 0)
+            accepted += int(outcomes.rollouts.sum())
+        return Counted(accepted=accepted)
+
+    def _outcomes(self, rewards: Rewards, positions: int) -> GroupOutcomes:
+        return group_outcomes(
+            rewards.rewards, rewards.owner, positions, self.config.success_threshold
+        )
+
+    def _learn(
+        self,
+        rows: IntArray,
+        outcomes: GroupOutcomes,
+        rewards: Rewards,
+        step: int,
+        policy_version: int,
+    ) -> None:
+        """Add the outcomes to the prompts' sums and windows."""
+        some = outcomes.rollouts > 0
+        unique, place = np.unique(rows[some], return_inverse=True)
+        rollouts = np.zeros(unique.size, np.int64)
+        successes = np.zeros(unique.size, np.int64)
+        np.add.at(rollouts, place, outcomes.rollouts[some])
+        np.add.at(successes, place, outcomes.successes[some])
+        before = self._newest(unique)
+        merge_visits(self._visits, unique, step, policy_version, rollouts, successes)
+        self._prior_statistics = self._prior_statistics.moved(*before, *self._newest(unique))
+        sums = self._sums
+        first = int(np.count_nonzero(sums[_ROLLOUTS, unique] == 0))
+        if first:
+            self.known_prompts += first
+            self._sorted = None
+        sums[_ROLLOUTS, unique] += rollouts
+        sums[_SUCCESSES, unique] += successes
+        self.total_rollouts += int(rollouts.sum())
+        self.total_successes += int(successes.sum())
+        if step >= 0:
+            old_step, old_version = sums[_LAST_STEP, unique], sums[_LAST_VERSION, unique]
+            newer = (step > old_step) | ((step == old_step) & (policy_version > old_version))
+            sums[_LAST_STEP, unique[newer]] = step
+            sums[_LAST_VERSION, unique[newer]] = policy_version
+        if rewards.tokens is not None:
+            of = rows[rewards.owner]
+            np.add.at(sums[_TOKENS], of, rewards.tokens)
+            np.add.at(sums[_TOKEN_ROLLOUTS], of, 1)
+            self._token_sum += int(rewards.tokens.sum())
+            self._token_rollouts += int(rewards.tokens.size)
+
+    def _newest(self, rows: IntArray) -> tuple[IntArray, IntArray]:
+        return (
+            self._visits.rollouts[rows, 0].astype(np.int64),
+            self._visits.successes[rows, 0].astype(np.int64),
+        )
+
+    def sorted_prompts(self) -> list[tuple[str, int]]:
+        """Return (prompt id, row) of every prompt with an outcome, in the order of ids."""
+        if self._sorted is None:
+            seen = self._sums[_ROLLOUTS]
+            self._sorted = sorted(
+                (p, row) for row, p in enumerate(self.prompt_ids) if seen[row] > 0
+            )
+        return self._sorted
+
+    def stats_of(self, rows: IntArray) -> PromptColumns:
+        """Return the statistics of prompts with an outcome."""
+        prior = fit_prior(self._prior_statistics)
+        alpha, beta = beta_posterior(
+            self._visits, rows, self.last_policy_version, self.discounts, prior
+        )
+        sums = self._sums[:, rows]
+        with_tokens = np.maximum(sums[_TOKEN_ROLLOUTS], 1)
+        return PromptColumns(
+            sums[_ROLLOUTS],
+            sums[_SUCCESSES],
+            sums[_LAST_STEP],
+            sums[_LAST_VERSION],
+            alpha,
+            beta,
+            sums[_TOKENS] / with_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptColumns:
+    """Statistics of some prompts, parallel columns; see ListPromptStatsResponse."""
+
+    total_rollouts: IntArray
+    total_successes: IntArray
+    last_step: IntArray
+    last_policy_version: IntArray
+    alpha: FloatArray
+    beta: FloatArray
+    mean_completion_tokens: FloatArray
+
+
+_ROLLOUTS, _SUCCESSES, _LAST_STEP, _LAST_VERSION, _TOKENS, _TOKEN_ROLLOUTS, _SUMS = range(7)
+
+
+def _deliver(allocation: OpenAllocation, outcomes: GroupOutcomes) -> Counted:
+    """Count delivered rollouts at their positions."""
+    begun, mixed = allocation.delivered > 0, allocation.mixed
+    in_effective = int(allocation.delivered[mixed].sum())
+    allocation.delivered += outcomes.rollouts.astype(np.int32)
+    allocation.successes += outcomes.successes.astype(np.int32)
+    np.minimum(allocation.low, outcomes.reward_min, out=allocation.low)
+    np.maximum(allocation.high, outcomes.reward_max, out=allocation.high)
+    now_mixed = allocation.mixed
+    return Counted(
+        accepted=int(outcomes.rollouts.sum()),
+        groups=int(np.count_nonzero((allocation.delivered > 0) & ~begun)),
+        effective_groups=int(np.count_nonzero(now_mixed & ~mixed)),
+        effective_rollouts=int(allocation.delivered[now_mixed].sum()) - in_effective,
+    )
