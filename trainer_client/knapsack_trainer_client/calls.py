@@ -100,13 +100,14 @@ class Caller:
         transport: Transport,
         emit: Callable[[Event], None],
         pending_reports: Callable[[], int],
-        on_answer: Callable[[], None],
+        on_news: Callable[[], None],
     ) -> None:
         self._transport = transport
         self._emit = emit
         self._pending_reports = pending_reports
-        # Not told of patient calls: those are made by whoever would act on it.
-        self._on_answer = on_answer
+        # Told of a loss and of every answer, but not of patient calls, which are made by
+        # whoever would act on it.
+        self._on_news = on_news
         self._breaker = Breaker()
         self._accepted = False
 
@@ -159,6 +160,7 @@ class Caller:
         if failure.code in _SILENT:
             if self._breaker.silent(time.monotonic()):
                 self._emit(SchedulerLost(call, str(failure)))
+                self._on_news()
         elif failure.code in _REFUSED or failure.code is _Code.NOT_FOUND:
             self._accepted = True
             self._answered(patient)
@@ -168,7 +170,7 @@ class Caller:
         if seconds is not None:
             self._emit(SchedulerBack(seconds, self._pending_reports()))
         if not patient:
-            self._on_answer()
+            self._on_news()
 
     def _verdict(self, failure: StatusError) -> Exception:
         if failure.code in _REFUSED:

@@ -149,8 +149,9 @@ class AsyncBudgetClient:
                 for the class.
 
         Raises:
-            ExtraMissing: the scheduler is not installed.
-            InvalidRequest: an argument is wrong.
+            InvalidRequest: an argument is wrong. The first call raises it, too, where the
+                store cannot be opened, and ``ExtraMissing`` where the scheduler is not
+                installed.
         """
         from knapsack_trainer_client.embedded import EmbeddedTransport
 
@@ -190,7 +191,7 @@ class AsyncBudgetClient:
             transport,
             self._emit,
             pending_reports=lambda: self._courier.pending,
-            on_answer=lambda: self._courier.wake(),
+            on_news=lambda: self._courier.wake(),
         )
         self._courier = Courier(
             self._outbox_path(outbox),

@@ -136,8 +136,8 @@ class Courier:
         self._worker.stop()
 
     def wake(self) -> None:
-        """Deliver now what is due."""
-        if self._pending or self._rewind:
+        """Deliver now what is due, or ask whether the scheduler is back."""
+        if self._pending or self._rewind or self._is_down():
             self._wake.set()
 
     async def keep(self, parcel: Parcel) -> None:

@@ -7,15 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from knapsack_trainer_client.errors import ExtraMissing, refused
+from knapsack_trainer_client.errors import (
+    ExtraMissing,
+    InvalidRequest,
+    KnapsackError,
+    refused,
+)
 from knapsack_trainer_client.transport import Method, RequestT, ResponseT, StatusError
 
 if TYPE_CHECKING:
     from knapsack_scheduler.service import SchedulerService
+
+
+_HANDLERS = {
+    "CreateRun": "create_run",
+    "GetRun": "get_run",
+    "ListRuns": "list_runs",
+    "Allocate": "allocate",
+    "Extend": "extend",
+    "Report": "report",
+    "RewindRun": "rewind_run",
+    "ListPromptStats": "list_prompt_stats",
+}
 
 
 class EmbeddedTransport:
@@ -41,6 +60,7 @@ class EmbeddedTransport:
 
         Raises:
             ExtraMissing: the scheduler is not installed.
+            InvalidRequest: the store cannot be opened, or another process has it.
         """
         ready: asyncio.Future[SchedulerService] = asyncio.get_running_loop().create_future()
         self._leave.clear()
@@ -51,11 +71,11 @@ class EmbeddedTransport:
         self, method: Method[RequestT, ResponseT], request: RequestT, timeout: float
     ) -> ResponseT:
         """Return the scheduler's answer, or raise ``StatusError`` within ``timeout`` s."""
-        from knapsack_scheduler.errors import SchedulerError, status_code
+        from knapsack_scheduler.errors import SchedulerError
 
         if self._service is None:
             raise StatusError(grpc.StatusCode.UNAVAILABLE, "the store is closed")
-        handler: Any = getattr(self._service, method.name)
+        handler: Any = getattr(self._service, _HANDLERS[method.name])
         try:
             async with asyncio.timeout(timeout):
                 answer: ResponseT = await handler(request)
@@ -65,7 +85,7 @@ class EmbeddedTransport:
                 grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer in {timeout:.1f} s"
             ) from None
         except SchedulerError as error:
-            raise StatusError(status_code(error), str(error)) from error
+            raise StatusError(grpc.StatusCode[error.code], str(error)) from error
         except Exception as error:
             raise StatusError(grpc.StatusCode.INTERNAL, repr(error)) from error
 
@@ -75,7 +95,13 @@ class EmbeddedTransport:
         serving, self._serving = self._serving, None
         if serving is not None:
             self._leave.set()
-            await serving
+            try:
+                await serving
+            except RuntimeError:
+                # A process that ends starts no more threads. What was answered is in the
+                # store, and its lock ends with the process.
+                if threading.main_thread().is_alive():
+                    raise
 
     async def _serve(self, ready: asyncio.Future[SchedulerService]) -> None:
         # One task enters and leaves the service, because it may hold tasks of its own.
@@ -86,10 +112,10 @@ class EmbeddedTransport:
         except Exception as error:
             if ready.done():
                 raise
-            ready.set_exception(error)
+            ready.set_exception(_open_error(error))
 
 
-def _open_service(store_url: str) -> Any:
+def _open_service(store_url: str) -> AbstractAsyncContextManager[SchedulerService]:
     try:
         from knapsack_scheduler.embedded import open_service
     except ImportError as error:
@@ -98,3 +124,11 @@ def _open_service(store_url: str) -> Any:
             f"({error})"
         ) from error
     return open_service(store_url, auto_create_runs=True)
+
+
+def _open_error(error: Exception) -> Exception:
+    if isinstance(error, KnapsackError):
+        return error
+    from knapsack_scheduler.errors import ConfigError
+
+    return InvalidRequest(str(error)) if isinstance(error, ConfigError) else error

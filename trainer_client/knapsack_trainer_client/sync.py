@@ -86,6 +86,10 @@ class BudgetClient:
         """Return a client with a scheduler of its own, in this process and without a socket.
 
         Opens the store before it returns; see ``AsyncBudgetClient.embedded``.
+
+        Raises:
+            InvalidRequest: an argument is wrong, or the store cannot be opened.
+            ExtraMissing: the scheduler is not installed.
         """
         client = cls.__new__(cls)
         client._start(

@@ -1,0 +1,300 @@
+"""A scheduler that fails on demand, a real scheduler process, and bounded waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
+
+Step = grpc.StatusCode | threading.Event | None
+"""What happens to one call: a status, a hang until an event, or an answer (None)."""
+
+
+class ScriptedScheduler(rpc.BudgetSchedulerServicer):
+    """Divides evenly, counts reports once each, and fails where it was told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+        self.metadata: list[dict[str, str]] = []
+        self.runs: dict[str, pb.RunConfig] = {}
+        self.allocations: dict[str, pb.AllocateRequest] = {}
+        self.reports: dict[str, pb.ReportRequest] = {}
+        self.rewinds: list[int] = []
+        self.auto_create = True
+        self._steps: dict[str, deque[Step]] = defaultdict(deque)
+        self._always: dict[str, Step] = {}
+        self._lock = threading.Lock()
+
+    def plan(self, call: str, *steps: Step) -> None:
+        """Let the next calls of that name go like this, one after the other."""
+        self._steps[call].extend(steps)
+
+    def always(self, call: str, step: Step) -> None:
+        """Let every call of that name go like this; None lets them be answered again."""
+        self._always[call] = step
+
+    def names(self) -> list[str]:
+        """Return the names of all calls so far."""
+        return [name for name, _ in self.calls]
+
+    def _play(self, name: str, request: Any, context: grpc.ServicerContext) -> None:
+        with self._lock:
+            self.calls.append((name, request))
+            self.metadata.append({k: str(v) for k, v in context.invocation_metadata()})
+            steps = self._steps[name]
+            step = steps.popleft() if steps else self._always.get(name)
+        if isinstance(step, threading.Event):
+            while context.is_active() and not step.wait(0.02):
+                pass
+        elif step is not None:
+            context.abort(step, "injected")
+
+    def _known(self, run_id: str, context: grpc.ServicerContext) -> None:
+        if run_id not in self.runs:
+            if not self.auto_create:
+                context.abort(grpc.StatusCode.NOT_FOUND, f"run_id = {run_id!r}: no such run")
+            self.runs[run_id] = pb.RunConfig()
+
+    def CreateRun(self, request: Any, context: grpc.ServicerContext) -> pb.Run:
+        """Create a run, or find it the same."""
+        self._play("CreateRun", request, context)
+        known = self.runs.setdefault(request.run_id, request.config)
+        if known != request.config:
+            context.abort(grpc.StatusCode.ALREADY_EXISTS, "other config")
+        return pb.Run(run_id=request.run_id, config=known)
+
+    def GetRun(self, request: Any, context: grpc.ServicerContext) -> pb.Run:
+        """Return a run."""
+        self._play("GetRun", request, context)
+        self._known(request.run_id, context)
+        return pb.Run(run_id=request.run_id, config=self.runs[request.run_id])
+
+    def Allocate(self, request: Any, context: grpc.ServicerContext) -> pb.Allocation:
+        """Divide evenly."""
+        self._play("Allocate", request, context)
+        self._known(request.run_id, context)
+        count = len(request.prompt_ids)
+        total = request.total_rollouts
+        first = int(total * request.wave_fraction + 0.5) if request.wave_fraction else total
+        sizes = [first // count + (i < first % count) for i in range(count)]
+        allocation_id = f"a{len(self.allocations)}"
+        self.allocations[allocation_id] = request
+        return pb.Allocation(
+            allocation_id=allocation_id,
+            run_id=request.run_id,
+            step=request.step,
+            wave=1,
+            num_rollouts=sizes,
+            allocated_rollouts=first,
+            remaining_rollouts=total - first,
+            summary=pb.AllocationSummary(policy="scripted"),
+        )
+
+    def Extend(self, request: Any, context: grpc.ServicerContext) -> pb.Allocation:
+        """Give everybody one more."""
+        self._play("Extend", request, context)
+        before = self.allocations.get(request.allocation_id)
+        if before is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such allocation")
+        return pb.Allocation(
+            allocation_id=request.allocation_id,
+            run_id=request.run_id,
+            step=before.step,
+            wave=2,
+            num_rollouts=[1] * len(before.prompt_ids),
+            allocated_rollouts=len(before.prompt_ids),
+        )
+
+    def Report(self, request: Any, context: grpc.ServicerContext) -> pb.ReportResponse:
+        """Count a report once."""
+        self._play("Report", request, context)
+        self._known(request.run_id, context)
+        if request.allocation_id and request.allocation_id not in self.allocations:
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such allocation")
+        with self._lock:
+            self.reports.setdefault(request.report_id, request)
+        return pb.ReportResponse(accepted_rollouts=len(request.rewards))
+
+    def RewindRun(self, request: Any, context: grpc.ServicerContext) -> pb.Run:
+        """Note the step."""
+        self._play("RewindRun", request, context)
+        self._known(request.run_id, context)
+        self.rewinds.append(request.step)
+        return pb.Run(run_id=request.run_id, last_step=request.step)
+
+    def ListPromptStats(self, request: Any, context: Any) -> pb.ListPromptStatsResponse:
+        """Return five prompts in pages of two."""
+        self._play("ListPromptStats", request, context)
+        start = int(request.page_token or 0)
+        names = [f"p{i}" for i in range(5)][start : start + 2]
+        return pb.ListPromptStatsResponse(
+            prompt_ids=names,
+            total_rollouts=[2] * len(names),
+            total_successes=[1] * len(names),
+            last_step=[0] * len(names),
+            last_policy_version=[0] * len(names),
+            posterior_alpha=[1.5] * len(names),
+            posterior_beta=[1.5] * len(names),
+            mean_completion_tokens=[0.0] * len(names),
+            next_page_token=str(start + 2) if start + 2 < 5 else "",
+        )
+
+
+class ScriptedServer:
+    """The scripted scheduler on a port of its own; may be stopped and started again."""
+
+    def __init__(self) -> None:
+        self.scheduler = ScriptedScheduler()
+        self._server: grpc.Server | None = None
+        self.port = 0
+        self.start()
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Listen, on the port of the time before."""
+        server = grpc.server(
+            ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)], maximum_concurrent_rpcs=16
+        )
+        rpc.add_BudgetSchedulerServicer_to_server(self.scheduler, server)
+        self.port = server.add_insecure_port(f"127.0.0.1:{self.port}")
+        server.start()
+        self._server = server
+
+    def stop(self) -> None:
+        """Break every connection and stop listening."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.stop(0).wait()
+
+
+@pytest.fixture
+def scripted() -> Iterator[ScriptedServer]:
+    """A scheduler that fails on demand."""
+    server = ScriptedServer()
+    yield server
+    server.stop()
+
+
+class SchedulerProcess:
+    """A real ``knapsack-scheduler serve``, to be killed and started on the same port."""
+
+    def __init__(self, store: Path) -> None:
+        self._store = store
+        self._process: subprocess.Popen[str] | None = None
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        """Where it listens."""
+        return f"127.0.0.1:{self.port}"
+
+    def lose_store(self) -> None:
+        """Let the next start begin with an empty store."""
+        self._store = self._store.with_name(f"new-{self._store.name}")
+
+    def start(self) -> None:
+        """Start it and wait until it serves."""
+        listen = ["--listen", f"127.0.0.1:{self.port}"]
+        others = ["--admin-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"]
+        command = [sys.executable, "-m", "knapsack_scheduler.cli", "serve", *listen, *others]
+        log = self._store.with_suffix(".log").open("a")
+        self._process = subprocess.Popen(
+            [*command, "--store", f"sqlite:///{self._store}"],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        log.close()
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            assert selector.select(30), "the scheduler said nothing for 30 s"
+        line = self._process.stdout.readline()
+        assert line, self._store.with_suffix(".log").read_text()
+        self.port = int(json.loads(line)["listen"].rsplit(":", 1)[1])
+
+    def kill(self) -> None:
+        """Kill it with signal 9."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Ask it to end."""
+        if self._process is not None:
+            self._end(signal.SIGTERM)
+
+    def pause(self) -> None:
+        """Freeze it: it accepts connections and answers nothing."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        assert self._process is not None
+        os.kill(self._process.pid, signal.SIGCONT)
+
+    def _end(self, number: int) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(number)
+            process.wait(20)
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def shared_scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SchedulerProcess]:
+    """A real scheduler for all tests of a module, each with runs of its own."""
+    process = SchedulerProcess(tmp_path_factory.mktemp("shared") / "stats.db")
+    process.start()
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def scheduler_process(tmp_path: Path) -> Iterator[SchedulerProcess]:
+    """A real scheduler that serves."""
+    process = SchedulerProcess(tmp_path / "stats.db")
+    process.start()
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], object]], None]:
+    """A function that waits until a condition holds, or fails."""
+
+    def wait(condition: Callable[[], object], seconds: float = 20.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "the condition did not come to hold"
+            threading.Event().wait(0.01)
+
+    return wait
+
+
+@pytest.fixture(autouse=True)
+def outbox_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of default outboxes, apart for every test."""
+    folder = tmp_path / "outboxes"
+    monkeypatch.setenv("KNAPSACK_RL_OUTBOX", str(folder))
+    return folder
