@@ -4,6 +4,9 @@ KnapsackError
 ├── InvalidRequest        (ValueError)       an argument the scheduler refuses
 │   └── RunConfigConflict                    the run exists with another config
 ├── SchedulerUnavailable  (ConnectionError)  no answer, and no way to go on without
+├── GeneratorUnavailable  (ConnectionError)  the generation server did not answer, or stopped
+├── GeneratorBusy         (ConnectionError)  the generation server's queue is full
+├── WeightUpdateFailed    (RuntimeError)     the old weights serve on
 ├── AccessDenied          (PermissionError)  the scheduler does not accept the caller
 ├── ClientMisuse          (RuntimeError)     closed, forked or in another event loop
 └── ExtraMissing          (ImportError)      an optional part is not installed
@@ -35,6 +38,18 @@ class SchedulerUnavailable(KnapsackError, ConnectionError):
     ``on_unavailable="raise"``, and by calls that have no fallback, such as
     ``prompt_stats``.
     """
+
+
+class GeneratorUnavailable(KnapsackError, ConnectionError):
+    """The generation server did not answer, or stopped before every rollout had come."""
+
+
+class GeneratorBusy(KnapsackError, ConnectionError):
+    """The generation server's queue cannot hold the rollouts asked for; try again later."""
+
+
+class WeightUpdateFailed(KnapsackError, RuntimeError):
+    """The generation server refused or could not load the weights; the old ones serve on."""
 
 
 class AccessDenied(KnapsackError, PermissionError):

@@ -1,1 +1,1 @@
-""""""
+"""Engines: what generates behind the one interface of ``engine.py``."""

@@ -1,0 +1,64 @@
+"""What can go wrong, one tree; turned into gRPC status in ``rpc.py`` only.
+
+GeneratorError
+├── InvalidArgument      a field, its value, and what is allowed
+├── FailedPrecondition   a weight update refused or failed; the old weights serve
+├── ResourceExhausted    the queue is full
+└── Unavailable          the server starts or drains
+
+ConfigError              a setting or a model that the server cannot start with
+"""
+
+from __future__ import annotations
+
+
+class GeneratorError(Exception):
+    """A call that is refused.
+
+    Attributes:
+        code: name of the gRPC status code.
+    """
+
+    code = "INTERNAL"
+
+
+class InvalidArgument(GeneratorError):
+    """A field of the request has a value that is not allowed.
+
+    Attributes:
+        field: its name, with the position where it is repeated.
+        value: what it was.
+        allowed: what is allowed.
+    """
+
+    code = "INVALID_ARGUMENT"
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+        text = repr(value)
+        shown = text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+        super().__init__(f"{field} = {shown}: {allowed}")
+
+
+class FailedPrecondition(GeneratorError):
+    """A weight update was refused or failed; the old weights serve on."""
+
+    code = "FAILED_PRECONDITION"
+
+
+class ResourceExhausted(GeneratorError):
+    """The queue is full."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+
+class Unavailable(GeneratorError):
+    """The server starts or drains."""
+
+    code = "UNAVAILABLE"
+
+
+class ConfigError(Exception):
+    """A setting or a model that the server cannot start with; names it and why."""

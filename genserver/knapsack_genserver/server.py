@@ -1,0 +1,229 @@
+"""Wires an engine to its sockets and takes them down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+from aiohttp import web
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from knapsack_genserver.engine import Engine
+from knapsack_genserver.errors import ConfigError
+from knapsack_genserver.events import Events
+from knapsack_genserver.logs import log_event
+from knapsack_genserver.metrics import Metrics
+from knapsack_genserver.rpc import GeneratorServicer
+from knapsack_genserver.service import GeneratorService
+from knapsack_proto.v1 import generation_pb2 as pb
+from knapsack_proto.v1 import generation_pb2_grpc as rpc
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["RolloutGenerator"].full_name
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_MESSAGE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """How the server runs, the engine apart.
+
+    Attributes:
+        listen, admin_listen, health_listen: HOST:PORT of the API, of HTTP for metrics
+            and probes, and of plaintext gRPC health checks; port 0 picks a free one.
+        insecure: the API may be bound where others can reach it.
+        weights_root: folder that weights must lie in; None for anywhere.
+        max_waiting_rollouts: most rollouts admitted and not yet handed out.
+        seed: of the seeds for requests without one; None draws one.
+        drain_seconds: how long calls under way may take to end after SIGTERM.
+    """
+
+    listen: str = "127.0.0.1:50061"
+    admin_listen: str = "127.0.0.1:9465"
+    health_listen: str = "127.0.0.1:50062"
+    insecure: bool = False
+    weights_root: Path | None = None
+    max_waiting_rollouts: int = 1_000_000
+    seed: int | None = None
+    drain_seconds: float = 30.0
+
+
+class Server:
+    """The generation server with all its sockets, from start to drained."""
+
+    def __init__(self, engine: Engine, options: ServerOptions) -> None:
+        self._engine = engine
+        self._options = options
+        self._events = Events()
+        self._health = health_aio.HealthServicer()
+        self._serving = False
+        self._api: grpc.aio.Server | None = None
+        self._probes: grpc.aio.Server | None = None
+        self._admin: web.AppRunner | None = None
+        self.addresses: dict[str, str] = {}
+
+    async def start(self) -> None:
+        """Open the sockets for probes, load the model, then serve.
+
+        Raises:
+            ConfigError: says which socket or setting it was, or what of the model.
+        """
+        options = self._options
+        host, _ = host_and_port("listen", options.listen)
+        if not (options.insecure or _is_loopback(host)):
+            raise ConfigError(
+                f"listen = {options.listen!r}: others can reach this address and could replace "
+                "the weights; give --insecure if the network is yours alone"
+            )
+        try:
+            await self._set_ready(False)
+            await self._start_admin()
+            await self._start_probes()
+            await self._health.set("liveness", _SERVING)
+            await self._engine.start()
+            await self._start_api()
+        except BaseException:
+            await self.stop(0.0)
+            raise
+        await self._set_ready(True)
+
+    async def _start_api(self) -> None:
+        options = self._options
+        service = GeneratorService(
+            self._engine,
+            self._events,
+            weights_root=options.weights_root,
+            max_waiting_rollouts=options.max_waiting_rollouts,
+            seed=options.seed,
+        )
+        server = grpc.aio.server(
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+                ("grpc.max_send_message_length", _MESSAGE_BYTES),
+            ]
+        )
+        rpc.add_RolloutGeneratorServicer_to_server(  # type: ignore[no-untyped-call]
+            GeneratorServicer(service, self._events), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((_SERVICE, health, reflection.SERVICE_NAME), server)
+        self.addresses["listen"] = _bind(server, "listen", options.listen)
+        await server.start()
+        self._api = server
+
+    async def _start_probes(self) -> None:
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self.addresses["health"] = _bind(server, "health_listen", self._options.health_listen)
+        await server.start()
+        self._probes = server
+
+    async def _start_admin(self) -> None:
+        registry = CollectorRegistry()
+        for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
+            registry.register(collector)
+        self._events.listen(Metrics(registry, self._engine.status))
+        self._events.listen(log_event)
+        runner = web.AppRunner(self._admin_app(registry))
+        await runner.setup()
+        self._admin = runner
+        address = self._options.admin_listen
+        host, port = host_and_port("admin_listen", address)
+        try:
+            await web.TCPSite(runner, host, port).start()
+        except OSError as error:
+            raise ConfigError(
+                f"admin_listen = {address!r}: cannot be bound: {error.strerror}"
+            ) from None
+        self.addresses["admin"] = f"{host}:{runner.addresses[0][1]}"
+
+    def _admin_app(self, registry: CollectorRegistry) -> web.Application:
+        async def metrics(request: web.Request) -> web.Response:
+            encoder, content_type = choose_encoder(request.headers.get("Accept", ""))
+            return web.Response(body=encoder(registry), headers={"Content-Type": content_type})
+
+        async def alive(_request: web.Request) -> web.Response:
+            return web.Response(text="ok\n")
+
+        async def ready(_request: web.Request) -> web.Response:
+            if self._serving:
+                return web.Response(text="ok\n")
+            return web.Response(text="not serving\n", status=503)
+
+        app = web.Application()
+        app.router.add_get("/metrics", metrics)
+        app.router.add_get("/healthz", alive)
+        app.router.add_get("/readyz", ready)
+        return app
+
+    async def _set_ready(self, ready: bool) -> None:
+        self._serving = ready
+        for name in ("", _SERVICE):
+            await self._health.set(name, _SERVING if ready else _NOT_SERVING)
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new calls, let those under way end, then close everything."""
+        await self._set_ready(False)
+        if self._api:
+            await self._api.stop(grace)
+        await self._engine.close()
+        if self._probes:
+            await self._probes.stop(0)
+        if self._admin:
+            await self._admin.cleanup()
+
+
+def host_and_port(key: str, address: str) -> tuple[str, int]:
+    """Return the parts of HOST:PORT; ConfigError naming the key otherwise."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{key} = {address!r}: must be HOST:PORT with a port from 0 to 65535")
+    return host.strip("[]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bind(server: grpc.aio.Server, key: str, address: str) -> str:
+    host, _ = host_and_port(key, address)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise ConfigError(f"{key} = {address!r}: cannot be bound; is it in use?")
+    return f"{host}:{port}"
+
+
+async def serve(engine: Engine, options: ServerOptions) -> None:
+    """Serve until SIGTERM or SIGINT, then drain.
+
+    Prints one JSON object with the real addresses on stdout once calls are served.
+    """
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    server = Server(engine, options)
+    await server.start()
+    order = ("listen", "admin", "health")
+    line = {"event": "serving", **{name: server.addresses[name] for name in order}}
+    print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
+    await stopped.wait()
+    await server.stop(options.drain_seconds)

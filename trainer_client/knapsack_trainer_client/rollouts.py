@@ -1,0 +1,401 @@
+"""Client of the generation server: unequal groups of rollouts, and new weights.
+
+    with RolloutClient("localhost:50061") as rollouts:
+        groups = rollouts.generate(prompts, allocation.num_rollouts, max_tokens=512)
+        rollouts.update_weights(folder, step)
+
+Blocking calls on grpc's thread-based channel; ``AsyncRolloutClient`` runs them in
+threads, because grpc.aio allows one event loop per process and a library cannot claim it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NoReturn, Self, TypeVar
+
+import grpc
+
+from knapsack_proto.v1 import generation_pb2 as pb
+from knapsack_proto.v1 import generation_pb2_grpc as rpc
+from knapsack_trainer_client.errors import (
+    GeneratorBusy,
+    GeneratorUnavailable,
+    InvalidRequest,
+    WeightUpdateFailed,
+    refused,
+)
+
+_LOG = logging.getLogger("knapsack_rl")
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 * 2**20),
+    ("grpc.max_send_message_length", 64 * 2**20),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_REASONS = {
+    pb.FINISH_REASON_STOP: "stop",
+    pb.FINISH_REASON_LENGTH: "length",
+    pb.FINISH_REASON_ABORT: "abort",
+    pb.FINISH_REASON_ERROR: "error",
+}
+
+T = TypeVar("T")
+
+PromptLike = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""A text, token ids, or chat messages with ``role`` and ``content``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One rollout.
+
+    Attributes:
+        prompt_index: position in the prompts asked for.
+        rollout_index: which of the prompt's rollouts, from 0.
+        token_ids: of the completion, the end token among them.
+        logprobs: natural log-probability of each, under what it was drawn from.
+        text: the completion, where the model has a tokenizer.
+        finish_reason: "stop", "length", "abort" or "error".
+        weight_versions: (version, start, end) of the tokens each version made.
+        error: why it failed; empty if it did not.
+    """
+
+    prompt_index: int
+    rollout_index: int
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: str
+    weight_versions: tuple[tuple[int, int, int], ...]
+    error: str
+
+    @property
+    def weight_version(self) -> int:
+        """The version that made its last token; -1 for a rollout without tokens."""
+        return self.weight_versions[-1][0] if self.weight_versions else -1
+
+
+class RolloutGroups(list[list[Rollout]]):
+    """A list of rollouts per prompt, in the order of their indices.
+
+    Attributes:
+        failed: rollouts that failed; they are in no group and were never completions.
+            Leave them out of the report: fewer rollouts than allocated is normal.
+    """
+
+    def __init__(self, prompts: int) -> None:
+        super().__init__([] for _ in range(prompts))
+        self.failed: list[Rollout] = []
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorStatus:
+    """How a generation server is: see GeneratorStatus of the wire contract."""
+
+    model: str
+    engine: str
+    weight_version: int
+    replicas: int
+    running_rollouts: int
+    waiting_rollouts: int
+    max_model_tokens: int
+    vocabulary_size: int
+
+
+class RolloutClient:
+    """Asks a generation server for rollouts. May be used from several threads.
+
+    Args:
+        address: gRPC target of the server, such as "localhost:50061".
+        timeout: seconds to wait for an answer to ``status``, and for a server that
+            starts to accept calls.
+        update_timeout: seconds to wait for new weights to serve.
+    """
+
+    def __init__(
+        self, address: str, *, timeout: float = 10.0, update_timeout: float = 600.0
+    ) -> None:
+        self._address = address
+        self._timeout = timeout
+        self._update_timeout = update_timeout
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._stub = rpc.RolloutGeneratorStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        num_rollouts: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+        prompt_ids: Sequence[str] = (),
+        request_id: str = "",
+        timeout: float | None = None,
+        on_rollout: Callable[[Rollout], object] | None = None,
+        on_call: Callable[[Callable[[], object]], object] | None = None,
+    ) -> RolloutGroups:
+        """Return the rollouts of every prompt, ``num_rollouts[i]`` of ``prompts[i]``.
+
+        Args:
+            prompts: texts, token ids or chats, all of one kind or mixed.
+            num_rollouts: 0 or more of each, such as ``allocation.num_rollouts``.
+            max_tokens, temperature, top_p, top_k, seed, stop_token_ids: as
+                SamplingParams of the wire contract; None is its default there.
+            prompt_ids: names of the prompts, for the server's logs.
+            request_id: name of the request, for the server's logs.
+            timeout: seconds for all of it; None waits as long as it takes.
+            on_rollout: called with each rollout as it comes. What it raises cancels
+                the rest.
+            on_call: called once with a function that cancels the work from any thread.
+
+        Raises:
+            InvalidRequest: an argument the server refuses; names it.
+            GeneratorBusy: the server's queue is full.
+            GeneratorUnavailable: no server, or it stopped before the last rollout.
+        """
+        groups = RolloutGroups(len(prompts))
+        for rollout in self.stream(
+            prompts,
+            num_rollouts,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+            prompt_ids=prompt_ids,
+            request_id=request_id,
+            timeout=timeout,
+            on_call=on_call,
+        ):
+            if rollout.error:
+                groups.failed.append(rollout)
+            else:
+                groups[rollout.prompt_index].append(rollout)
+            if on_rollout is not None:
+                on_rollout(rollout)
+        for group in groups:
+            group.sort(key=lambda rollout: rollout.rollout_index)
+        if groups.failed:
+            _LOG.warning(
+                "%d of %d rollouts failed, the first because: %s",
+                len(groups.failed),
+                sum(num_rollouts),
+                groups.failed[0].error,
+            )
+        return groups
+
+    def stream(
+        self,
+        prompts: Sequence[PromptLike],
+        num_rollouts: Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+        prompt_ids: Sequence[str] = (),
+        request_id: str = "",
+        timeout: float | None = None,
+        on_call: Callable[[Callable[[], object]], object] | None = None,
+    ) -> Iterator[Rollout]:
+        """Yield every rollout as it finishes, failed ones too; see ``generate``.
+
+        Closing the iterator stops the work. ``on_call`` is given what stops it from
+        another thread.
+        """
+        if len(prompt_ids) not in (0, len(prompts)):
+            raise refused("prompt_ids", prompt_ids, f"must be one per prompt ({len(prompts)})")
+        names = prompt_ids or [""] * len(prompts)
+        sampling = pb.SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+        )
+        request = pb.GenerateRequest(
+            request_id=request_id,
+            prompts=[
+                _prompt_message(prompt, name) for prompt, name in zip(prompts, names, strict=True)
+            ],
+            num_rollouts=num_rollouts,
+            sampling=sampling,
+        )
+        self._wait_until_ready()
+        call = self._stub.Generate(request, timeout=timeout)
+        if on_call is not None:
+            on_call(call.cancel)
+        came = 0
+        try:
+            for message in call:
+                came += 1
+                yield _rollout(message)
+        except grpc.RpcError as error:
+            _raise(error, self._address)
+        finally:
+            call.cancel()
+        if came != sum(num_rollouts):
+            raise GeneratorUnavailable(
+                f"{self._address} ended the stream after {came} of {sum(num_rollouts)} rollouts"
+            )
+
+    def update_weights(self, path: str | os.PathLike[str], weight_version: int) -> str:
+        """Load a folder's weights and serve them; returns their fingerprint.
+
+        Args:
+            path: folder with ``*.safetensors``, on the server's disk.
+            weight_version: what they are called, 0 or more.
+
+        Raises:
+            WeightUpdateFailed: the old weights serve on; says why.
+            InvalidRequest, GeneratorUnavailable: as ``generate``.
+        """
+        request = pb.UpdateWeightsRequest(path=os.fspath(path), weight_version=weight_version)
+        status = self._unary(self._stub.UpdateWeights, request, self._update_timeout)
+        return str(status.fingerprint)
+
+    def status(self) -> GeneratorStatus:
+        """Return how the server is; GeneratorUnavailable if it does not answer."""
+        answer = self._unary(self._stub.GetStatus, pb.GetStatusRequest(), self._timeout)
+        return GeneratorStatus(
+            answer.model,
+            answer.engine,
+            answer.weight_version,
+            answer.replicas,
+            answer.running_rollouts,
+            answer.waiting_rollouts,
+            answer.max_model_tokens,
+            answer.vocabulary_size,
+        )
+
+    def _unary(self, call: Callable[..., Any], request: Any, timeout: float) -> Any:
+        self._wait_until_ready()
+        try:
+            return call(request, timeout=timeout)
+        except grpc.RpcError as error:
+            _raise(error, self._address)
+
+    def _wait_until_ready(self) -> None:
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=self._timeout)
+        except grpc.FutureTimeoutError:
+            raise GeneratorUnavailable(
+                f"no generation server answered at {self._address} within {self._timeout:g} s"
+            ) from None
+
+    def close(self) -> None:
+        """Close the connection; calls under way are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class AsyncRolloutClient:
+    """``RolloutClient`` for code that is asynchronous; the same promises and errors.
+
+    Cancelling a call stops the work on the server.
+    """
+
+    def __init__(
+        self, address: str, *, timeout: float = 10.0, update_timeout: float = 600.0
+    ) -> None:
+        self._client = RolloutClient(address, timeout=timeout, update_timeout=update_timeout)
+
+    async def generate(
+        self, prompts: Sequence[PromptLike], num_rollouts: Sequence[int], **options: Any
+    ) -> RolloutGroups:
+        """Return the rollouts of every prompt; options as ``RolloutClient.generate``.
+
+        ``on_rollout`` is called in a worker thread.
+        """
+        stop: list[Callable[[], object]] = []
+        work = asyncio.to_thread(
+            self._client.generate, prompts, num_rollouts, on_call=stop.append, **options
+        )
+        try:
+            return await work
+        except asyncio.CancelledError:
+            for cancel in stop:
+                cancel()
+            raise
+
+    async def update_weights(self, path: str | os.PathLike[str], weight_version: int) -> str:
+        """Load a folder's weights and serve them; returns their fingerprint."""
+        return await asyncio.to_thread(self._client.update_weights, path, weight_version)
+
+    async def status(self) -> GeneratorStatus:
+        """Return how the server is."""
+        return await asyncio.to_thread(self._client.status)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await asyncio.to_thread(self._client.close)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+def _prompt_message(prompt: PromptLike, name: str) -> pb.Prompt:
+    if isinstance(prompt, str):
+        return pb.Prompt(prompt_id=name, text=prompt)
+    items = list(prompt)
+    if items and isinstance(items[0], Mapping):
+        messages = [pb.ChatMessage(role=m["role"], content=m["content"]) for m in items]  # type: ignore[index]
+        return pb.Prompt(prompt_id=name, chat=pb.ChatMessages(messages=messages))
+    return pb.Prompt(prompt_id=name, tokens=pb.TokenIds(ids=items))  # type: ignore[arg-type]
+
+
+def _rollout(message: pb.Rollout) -> Rollout:
+    return Rollout(
+        message.prompt_index,
+        message.rollout_index,
+        list(message.token_ids),
+        list(message.logprobs),
+        message.text,
+        _REASONS.get(message.finish_reason, ""),
+        tuple((span.weight_version, span.start, span.end) for span in message.weight_versions),
+        message.error,
+    )
+
+
+def _raise(error: grpc.RpcError, address: str) -> NoReturn:
+    """Raise what a status means to a caller of this module."""
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        raise InvalidRequest(details) from None
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        raise WeightUpdateFailed(details) from None
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        raise GeneratorBusy(details) from None
+    raise GeneratorUnavailable(f"{address}: {code.name}: {details}") from error
