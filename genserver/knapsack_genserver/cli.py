@@ -8,6 +8,9 @@ import os
 import sys
 from pathlib import Path
 
+# gRPC's core writes lines of its own to stderr, among our log and our error messages.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 try:
     from knapsack_genserver import logs
     from knapsack_genserver.engine import Engine

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
+
+# gRPC's core writes lines of its own to stderr, among our log and our error messages.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 try:
     from knapsack_scheduler.config import ENVIRONMENT, Settings, as_json, load_settings

@@ -1,4 +1,4 @@
-"""What can go wrong, one tree; turned into gRPC status in ``interceptors.py`` only.
+"""What can go wrong, one tree; turned into gRPC status in ``rpc.py`` only.
 
 SchedulerError
 ├── InvalidArgument      a field, its value, and what is allowed

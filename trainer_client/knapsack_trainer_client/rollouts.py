@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self
 
 import grpc
 
@@ -44,8 +44,6 @@ _REASONS = {
     pb.FINISH_REASON_ABORT: "abort",
     pb.FINISH_REASON_ERROR: "error",
 }
-
-T = TypeVar("T")
 
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or chat messages with ``role`` and ``content``."""
@@ -235,7 +233,8 @@ class RolloutClient:
             num_rollouts=num_rollouts,
             sampling=sampling,
         )
-        self._wait_until_ready()
+        # A server that starts is waited for, and one that is not there is not for ever.
+        self.status()
         call = self._stub.Generate(request, timeout=timeout)
         if on_call is not None:
             on_call(call.cancel)
@@ -265,12 +264,25 @@ class RolloutClient:
             InvalidRequest, GeneratorUnavailable: as ``generate``.
         """
         request = pb.UpdateWeightsRequest(path=os.fspath(path), weight_version=weight_version)
-        status = self._unary(self._stub.UpdateWeights, request, self._update_timeout)
-        return str(status.fingerprint)
+        self.status()
+        try:
+            updated = self._stub.UpdateWeights(request, timeout=self._update_timeout)
+        except grpc.RpcError as error:
+            _raise(error, self._address)
+        return str(updated.fingerprint)
 
     def status(self) -> GeneratorStatus:
         """Return how the server is; GeneratorUnavailable if it does not answer."""
-        answer = self._unary(self._stub.GetStatus, pb.GetStatusRequest(), self._timeout)
+        try:
+            answer = self._stub.GetStatus(
+                pb.GetStatusRequest(), timeout=self._timeout, wait_for_ready=True
+            )
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise GeneratorUnavailable(
+                    f"no generation server answered at {self._address} within {self._timeout:g} s"
+                ) from None
+            _raise(error, self._address)
         return GeneratorStatus(
             answer.model,
             answer.engine,
@@ -281,21 +293,6 @@ class RolloutClient:
             answer.max_model_tokens,
             answer.vocabulary_size,
         )
-
-    def _unary(self, call: Callable[..., Any], request: Any, timeout: float) -> Any:
-        self._wait_until_ready()
-        try:
-            return call(request, timeout=timeout)
-        except grpc.RpcError as error:
-            _raise(error, self._address)
-
-    def _wait_until_ready(self) -> None:
-        try:
-            grpc.channel_ready_future(self._channel).result(timeout=self._timeout)
-        except grpc.FutureTimeoutError:
-            raise GeneratorUnavailable(
-                f"no generation server answered at {self._address} within {self._timeout:g} s"
-            ) from None
 
     def close(self) -> None:
         """Close the connection; calls under way are cancelled."""

@@ -13,7 +13,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from knapsack_genserver import seeds, weights
 from knapsack_genserver.engine import (
@@ -29,6 +30,7 @@ from knapsack_genserver.engine import (
     FinishReason,
     Group,
     LoadedWeights,
+    Sampling,
     Tokenizer,
     WeightSpan,
 )
@@ -111,6 +113,8 @@ class TransformersEngine:
         folder = options.model
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model = {str(folder)!r}: is not a model folder (no config.json)")
+        # stderr is the log's.
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, local_files_only=True, dtype=getattr(torch, options.dtype)
@@ -194,10 +198,11 @@ class TransformersEngine:
                 parts = self._next_parts()
                 if not parts:
                     continue
+                batch = _Batch(self, parts)
                 try:
-                    _Batch(self, parts).run()
+                    batch.run()
                 except Exception as error:
-                    for job, indices in parts:
+                    for job, indices in batch.not_handed_out():
                         self._fail(job, indices, f"{type(error).__name__}: {error}")
                 finally:
                     self._running = 0
@@ -220,9 +225,9 @@ class TransformersEngine:
         jobs = [job for job in tuple(self._jobs) if job.left]
         if not jobs:
             return []
-        # A batch draws all its tokens in one way.
-        sampling = jobs[0].group.sampling
-        jobs = [job for job in jobs if job.group.sampling == sampling]
+        # A batch draws all its tokens in one way; lengths may differ.
+        way = _way(jobs[0])
+        jobs = [job for job in jobs if _way(job) == way]
         waiting = [
             Waiting(
                 job.group.request,
@@ -281,6 +286,10 @@ def _settle(
         done.set_result(result)
 
 
+def _way(job: _Job) -> Sampling:
+    return replace(job.group.sampling, max_tokens=1)
+
+
 class _Batch:
     """Rollouts decoded together, from their prompts to the last token of the longest."""
 
@@ -298,7 +307,10 @@ class _Batch:
         self._keys = np.concatenate(
             [seeds.rollout_keys(job.group.seed, np.array(i)) for job, i in parts]
         )
-        size, most = self._index.size, self._sampling.max_tokens
+        limits = np.array([job.group.sampling.max_tokens for job, _ in parts])
+        self._limit = limits[self._part]
+        self._waiting = np.ones(self._index.size, np.bool_)
+        size, most = self._index.size, int(limits.max())
         self._tokens = np.zeros((size, most), np.int32)
         self._logprobs = np.zeros((size, most), np.float32)
 
@@ -309,15 +321,13 @@ class _Batch:
         rows = np.arange(self._index.size)
         ended = np.zeros(rows.size, np.bool_)
         ends = torch.tensor(self._ends, device=self._device)
-        for t in range(self._sampling.max_tokens):
+        for t in range(self._tokens.shape[1]):
             numbers = torch.from_numpy(seeds.uniforms(self._keys[rows], t)).to(self._device)
             tokens, logprobs = draw(logits, self._sampling, numbers)
             self._tokens[rows, t] = tokens.cpu().numpy()
             self._logprobs[rows, t] = logprobs.cpu().numpy()
             stopped = torch.isin(tokens, ends).cpu().numpy()
-            last = t + 1 == self._sampling.max_tokens
-            over = stopped | last
-            over &= ~ended
+            over = (stopped | (t + 1 >= self._limit[rows])) & ~ended
             self._hand_out(rows[over], stopped[over], t + 1)
             ended |= over | self._unwanted(rows)
             if ended.all():
@@ -366,9 +376,17 @@ class _Batch:
         unwanted: np.ndarray = cancelled[self._part[rows]]
         return unwanted
 
+    def not_handed_out(self) -> list[tuple[_Job, list[int]]]:
+        """Return jobs with the indices of their rollouts that have not ended."""
+        return [
+            (job, self._index[(self._part == at) & self._waiting].tolist())
+            for at, (job, _) in enumerate(self._parts)
+        ]
+
     def _hand_out(self, rollouts: np.ndarray, stopped: np.ndarray, length: int) -> None:
         if rollouts.size == 0:
             return
+        self._waiting[rollouts] = False
         span = (WeightSpan(self._version, 0, length),)
         finished: dict[int, list[Completion]] = {}
         tokens = self._tokens[rollouts, :length].tolist()

@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import sqlalchemy as sa
+from alembic.util.exc import CommandError
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from knapsack_scheduler.errors import AlreadyExists, ConfigError, NotFound, StoreUnavailable
@@ -102,7 +103,7 @@ class Journal:
                 if upgrade:
                     migrate(self._engine)
                 current, newest = revisions(self._engine)
-        except (SQLAlchemyError, OSError) as error:
+        except (SQLAlchemyError, OSError, CommandError) as error:
             self.close()
             raise ConfigError(
                 f"store = {self._url!r}: cannot be opened: {_cause(error)}"

@@ -1,0 +1,216 @@
+"""The promises of the journal, on every database there is."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from knapsack_scheduler.errors import AlreadyExists, ConfigError, NotFound, StoreUnavailable
+from knapsack_scheduler.journal.journal import Entry, Journal
+
+
+@pytest.fixture(params=["sqlite file", "sqlite memory"])
+def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Journal]:
+    """An open journal."""
+    url = "sqlite://" if request.param == "sqlite memory" else f"sqlite:///{tmp_path / 's.db'}"
+    opened = Journal(url)
+    opened.open()
+    yield opened
+    opened.close()
+
+
+def entry(key: str = "k", kind: str = "report", step: int = 0, payload: bytes = b"p") -> Entry:
+    """Return an entry to append."""
+    return Entry(0, kind, key, 0, step, b"d" * 16, payload, b"answer")
+
+
+def append(journal: Journal, *new: Entry) -> None:
+    """Append entries to the run "run" in one transaction."""
+    with journal.writing("run") as writing:
+        for each in new:
+            writing.append(each)
+
+
+def keys(journal: Journal, after: int = 0) -> list[str]:
+    """Return the keys of the run's entries."""
+    with journal.writing("run") as writing:
+        return [e.key for e in writing.tail(after)]
+
+
+def test_entries_are_numbered_in_order_and_found_again(journal: Journal) -> None:
+    """The tail begins where the reader stopped, and an entry comes back as it went in."""
+    journal.create_run("run", b"config", 7)
+    append(journal, entry("a"), entry("b", step=3, payload=bytes(range(256))))
+    append(journal, entry("c"))
+    with journal.writing("run") as writing:
+        found = list(writing.tail(1))
+        assert [e.seq for e in found] == [2, 3]
+        assert found[0] == writing.entry(2)
+        assert (found[0].step, found[0].payload) == (3, bytes(range(256)))
+        assert writing.outline() == [(1, "report", 0), (2, "report", 3), (3, "report", 0)]
+        assert (writing.run.last_seq, writing.run.config, writing.run.create_time) == (
+            3, b"config", 7,
+        )  # fmt: skip
+
+
+def test_a_block_that_raises_leaves_nothing(journal: Journal) -> None:
+    """Neither its entries nor their numbers."""
+    journal.create_run("run", b"", 0)
+    append(journal, entry("kept"))
+
+    def fail() -> None:
+        with journal.writing("run") as writing:
+            writing.append(entry("lost"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    append(journal, entry("next"))
+    assert keys(journal) == ["kept", "next"]
+
+
+def test_no_call_is_recorded_twice_in_a_branch(journal: Journal) -> None:
+    """(kind, key) is unique until a rewind begins the next branch."""
+    journal.create_run("run", b"", 0)
+    append(journal, entry("a"), entry("a", kind="allocate"))
+    with pytest.raises(Exception, match=r"UNIQUE|unique"), journal.writing("run") as writing:
+        writing.append(entry("a"))
+    append(journal, entry("back", kind="rewind"))
+    append(journal, entry("a"))
+    with journal.writing("run") as writing:
+        assert [e.branch for e in writing.tail(0)] == [0, 0, 0, 1]
+        assert writing.run.branch == 1
+
+
+def test_runs_are_apart_and_named_once(journal: Journal) -> None:
+    """A name is taken until its run is deleted, and then nothing of it is left."""
+    first = journal.create_run("run", b"one", 0)
+    with pytest.raises(AlreadyExists):
+        journal.create_run("run", b"two", 0)
+    journal.create_run("other", b"", 0)
+    append(journal, entry("a"))
+    assert journal.find_run("run") == first or journal.find_run("run").last_seq == 1
+    assert [run.run_id for run in journal.list_runs("", 10)] == ["other", "run"]
+    assert [run.run_id for run in journal.list_runs("other", 10)] == ["run"]
+    journal.delete_run("run")
+    assert journal.find_run("run") is None
+    for call in (lambda: journal.delete_run("run"), lambda: keys(journal)):
+        with pytest.raises(NotFound):
+            call()
+    again = journal.create_run("run", b"", 0)
+    assert again.run_key != first.run_key
+    assert keys(journal) == []
+
+
+def test_writers_of_one_run_wait_for_each_other(journal: Journal) -> None:
+    """Threads that append at once get numbers without gap, each as large as it saw."""
+    journal.create_run("run", b"", 0)
+    wrong: list[object] = []
+
+    def write(worker: int) -> None:
+        for number in range(20):
+            with journal.writing("run") as writing:
+                seen = len(list(writing.tail(0)))
+                writing.append(entry(f"{worker}-{number}"))
+                if writing.run_after.last_seq != seen + 1:
+                    wrong.append((seen, writing.run_after))
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+    assert len(set(keys(journal))) == 80
+
+
+def test_a_file_is_found_as_it_was_left(tmp_path: Path) -> None:
+    """Another process, later, reads all that was committed."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    for number in range(3):
+        journal = Journal(url)
+        journal.open()
+        if number == 0:
+            journal.create_run("run", b"", 0)
+        assert len(keys(journal)) == number
+        append(journal, entry(str(number)))
+        journal.close()
+
+
+def test_a_commit_is_on_disk_before_it_is_answered(tmp_path: Path) -> None:
+    """SQLite runs in WAL mode and syncs on every commit."""
+    journal = Journal(f"sqlite:///{tmp_path / 's.db'}")
+    journal.open()
+    with journal._engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+    journal.close()
+
+
+def broken(path: Path) -> None:
+    """Overwrite the second half of a file, where the entries are."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 :] = b"\xff" * (len(data) - len(data) // 2)
+    path.write_bytes(data)
+
+
+def not_a_database(path: Path) -> None:
+    """Make it a text."""
+    path.write_text("This is not a database, whatever its name says." * 100)
+
+
+def from_the_future(path: Path) -> None:
+    """Give it a schema that this program does not know."""
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+    database.close()
+
+
+@pytest.mark.parametrize("damage", [not_a_database, from_the_future])
+def test_a_store_that_cannot_be_read_is_refused(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """With its name and the reason, and the file is left as it is."""
+    path = tmp_path / "s.db"
+    journal = Journal(f"sqlite:///{path}")
+    journal.open()
+    journal.close()
+    damage(path)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"s\.db"):
+        Journal(f"sqlite:///{path}").open()
+    assert path.read_bytes() == before
+
+
+def test_damage_within_is_an_error_and_not_an_answer(tmp_path: Path) -> None:
+    """A page that cannot be read raises StoreUnavailable, and the check finds it."""
+    path = tmp_path / "s.db"
+    journal = Journal(f"sqlite:///{path}")
+    journal.open()
+    journal.create_run("run", b"", 0)
+    append(journal, *[entry(f"{i}", payload=b"x" * 500) for i in range(100)])
+    journal.close()
+    broken(path)
+    journal = Journal(f"sqlite:///{path}")
+    journal.open()
+    assert journal.integrity()
+    with pytest.raises(StoreUnavailable):
+        keys(journal)
+    journal.close()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """A second journal on the same file is refused until the first one lets go."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    first = Journal(url)
+    first.open()
+    with pytest.raises(ConfigError, match="in use by another scheduler"):
+        Journal(url).open()
+    first.close()
+    second = Journal(url)
+    second.open()
+    second.close()

@@ -1,0 +1,152 @@
+"""Statistics do not depend on the order of arrival, and a rewind is as if it never was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_scheduler.embedded import open_service
+from knapsack_scheduler.service import SchedulerService
+
+PROMPTS = ["a", "b", "c"]
+
+REPORTS = st.lists(
+    st.tuples(
+        st.integers(0, 6),
+        st.integers(0, 6),
+        st.lists(st.lists(st.sampled_from([0.0, 1.0]), max_size=4), min_size=3, max_size=3),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def own_report(number: int, step: int, version: int, groups: list[list[float]]) -> Any:
+    """Return a report of rollouts of the three prompts."""
+    return pb.ReportRequest(
+        run_id="run",
+        report_id=f"report-{number}",
+        step=step,
+        policy_version=version,
+        prompt_ids=PROMPTS,
+        prompt_indices=range(3),
+        num_rewards=[len(group) for group in groups],
+        rewards=[r for group in groups for r in group],
+        completion_tokens=[3 + int(r) for group in groups for r in group],
+    )
+
+
+def allocate(step: int, request_id: str) -> Any:
+    """Return a request for an allocation to the three prompts and an unknown one."""
+    return pb.AllocateRequest(
+        run_id="run",
+        step=step,
+        request_id=request_id,
+        prompt_ids=[*PROMPTS, "unseen"],
+        total_rollouts=40,
+    )
+
+
+async def statistics(service: SchedulerService) -> bytes:
+    """Return every prompt's statistics, bit by bit."""
+    page = await service.list_prompt_stats(pb.ListPromptStatsRequest(run_id="run"))
+    return page.SerializeToString()
+
+
+@settings(max_examples=100, deadline=None)
+@given(reports=REPORTS, order=st.randoms(use_true_random=False))
+async def test_the_order_of_reports_changes_nothing(reports: list[Any], order: Any) -> None:
+    """Shuffled reports give the same statistics, posteriors and allocation, to the bit."""
+    seen = []
+    shuffled = list(enumerate(reports))
+    for _ in range(2):
+        async with open_service("sqlite://") as service:
+            for number, report in shuffled:
+                await service.report(own_report(number, *report))
+            answer = await service.allocate(allocate(7, "next"))
+            answer.allocation_id = ""
+            seen.append((await statistics(service), answer.SerializeToString()))
+        order.shuffle(shuffled)
+    assert seen[0] == seen[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(reports=REPORTS, later=REPORTS, keep=st.integers(-1, 6))
+async def test_a_rewound_run_decides_as_one_that_never_went_on(
+    reports: list[Any], later: list[Any], keep: int
+) -> None:
+    """After Rewind to k: as if only steps up to k had been reported, now and afterwards."""
+    kept = [(n, r) for n, r in enumerate(reports) if r[0] <= keep]
+    answers = []
+    for rewound in (True, False):
+        async with open_service("sqlite://") as service:
+            await service.create_run(pb.CreateRunRequest(run_id="run"))
+            for number, report in enumerate(reports) if rewound else kept:
+                await service.report(own_report(number, *report))
+            if rewound:
+                lost = await service.allocate(allocate(9, "lost"))
+                await service.rewind_run(pb.RewindRunRequest(run_id="run", step=keep))
+                # Arrives late, and is of a step that never was.
+                await service.report(
+                    pb.ReportRequest(
+                        run_id="run",
+                        allocation_id=lost.allocation_id,
+                        report_id="late",
+                        prompt_indices=[0],
+                        num_rewards=[1],
+                        rewards=[1.0],
+                    )
+                )
+            seen = [await statistics(service)]
+            for number, report in enumerate(later, 100):
+                await service.report(own_report(number, *report))
+                answer = await service.allocate(allocate(7, f"next-{number}"))
+                answer.allocation_id = ""
+                seen.append(answer.SerializeToString())
+            seen.append(await statistics(service))
+            answers.append(seen)
+    assert answers[0] == answers[1]
+
+
+async def test_a_restart_folds_to_the_same_state(tmp_path, calls) -> None:
+    """What is read from the journal decides as what was in memory, rewinds included."""
+    store = f"sqlite:///{tmp_path / 's.db'}"
+    rng = np.random.default_rng(0)
+    ids = [f"p{i}" for i in range(50)]
+    answers = []
+    async with open_service(store) as service:
+        for step in range(12):
+            batch = list(rng.choice(ids, 10, replace=False))
+            answer = await service.allocate(calls.allocate(batch, 80, step, wave_fraction=0.5))
+            for wave in range(2):
+                rewards = [list(rng.integers(0, 2, n).astype(float)) for n in answer.num_rollouts]
+                await service.report(
+                    calls.report(answer.allocation_id, rewards, policy_version=step)
+                )
+                if wave == 0:
+                    answer = await service.extend(calls.extend(answer.allocation_id))
+            if step == 8:
+                await service.rewind_run(calls.rewind(4))
+        answers.append((await statistics(service), await service.allocate(allocate(20, "x"))))
+    async with open_service(store) as service:
+        answers.append((await statistics(service), await service.allocate(allocate(20, "x"))))
+        run = await service.get_run(pb.GetRunRequest(run_id="run"))
+    assert answers[0] == answers[1]
+    assert (run.last_step, run.rewinds) == (20, 1)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.5])
+async def test_rewards_above_the_threshold_are_successes(threshold: float) -> None:
+    """A reward equal to the threshold is none."""
+    rewards = [-1.0, 0.0, 0.5, 1.0, 2.5, 3.0]
+    async with open_service("sqlite://") as service:
+        config = pb.RunConfig(success_threshold=threshold)
+        await service.create_run(pb.CreateRunRequest(run_id="run", config=config))
+        await service.report(own_report(0, 0, 0, [rewards, [], []]))
+        run = await service.get_run(pb.GetRunRequest(run_id="run"))
+    assert run.total_successes == sum(r > threshold for r in rewards)
