@@ -1,4 +1,4 @@
-"""Client of the budget scheduler: how many rollouts each prompt should get.
+"""Clients of the budget scheduler and of the generation server.
 
     client = BudgetClient("localhost:50051", run_id="exp1")
     allocation = client.allocate(prompt_ids, total_rollouts=2048, step=step)
@@ -14,10 +14,13 @@ from knapsack_trainer_client.errors import (
     AccessDenied,
     ClientMisuse,
     ExtraMissing,
+    GeneratorBusy,
+    GeneratorUnavailable,
     InvalidRequest,
     KnapsackError,
     RunConfigConflict,
     SchedulerUnavailable,
+    WeightUpdateFailed,
 )
 from knapsack_trainer_client.groups import group_advantages, loss_weights, repeat_by_allocation
 from knapsack_trainer_client.nouns import (
@@ -30,6 +33,12 @@ from knapsack_trainer_client.nouns import (
     RunConfig,
 )
 from knapsack_trainer_client.outbox import Limits
+from knapsack_trainer_client.rollouts import (
+    AsyncRolloutClient,
+    Rollout,
+    RolloutClient,
+    RolloutGroups,
+)
 from knapsack_trainer_client.sync import BudgetClient
 from knapsack_trainer_client.telemetry import ClientStats
 
@@ -39,19 +48,26 @@ __all__ = [
     "Allocation",
     "AllocationSummary",
     "AsyncBudgetClient",
+    "AsyncRolloutClient",
     "BudgetClient",
     "ClientMisuse",
     "ClientStats",
     "ExtraMissing",
+    "GeneratorBusy",
+    "GeneratorUnavailable",
     "InvalidRequest",
     "KnapsackError",
     "Limits",
     "PromptStats",
     "ReportReceipt",
+    "Rollout",
+    "RolloutClient",
+    "RolloutGroups",
     "Run",
     "RunConfig",
     "RunConfigConflict",
     "SchedulerUnavailable",
+    "WeightUpdateFailed",
     "group_advantages",
     "loss_weights",
     "repeat_by_allocation",

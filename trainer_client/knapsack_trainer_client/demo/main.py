@@ -35,7 +35,7 @@ class Arm:
 ARMS: Mapping[str, Arm] = {
     results.BASELINE: Arm("uniform"),
     "knapsack": Arm("posterior"),
-    "knapsack, two waves": Arm("posterior", wave_fraction=0.5),
+    "knapsack 2 waves": Arm("posterior", wave_fraction=0.5),
 }
 
 
@@ -49,9 +49,9 @@ class Size:
     schedule: Schedule
 
 
-FULL = Size(1000, 1024, 1024, Schedule(72, 128, 1024, 7e-4, 6, seed=0))
-QUICK = replace(FULL, schedule=replace(FULL.schedule, steps=24, evaluate_every=4))
-SMOKE = Size(20, 64, 64, Schedule(4, 16, 96, 7e-4, 2, seed=0))
+FULL = Size(1000, 1024, 1024, Schedule(72, 128, 1024, 1e-3, 6, seed=0))
+QUICK = replace(FULL, schedule=replace(FULL.schedule, steps=24, evaluate_every=3))
+SMOKE = Size(20, 64, 64, Schedule(4, 16, 96, 1e-3, 2, seed=0))
 
 
 def run(arguments: list[str]) -> int:

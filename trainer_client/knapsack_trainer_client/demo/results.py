@@ -100,11 +100,11 @@ def table(arms: Mapping[str, Sequence[Measures]]) -> list[tuple[str, ...]]:
         "",
         "held-out accuracy",
         "  against uniform, same seed",
-        "  of the most probable response",
+        "  of the most probable one",
         "effective group rate",
         "effective rollout rate",
         "largest group",
-        "rollouts to uniform's final accuracy",
+        "rollouts to uniform's accuracy",
     )
     return list(zip(heads, *columns, strict=True))
 
@@ -124,13 +124,14 @@ def _finding(name: str, seeds: Sequence[Measures], base: Sequence[Measures]) -> 
         f"uniform in held-out accuracy"
     )
     if len(seeds) > 1:
-        text += f" on the mean of {len(seeds)} seeds, above in {sum(a > 0 for a in ahead)}"
+        better = sum(a > 0 for a in ahead)
+        text += f" on the mean of {len(seeds)} seeds (above in {better} of {len(seeds)})"
     reached = [m.rollouts_to_baseline for m in seeds if m.rollouts_to_baseline is not None]
     if len(reached) == len(seeds):
         after = statistics.fmean(reached)
         text += f"; it reached uniform's final accuracy after {after:,.0f}"
     elif reached:
-        text += f"; it reached uniform's final accuracy in {len(reached)}"
+        text += f"; it reached uniform's final accuracy in {len(reached)} of {len(seeds)}"
     else:
         text += "; it did not reach uniform's final accuracy"
     return text + "."

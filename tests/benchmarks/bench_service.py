@@ -1,0 +1,158 @@
+"""Speed of Allocate and Report over the wire, next to a bare grpc.aio echo, in one run.
+
+    python tests/benchmarks/bench_service.py [--sizes 256 2000] [--known 10000] [--repeat 60]
+
+The echo is a grpc.aio server process that reads the same requests and sends answers of
+the same shape, and does nothing else; what is above it is the scheduler's own work: the
+solver, the journal's commit to disk, the fold. Calls alternate between the two servers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+
+from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
+
+MEAN = 8
+OPTIONS = [("grpc.max_receive_message_length", 2**26), ("grpc.max_send_message_length", 2**26)]
+
+
+class Echo(rpc.BudgetSchedulerServicer):
+    async def Allocate(self, request: Any, context: Any) -> pb.Allocation:
+        return pb.Allocation(num_rollouts=[MEAN] * len(request.prompt_ids))
+
+    async def Report(self, request: Any, context: Any) -> pb.ReportResponse:
+        return pb.ReportResponse(accepted_rollouts=len(request.rewards))
+
+
+async def serve_echo() -> None:
+    server = grpc.aio.server(options=OPTIONS)
+    rpc.add_BudgetSchedulerServicer_to_server(Echo(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(json.dumps({"listen": f"127.0.0.1:{port}"}), flush=True)
+    await server.wait_for_termination()
+
+
+@contextmanager
+def server(*command: str) -> Iterator[Any]:
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    try:
+        address = json.loads(process.stdout.readline())["listen"]
+        with grpc.insecure_channel(address, OPTIONS) as channel:
+            yield rpc.BudgetSchedulerStub(channel)
+    finally:
+        process.terminate()
+        process.wait(30)
+        process.stdout.close()
+
+
+def timed(times: list[float], call: Any, request: Any) -> Any:
+    start = time.perf_counter()
+    answer = call(request)
+    times.append(time.perf_counter() - start)
+    return answer
+
+
+def learn(stub: Any, known: int, rng: np.random.Generator) -> None:
+    stub.CreateRun(pb.CreateRunRequest(run_id="bench"))
+    for start in range(0, known, 10_000):
+        size = min(10_000, known - start)
+        rewards = rng.integers(0, 2, size * MEAN)
+        stub.Report(
+            pb.ReportRequest(
+                run_id="bench",
+                report_id=f"learn-{start}",
+                prompt_ids=[f"prompt-{i}" for i in range(start, start + size)],
+                prompt_indices=range(size),
+                num_rewards=[MEAN] * size,
+                rewards=rewards,
+            )
+        )
+
+
+def measure(scheduler: Any, echo: Any, size: int, known: int, repeat: int) -> None:
+    rng = np.random.default_rng(size)
+    times: dict[tuple[str, str], list[float]] = {}
+    for step in range(repeat + 3):
+        ids = [f"prompt-{i}" for i in rng.choice(known, size, replace=False)]
+        request = pb.AllocateRequest(
+            run_id="bench",
+            step=step,
+            request_id=f"{size}-{step}",
+            prompt_ids=ids,
+            total_rollouts=MEAN * size,
+        )
+        for name, stub in (("echo", echo), ("scheduler", scheduler)):
+            answer = timed(times.setdefault(("Allocate", name), []), stub.Allocate, request)
+        report = pb.ReportRequest(
+            run_id="bench",
+            allocation_id=answer.allocation_id,
+            report_id=f"{size}-{step}",
+            policy_version=step,
+            prompt_indices=range(size),
+            num_rewards=answer.num_rollouts,
+            rewards=rng.integers(0, 2, MEAN * size),
+            completion_tokens=rng.integers(10, 1000, MEAN * size),
+        )
+        for name, stub in (("echo", echo), ("scheduler", scheduler)):
+            timed(times.setdefault(("Report", name), []), stub.Report, report)
+    for call in ("Allocate", "Report"):
+        cells = []
+        for name in ("scheduler", "echo"):
+            values = sorted(times[call, name][3:])
+            cells += [statistics.median(values), values[int(0.99 * len(values))]]
+        print(
+            f"{call:<9} {size:>8,} "
+            + " ".join(f"{1e3 * seconds:>9.2f}" for seconds in cells)
+            + f" {cells[0] / cells[2]:>8.1f}x",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 2000, 10_000])
+    parser.add_argument("--known", type=int, default=10_000, help="prompts the run has seen")
+    parser.add_argument("--repeat", type=int, default=60)
+    parser.add_argument("--echo", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.echo:
+        asyncio.run(serve_echo())
+        return
+    print(f"{arguments.known:,} known prompts, {MEAN} rollouts per prompt, milliseconds")
+    print(
+        f"{'call':<9} {'prompts':>8} {'p50':>9} {'p99':>9} {'echo p50':>9} {'echo p99':>9} "
+        f"{'p50':>9}"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        ports = [f"--{name}=127.0.0.1:0" for name in ("listen", "admin-listen", "health-listen")]
+        store = f"--store=sqlite:///{Path(folder) / 'bench.db'}"
+        with (
+            server(
+                "-m", "knapsack_scheduler.cli", "serve", store, "--log-level=error", *ports
+            ) as s,
+            server(__file__, "--echo") as echo,
+        ):
+            learn(s, arguments.known, np.random.default_rng(0))
+            for size in arguments.sizes:
+                measure(s, echo, size, arguments.known, arguments.repeat)
+
+
+if __name__ == "__main__":
+    main()
