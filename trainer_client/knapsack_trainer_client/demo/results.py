@@ -100,7 +100,7 @@ def table(arms: Mapping[str, Sequence[Measures]]) -> list[tuple[str, ...]]:
         "",
         "held-out accuracy",
         "  against uniform, same seed",
-        "  of the most probable one",
+        "  most probable response",
         "effective group rate",
         "effective rollout rate",
         "largest group",
