@@ -1,10 +1,23 @@
-"""Knapsack allocation of rollouts: the solver as a library, and the scheduler service.
+"""Divides a budget of rollouts among prompts where they teach most.
 
-``solve`` and ``solve_posterior`` need NumPy only; the service is started with
-``knapsack-scheduler serve``.
+As a library, without a service: ``solve`` and ``solve_posterior``.
 """
 
-from knapsack_scheduler.core.problem import InfeasibleBudget
-from knapsack_scheduler.core.solve import solve, solve_posterior
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from knapsack_scheduler.core.problem import InfeasibleBudget
+    from knapsack_scheduler.core.solve import solve, solve_posterior
 
 __all__ = ["InfeasibleBudget", "solve", "solve_posterior"]
+
+
+def __getattr__(name: str) -> object:
+    """Load on first use: the command says what is not installed before NumPy is needed."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from knapsack_scheduler.core import problem, solve
+
+    return getattr(problem if name == "InfeasibleBudget" else solve, name)

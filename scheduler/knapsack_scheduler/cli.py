@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic.fields import FieldInfo
-
 # gRPC's core writes lines of its own to stderr, among our log and our error messages.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 try:
+    from pydantic.fields import FieldInfo
+
     from knapsack_scheduler.config import ENVIRONMENT, Settings, as_json, load_settings
     from knapsack_scheduler.errors import ConfigError, SchedulerError
 except ModuleNotFoundError as error:

@@ -50,7 +50,7 @@ class Size:
 
 
 FULL = Size(1000, 1024, 1024, Schedule(72, 128, 1024, 1e-3, 6, seed=0))
-QUICK = replace(FULL, schedule=replace(FULL.schedule, steps=24, evaluate_every=3))
+QUICK = replace(FULL, schedule=replace(FULL.schedule, steps=18, evaluate_every=3))
 SMOKE = Size(20, 64, 64, Schedule(4, 16, 96, 1e-3, 2, seed=0))
 
 
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         "a generation server are started as processes of their own and stopped at the end.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a third of the training steps, in under 90 seconds"
+        "--quick", action="store_true", help="a quarter of the training steps, in about a minute"
     )
     parser.add_argument(
         "--seeds",

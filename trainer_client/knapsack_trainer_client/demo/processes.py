@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import ctypes
 import json
 import signal
 import subprocess
@@ -15,7 +14,13 @@ from typing import IO, Self
 
 from knapsack_trainer_client.errors import KnapsackError
 
-_PR_SET_PDEATHSIG = 1
+# Runs a module as `python -m` does, in a process that the kernel ends when the demo itself is
+# killed: prctl(2), PR_SET_PDEATHSIG with SIGTERM.
+_LAUNCH = """
+import ctypes, runpy, sys
+ctypes.CDLL(None).prctl(1, 15)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+"""
 _STOP_SECONDS = 10.0
 _KEPT_LINES = 20
 
@@ -36,7 +41,7 @@ class Server:
 
     Args:
         name: what to call it in messages.
-        command: arguments of ``python -m``, without the address.
+        command: a module that is a program, and its arguments but the address.
         say: called with a line when the process was lost and when it is back; from a
             thread of its own.
     """
@@ -45,7 +50,7 @@ class Server:
         self.name = name
         self.address = ""
         self.admin = ""
-        self._command = [sys.executable, "-m", *command]
+        self._command = [sys.executable, "-c", _LAUNCH, *command]
         self._say = say
         self._stopping = threading.Event()
         self._last_words: collections.deque[str] = collections.deque(maxlen=_KEPT_LINES)
@@ -67,13 +72,13 @@ class Server:
             text=True,
             # Of its own group, so that Ctrl-C reaches the demo alone and it can stop in order.
             start_new_session=True,
-            preexec_fn=_die_with_parent,
         )
         assert process.stdout is not None
         assert process.stderr is not None
         threading.Thread(target=self._drain, args=(process.stderr,), daemon=True).start()
         first = process.stdout.readline()
         if not first:
+            process.stdout.close()
             process.wait()
             raise ServerFailed(
                 f"the {self.name} did not start (exit code {process.returncode}): "
@@ -85,8 +90,9 @@ class Server:
         return process
 
     def _drain(self, stream: IO[str]) -> None:
-        for line in stream:
-            self._last_words.append(line.strip())
+        with stream:
+            for line in stream:
+                self._last_words.append(line.strip())
 
     def _watch(self) -> None:
         while True:
@@ -149,11 +155,3 @@ def _any_port() -> list[str]:
 
 def _quiet() -> list[str]:
     return ["--log-level", "error", "--log-format", "text"]
-
-
-_LIBC = ctypes.CDLL(None)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel stop the server if the demo itself is killed (prctl(2))."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

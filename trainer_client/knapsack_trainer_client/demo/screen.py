@@ -35,7 +35,7 @@ class Screen:
 
     def say(self, line: str) -> None:
         """Show a line above the bars."""
-        self._console.print(line, markup=False, soft_wrap=True)
+        self._console.print(line, markup=False, soft_wrap=not self._console.is_terminal)
 
     @contextlib.contextmanager
     def bar(self, name: str, steps: int) -> Iterator[Callable[..., None]]:
