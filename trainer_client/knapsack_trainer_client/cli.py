@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from knapsack_trainer_client.calls import Caller
-from knapsack_trainer_client.errors import ExtraMissing, InvalidRequest, KnapsackError
+from knapsack_trainer_client.errors import InvalidRequest, KnapsackError
 from knapsack_trainer_client.nouns import TLS, PromptStats, Run
 from knapsack_trainer_client.queries import fetch_prompt_stats, fetch_runs, no_fallback
 from knapsack_trainer_client.transport import GrpcTransport
@@ -163,7 +163,7 @@ def _demo(argv: Sequence[str]) -> int:
         return _failed(f"the demo needs more packages: pip install 'knapsack-rl[demo]' ({error})")
     try:
         return int(run(list(argv)) or 0)
-    except ExtraMissing as error:
+    except (KnapsackError, OSError) as error:
         return _failed(str(error))
     except KeyboardInterrupt:
         return 130

@@ -3,7 +3,8 @@
 When rollouts cost differently the best division is a knapsack proper. Taking the highest
 gains per unit of cost until the budget is used, and then whatever still fits, is within
 one rollout of the optimum; the linear relaxation at the same price bounds the optimum
-from above, so every answer comes with the most that it can be short of.
+from above, so every answer comes with the most that it can be short of. On a handful of
+prompts one rollout is a large part of the whole: those are searched exactly.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from knapsack_scheduler.core.problem import (
     KeyArray,
 )
 from knapsack_scheduler.core.sweep import count_gains, sweep
+from knapsack_scheduler.core.table import TooManyChoices, solve_table
+
+SMALL_BATCH = 20
+"""Batches of fewer prompts are divided exactly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +88,13 @@ def divide_by_cost(
     budget: float,
     tie_keys: KeyArray,
     pairs: BoolArray | None = None,
+    *,
+    exact_below: int = SMALL_BATCH,
 ) -> CostSolution:
     """Return a division that costs at most ``budget``, by gain per cost.
 
-    Rollouts that gain nothing are not given.
+    Rollouts that gain nothing are not given. The gains of batches of fewer than
+    ``exact_below`` prompts are the highest possible.
 
     Args:
         marginals, size, capacity, tie_keys, pairs: as in ``knapsack.divide``.
@@ -108,7 +116,44 @@ def divide_by_cost(
     bound = total_gain(marginals, given, pairs) + price * max(left, 0.0)
     _fill(per_cost, given, size, capacity, costs, left, tie_keys, pairs)
     gain = total_gain(marginals, given, pairs)
+    if given.size < exact_below and gain < bound:
+        try:
+            given = _exactly(marginals, capacity, costs, budget, tie_keys, pairs)
+        except TooManyChoices:
+            return CostSolution(given, price, gain, bound)
+        gain = bound = total_gain(marginals, given, pairs)
     return CostSolution(given, price, gain, max(bound, gain))
+
+
+def _exactly(
+    marginals: Marginals,
+    capacity: IntArray,
+    costs: FloatArray,
+    budget: float,
+    tie_keys: KeyArray,
+    pairs: BoolArray,
+) -> IntArray:
+    """Return the division of most gain: every position chooses from its own table."""
+    steps = capacity - pairs
+    columns = [np.zeros(capacity.shape)]
+    chain = marginals
+    for _ in range(int(steps.max(initial=0))):
+        columns.append(columns[-1] + chain.first)
+        chain = chain.advanced(np.ones_like(capacity))
+    gains = np.stack(columns, axis=1)
+    # In the order of the keys, so that the answer does not depend on the batch's.
+    order = np.argsort(tie_keys, kind="stable")
+    tables, prices = [], []
+    for row in order:
+        options = int(steps[row]) + 1
+        sizes = np.arange(options, dtype=np.float64)
+        sizes[1:] += float(pairs[row])
+        tables.append(gains[row, :options])
+        prices.append(sizes * costs[row])
+    chosen = solve_table(tables, budget, prices).options
+    given = np.zeros_like(capacity)
+    given[order] = np.where(pairs[order] & (chosen > 0), chosen + 1, chosen)
+    return given
 
 
 _BISECTIONS = 16
@@ -155,6 +200,7 @@ def divide_within(
             budget + weight * most_rollouts,
             tie_keys,
             pairs,
+            exact_below=0,
         )
         bound = min(bound, weighed.upper_bound)
         given = weighed.num_rollouts

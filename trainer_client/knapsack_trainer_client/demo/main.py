@@ -57,6 +57,9 @@ SMOKE = Size(20, 64, 64, Schedule(4, 16, 96, 1e-3, 2, seed=0))
 def run(arguments: list[str]) -> int:
     """Run the demo with command line arguments; returns the exit code."""
     options = _parser().parse_args(arguments)
+    out: Path = options.out
+    # Now, because a folder that cannot be made is no news for the end of a run.
+    out.mkdir(parents=True, exist_ok=True)
     size = SMOKE if options.smoke else QUICK if options.quick else FULL
     screen = Screen()
     started = time.monotonic()
@@ -65,8 +68,6 @@ def run(arguments: list[str]) -> int:
         runs = _experiment(size, options.seeds, folder, screen)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    out: Path = options.out
-    out.mkdir(parents=True, exist_ok=True)
     results.write(out / "results.json", asdict(size) | {"seeds": options.seeds}, runs)
     plot.draw(out / "demo.png", runs)
     screen.conclude(runs, out, time.monotonic() - started)
