@@ -97,4 +97,7 @@ class ConfigError(Exception):
 
 def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= 120 else text[:100] + f"... ({len(text)} characters)"
+    if len(text) <= 120:
+        return text
+    length = len(value) if isinstance(value, str) else len(text)
+    return text[:100] + f"... ({length} characters)"

@@ -62,6 +62,7 @@ class OutcomesReported:
         prompt_ids: without an allocation, what the positions are of.
         policy_version: that generated them.
         rewards: by position.
+        ignored: they are of a step that a rewind had forgotten when they came.
     """
 
     allocation_id: str
@@ -69,6 +70,7 @@ class OutcomesReported:
     prompt_ids: tuple[str, ...]
     policy_version: int
     rewards: Rewards
+    ignored: bool
 
 
 @dataclass(frozen=True, slots=True)

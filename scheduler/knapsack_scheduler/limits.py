@@ -13,6 +13,7 @@ class Limits:
         prompts: positions of one call.
         id_length: characters of a prompt id.
         total_rollouts: budget of one allocation, and rollouts of one report.
+        group_rollouts: min_rollouts of a position. A larger max_rollouts is no bound.
         step: step, policy version and token budget.
         import_rollouts: rollouts of one import.
         import_bytes: bytes of one import.
@@ -23,6 +24,7 @@ class Limits:
     prompts: int = 200_000
     id_length: int = 1024
     total_rollouts: int = 10_000_000
+    group_rollouts: int = 100_000
     step: int = 2**53
     import_rollouts: int = 10_000_000
     import_bytes: int = 256 * 2**20

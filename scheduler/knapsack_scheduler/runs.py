@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
@@ -42,6 +43,7 @@ class LoadedRun:
         self.state = RunState(wire.parse_config(pb.RunConfig.FromString(row.config)))
         self._seq = 0
         self._calls: dict[tuple[str, str], tuple[int, bytes]] = {}
+        self._forgotten: set[tuple[str, bytes]] = set()
 
     def catch_up(self, writing: Writing) -> None:
         """Fold what was appended since."""
@@ -64,6 +66,7 @@ class LoadedRun:
         """
         self.state = RunState(self.state.config)
         self._calls = {}
+        self._forgotten = set()
         kept = _kept(writing, rewound_to)
         for entry in writing.tail(0):
             if entry.kind == "rewind" or kept[entry.seq]:
@@ -71,6 +74,8 @@ class LoadedRun:
             else:
                 if entry.kind == "allocate":
                     self.state.abandon(wire.fact_of(entry, self.state))
+                if entry.kind == "report":
+                    self._forgotten.add((entry.key, entry.digest))
                 self._seq = entry.seq
 
     def applied(self, entry: Entry) -> Counted:
@@ -82,6 +87,10 @@ class LoadedRun:
             self._calls[entry.kind, entry.key] = (entry.seq, entry.digest)
         self._seq = entry.seq
         return counted
+
+    def has_forgotten(self, report_id: str, digest: bytes) -> bool:
+        """Return whether a report is one that a rewind forgot, arriving once more."""
+        return (report_id, digest) in self._forgotten
 
     def answered(self, writing: Writing, kind: str, key: str, digest: bytes) -> bytes | None:
         """Return the stored answer of a call made before, or None.
@@ -113,6 +122,14 @@ def _kept(writing: Writing, rewound_to: int | None) -> dict[int, bool]:
     return kept
 
 
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """Who works on a run, and how many wait to."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0
+
+
 class Runs:
     """All runs of a journal, loaded as they are asked for."""
 
@@ -129,7 +146,7 @@ class Runs:
         self._auto_create = auto_create_runs
         self._default_config = default_config
         self._loaded: dict[str, LoadedRun] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._turns: dict[str, _Turn] = {}
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="runs")
 
     def close(self) -> None:
@@ -166,8 +183,7 @@ class Runs:
         """
 
         async def locked() -> tuple[Answer, Counted]:
-            lock = self._locks.setdefault(run_id, asyncio.Lock())
-            async with lock:
+            async with self._turn(run_id):
                 start, failed = time.perf_counter(), False
                 try:
                     answer = await self.in_thread(lambda: self._work(run_id, work, create))
@@ -176,8 +192,6 @@ class Runs:
                     raise
                 finally:
                     self._events.emit(Committed(time.perf_counter() - start, failed))
-            if run_id not in self._loaded and not lock.locked():
-                self._locks.pop(run_id, None)
             return answer
 
         return await asyncio.shield(asyncio.ensure_future(locked()))
@@ -188,12 +202,23 @@ class Runs:
 
     async def delete(self, run_id: str) -> None:
         """Delete a run; NotFound if there is none."""
-        lock = self._locks.setdefault(run_id, asyncio.Lock())
-        async with lock:
+        async with self._turn(run_id):
             await asyncio.shield(
                 asyncio.ensure_future(self.in_thread(lambda: self._delete(run_id)))
             )
-        self._locks.pop(run_id, None)
+
+    @asynccontextmanager
+    async def _turn(self, run_id: str) -> AsyncIterator[None]:
+        """Wait until nobody else works on the run; keeps nothing of names nobody uses."""
+        turn = self._turns.setdefault(run_id, _Turn())
+        turn.users += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.users -= 1
+            if turn.users == 0:
+                del self._turns[run_id]
 
     def _delete(self, run_id: str) -> None:
         self._loaded.pop(run_id, None)

@@ -37,6 +37,9 @@ from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.runs import LoadedRun, Runs
 from knapsack_scheduler.state import OpenAllocation
 
+_PAGE_BYTES = 32 * 2**20
+"""A page of statistics ends before it outgrows a message."""
+
 
 class SchedulerService:
     """The budget scheduler on one journal."""
@@ -134,6 +137,7 @@ class SchedulerService:
             return pb.Allocation.FromString(before), None
         state = run.state
         bounds = wire.bounds_of(request, state.config)
+        wire.check_bounds(bounds, self._limits)
         budget = wire.budget_of(request)
         beliefs, prior = state.beliefs(ids)
         if budget.total_tokens and not budget.total_rollouts and not beliefs.expected_tokens.any():
@@ -143,6 +147,7 @@ class SchedulerService:
                 "needs completion_tokens in earlier reports of the run; set total_rollouts "
                 "until there are some",
             )
+        wire.check_tokens(budget, bounds, beliefs.expected_tokens, self._limits)
         if not beliefs.expected_tokens.any():
             budget = Budget(budget.total_rollouts, 0, budget.wave_fraction, budget.allow_partial)
         start = time.perf_counter()
@@ -179,7 +184,8 @@ class SchedulerService:
             return pb.Allocation.FromString(before), None
         state = run.state
         allocation = _allocation(run, request.allocation_id)
-        if not request.keep_outstanding and not allocation.delivered.any():
+        nothing_came = allocation.allocated.any() and not allocation.delivered.any()
+        if nothing_came and not request.keep_outstanding:
             raise FailedPrecondition(
                 f"allocation_id = {request.allocation_id!r}: nothing was reported of it yet; "
                 "Report its rollouts first, or set keep_outstanding to count them as running"
@@ -232,6 +238,9 @@ class SchedulerService:
         if before is not None:
             return pb.ReportResponse.FromString(before), request.step, run
         count = len(request.rewards)
+        if not request.allocation_id and run.has_forgotten(request.report_id, digest):
+            # Nothing is recorded: its id is free for a report of the step done anew.
+            return pb.ReportResponse(ignored_rollouts=count), request.step, run
         if request.allocation_id in run.state.abandoned:
             answer = pb.ReportResponse(ignored_rollouts=count)
             step = ALWAYS
@@ -396,6 +405,10 @@ def _stats_page(run: LoadedRun, after: str, size: int) -> pb.ListPromptStatsResp
     known = run.state.sorted_prompts()
     start = bisect_right(known, after, key=lambda pair: pair[0]) if after else 0
     page = known[start : start + size]
+    # UTF-8 takes up to 4 bytes a character, the columns less than 80 a row.
+    sizes = np.cumsum([4 * len(p) + 80 for p, _ in page])
+    size = max(int(np.searchsorted(sizes, _PAGE_BYTES, side="right")), 1)
+    page = page[:size]
     rows = np.fromiter((row for _, row in page), np.int64, len(page))
     answer = wire.stats_message([p for p, _ in page], run.state.stats_of(rows))
     if start + size < len(known):

@@ -230,7 +230,7 @@ class RunState:
         self.last_step = max(self.last_step, fact.step)
 
     def _report(self, fact: OutcomesReported) -> Counted:
-        if fact.allocation_id in self.abandoned:
+        if fact.ignored:
             self.ignored_rollouts += fact.rewards.rewards.size
             return Counted(ignored=fact.rewards.rewards.size)
         allocation = self.allocations.get(fact.allocation_id)

@@ -13,7 +13,7 @@ from knapsack_scheduler.errors import InvalidArgument
 from knapsack_scheduler.limits import Limits
 
 _NAME_LENGTH = 256
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 LARGEST_INT32 = 2**31 - 1
 
 

@@ -20,7 +20,7 @@ from knapsack_scheduler import validation
 from knapsack_scheduler.core.objective import OBJECTIVES
 from knapsack_scheduler.core.policy import POLICIES
 from knapsack_scheduler.core.posterior import Prior
-from knapsack_scheduler.core.problem import Bounds, Budget, Decision
+from knapsack_scheduler.core.problem import Bounds, Budget, Decision, FloatArray
 from knapsack_scheduler.errors import InvalidArgument, ResourceExhausted
 from knapsack_scheduler.facts import (
     AllocationExtended,
@@ -154,6 +154,41 @@ def bounds_of(request: pb.AllocateRequest, config: RunConfig) -> Bounds:
             f"must be at most max_rollouts, which is {int(maximum[at])} there",
         )
     return Bounds(minimum, maximum)
+
+
+def check_bounds(bounds: Bounds, limits: Limits) -> None:
+    """Refuse bounds that ask for more than is served at once."""
+    large = bounds.minimum > limits.group_rollouts
+    if large.any():
+        at = int(np.argmax(large))
+        raise InvalidArgument(
+            f"min_rollouts[{at}]",
+            int(bounds.minimum[at]),
+            f"must be at most {limits.group_rollouts}",
+        )
+    total = int(bounds.minimum.sum())
+    if total > limits.total_rollouts:
+        raise InvalidArgument(
+            "min_rollouts", f"a sum of {total}", f"must be at most {limits.total_rollouts}"
+        )
+
+
+def check_tokens(
+    budget: Budget, bounds: Bounds, expected_tokens: FloatArray, limits: Limits
+) -> None:
+    """Refuse a budget in tokens that buys more rollouts than are served at once."""
+    if not budget.total_tokens or budget.total_rollouts or not expected_tokens.size:
+        return
+    most = min(
+        budget.total_tokens / max(float(expected_tokens.min()), 1.0), float(bounds.most.sum())
+    )
+    if most > limits.total_rollouts:
+        raise InvalidArgument(
+            "total_tokens",
+            budget.total_tokens,
+            f"could buy {most:.0f} rollouts; must be less than {limits.total_rollouts} need, "
+            "or total_rollouts must be set too",
+        )
 
 
 def budget_of(request: pb.AllocateRequest) -> Budget:
@@ -361,6 +396,7 @@ def fact_of(entry: Entry, state: RunState) -> Fact:
                 tuple(report.prompt_ids),
                 report.policy_version,
                 rewards_of(report, positions),
+                pb.ReportResponse.FromString(entry.answer).ignored_rollouts > 0,
             )
         case "import":
             return imported_of(entry.payload, Limits())

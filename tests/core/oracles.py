@@ -51,11 +51,11 @@ def best_value(
     """Return the highest sum of values over all divisions, or None if there is none.
 
     Dynamic program over prompts and rollouts. A prompt with minimum 0 gets none or at
-    least 2, unless its maximum is 1.
+    least 2.
     """
     best: list[float | None] = [0.0] + [None] * total
     for of, low, high in zip(values, minimum, maximum, strict=True):
-        counts = [n for n in range(low, min(high, total) + 1) if not (low == 0 < n < 2 <= high)]
+        counts = [n for n in range(low, min(high, total) + 1) if not (low == 0 and n == 1)]
         worth = {n: of(n) for n in counts}
         following: list[float | None] = [None] * (total + 1)
         for spent, so_far in enumerate(best):
@@ -83,10 +83,7 @@ def best_value_within_cost(
     best = float("-inf")
     ranges = [range(low, high + 1) for low, high in zip(minimum, maximum, strict=True)]
     for counts in product(*ranges):
-        lone = any(
-            n == 1 and low == 0 and high >= 2
-            for n, low, high in zip(counts, minimum, maximum, strict=True)
-        )
+        lone = any(n == 1 and low == 0 for n, low in zip(counts, minimum, strict=True))
         cost = sum(n * c for n, c in zip(counts, costs, strict=True))
         if lone or cost > budget * (1 + 1e-12):
             continue

@@ -6,7 +6,12 @@ import pytest
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
-from knapsack_scheduler.errors import AlreadyExists, FailedPrecondition, NotFound
+from knapsack_scheduler.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+)
 from knapsack_scheduler.service import SchedulerService
 
 
@@ -230,6 +235,58 @@ async def test_rewind_forgets_later_steps_and_ignores_their_reports(
     await service.report(calls.report(first.allocation_id, [[], [1.0]]))
     assert await stats(service) == {"a": (1, 1), "b": (2, 1)}
     assert (await service.get_run(pb.GetRunRequest(run_id="run"))).ignored_rollouts == 1
+
+
+async def test_a_forgotten_report_that_arrives_again_is_ignored(tmp_path, calls) -> None:
+    """Also one that was of no allocation, and after a restart; a new one of its id counts."""
+    store = f"sqlite:///{tmp_path / 's.db'}"
+    report = calls.own_report(["a"], [[1.0, 0.0]], step=5, report_id="x", policy_version=9)
+    async with open_service(store) as service:
+        await service.report(calls.own_report(["a"], [[1.0]], step=1))
+        assert (await service.report(report)).accepted_rollouts == 2
+        await service.rewind_run(calls.rewind(3))
+        answers = [await service.report(report) for _ in range(2)]
+    async with open_service(store) as service:
+        answers.append(await service.report(report))
+        run = await service.get_run(pb.GetRunRequest(run_id="run"))
+        assert {(a.accepted_rollouts, a.ignored_rollouts) for a in answers} == {(0, 2)}
+        assert (run.last_step, run.last_policy_version, run.total_rollouts) == (1, 0, 1)
+        other = calls.own_report(["a"], [[1.0, 1.0]], step=5, report_id="x", policy_version=9)
+        assert (await service.report(other)).accepted_rollouts == 2
+        run = await service.get_run(pb.GetRunRequest(run_id="run"))
+        assert (run.last_step, run.total_rollouts) == (5, 3)
+
+
+async def test_an_empty_first_wave_can_be_extended(service: SchedulerService, calls) -> None:
+    """Where prompts may be skipped a small share can be nobody's; the rest is not lost."""
+    request = calls.allocate(list("abcd"), 20, min_rollouts=[0], wave_fraction=0.001)
+    first = await service.allocate(request)
+    assert (first.allocated_rollouts, first.remaining_rollouts) == (0, 20)
+    assert (await service.extend(calls.extend(first.allocation_id))).allocated_rollouts == 20
+
+
+async def test_no_group_of_one_unless_it_is_asked_for(service: SchedulerService, calls) -> None:
+    """A prompt that may be skipped and may have one rollout gets none."""
+    request = calls.allocate(list("abc"), 8, min_rollouts=[0, 2, 1], max_rollouts=[1, 6, 1])
+    with pytest.raises(InvalidArgument, match=r"from 3, .* to 7"):
+        await service.allocate(request)
+    request = calls.allocate(list("abc"), 7, min_rollouts=[0, 2, 1], max_rollouts=[1, 6, 1])
+    assert list((await service.allocate(request)).num_rollouts) == [0, 6, 1]
+
+
+async def test_pages_of_long_ids_fit_into_a_message(service: SchedulerService, calls) -> None:
+    """They hold fewer prompts than asked for, and every prompt is on one of them."""
+    ids = [f"{i:05d}" + "\N{SNOWMAN}" * 1019 for i in range(12_000)]
+    await service.report(calls.own_report(ids, [[1.0]] * len(ids)))
+    found, token = [], ""
+    while not found or token:
+        page = await service.list_prompt_stats(
+            pb.ListPromptStatsRequest(run_id="run", page_size=100_000, page_token=token)
+        )
+        assert page.ByteSize() < 64 * 2**20
+        found += page.prompt_ids
+        token = page.next_page_token
+    assert found == ids
 
 
 async def test_imported_outcomes_are_older_than_the_run_and_never_rewound(

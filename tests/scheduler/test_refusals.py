@@ -21,6 +21,8 @@ CREATE = [
     ({"run_id": ""}, "run_id", "is required"),
     ({"run_id": "r" * 257}, "run_id", "at most 256"),
     ({"run_id": "a\nb"}, "run_id", "control"),
+    ({"run_id": "a\x85b"}, "run_id", "control"),
+    ({"run_id": "r" * 300}, "run_id", "(300 characters)"),
     ({"config": {"policy": "best"}}, "config.policy", "posterior, uniform"),
     ({"config": {"objective": "x"}}, "config.objective", "paper"),
     ({"config": {"success_threshold": NAN}}, "config.success_threshold", "finite"),
@@ -54,6 +56,8 @@ ALLOCATE = [
     ({"max_rollouts": [4, 0]}, "max_rollouts[1]", "1 or more"),
     ({"min_rollouts": [2, 5], "max_rollouts": [4]}, "min_rollouts[1]", "at most max_rollouts"),
     ({"total_rollouts": 3}, "total_rollouts", "4"),
+    ({"min_rollouts": [10**7], "max_rollouts": [10**7]}, "min_rollouts[0]", "at most 100000"),
+    ({"min_rollouts": [0], "max_rollouts": [1], "total_rollouts": 2}, "total_rollouts", "to 0"),
     ({"total_rollouts": 300}, "total_rollouts", "256"),
 ]
 REPORT = [
@@ -241,6 +245,33 @@ async def test_more_prompts_than_the_limit_are_refused(calls) -> None:
         service._limits = Limits(prompts=3)
         with pytest.raises(InvalidArgument, match="at most 3 in one call"):
             await service.allocate(calls.allocate(list("abcd"), 8))
+
+
+async def test_no_request_makes_much_work_of_little(service: SchedulerService, calls) -> None:
+    """Bounds and budgets in tokens that ask for more than is served are refused."""
+    ids = [f"p{i}" for i in range(200)]
+    rewards = [[1.0, 0.0]] * 200
+    await service.report(calls.own_report(ids, rewards, completion_tokens=[1, 1] * 200))
+    for more, field in (
+        ({"total_rollouts": 100, "min_rollouts": [100_000]}, "min_rollouts"),
+        ({"total_rollouts": 0, "total_tokens": 2**53}, "total_tokens"),
+    ):
+        request = calls.allocate(ids, max_rollouts=[2**31 - 1], allow_partial=True, **more)
+        with pytest.raises(InvalidArgument) as refused:
+            await service.allocate(request)
+        assert refused.value.field == field
+        assert "10000000" in str(refused.value)
+
+
+async def test_refused_names_leave_no_trace(service: SchedulerService) -> None:
+    """Neither a run nor a lock is kept for names that nobody has."""
+    for number in range(50):
+        with pytest.raises(NotFound):
+            await service.get_run(pb.GetRunRequest(run_id=f"unknown-{number}"))
+        with pytest.raises(NotFound):
+            await service.delete_run(pb.DeleteRunRequest(run_id=f"unknown-{number}"))
+    assert service._runs._turns == {}
+    assert service._runs._loaded == {}
 
 
 NUMBERS = st.integers(-(2**31), 2**31 - 1)

@@ -147,7 +147,9 @@ class BudgetSchedulerServicer(object):
 
     def RewindRun(self, request, context):
         """Forgets every allocation and outcome of steps after the given one, as a trainer
-        does that resumes from a checkpoint.
+        does that resumes from a checkpoint. The ids of forgotten calls may be used again,
+        for a trainer that names its calls by step. A forgotten report that arrives once
+        more, or whose allocation was forgotten, is ignored and counted as such.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

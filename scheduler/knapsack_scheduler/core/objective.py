@@ -54,6 +54,10 @@ def find_objective(name: str) -> Objective:
         raise ValueError(f"objective = {name!r}: must be one of {allowed}") from None
 
 
+_MOST_NUMBERS = 2**20
+"""Gains held at once while a chain is followed: 8 MiB."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chain:
     """Values that fall by a ratio: ``x(t+1) = x(t) (numerator + t g) / (denominator + t g)``.
@@ -86,13 +90,20 @@ class Chain:
     def advanced(self, steps: IntArray) -> Chain:
         """Return the chain that begins at x(steps[m]) of each prompt m."""
         value = self.value.copy()
-        last = int(steps.max(initial=0))
-        for t in range(last):
-            further = steps > t
-            stepped = value * self.ratios(t, 1)[:, 0]
-            np.copyto(value, stepped, where=further)
-            if not value[further].any():
-                break
+        rows = np.flatnonzero((steps > 0) & (value > 0.0))
+        t = 0
+        while rows.size:
+            # By accumulation, which multiplies one by one, so that the bits are the same
+            # whatever the blocks; as many steps at once as memory allows.
+            count = min(int(steps[rows].max()) - t, max(_MOST_NUMBERS // rows.size, 1))
+            ratios = self.take(rows).ratios(t, count)
+            block = np.empty((rows.size, count + 1))
+            block[:, 0], block[:, 1:] = value[rows], ratios
+            np.multiply.accumulate(block, axis=1, out=block)
+            reached = np.minimum(steps[rows] - t, count)
+            value[rows] = block[np.arange(rows.size), reached]
+            t += count
+            rows = rows[(steps[rows] > t) & (value[rows] > 0.0)]
         grown = self.growth * steps.astype(np.float64)
         return Chain(value, self.numerator + grown, self.denominator + grown, self.growth)
 

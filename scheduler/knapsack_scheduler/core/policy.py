@@ -165,7 +165,7 @@ def _held_total(bounds: Bounds, budget: Budget) -> int:
     total = budget.total_rollouts
     if total == 0 and budget.total_tokens:
         return 0
-    least, most = int(bounds.minimum.sum()), int(bounds.maximum.sum())
+    least, most = int(bounds.minimum.sum()), int(bounds.most.sum())
     if budget.total_tokens:
         total = min(total, most)
     if not least <= total <= most and not budget.allow_partial:
@@ -291,7 +291,7 @@ def _problem(
     # Marginals of a new group begin at its second rollout, those of others at the next.
     marginals = marginals.advanced(np.where(fresh, np.maximum(forced - 1, 0), forced))
     size = begun.size + forced
-    room = np.maximum(bounds.maximum - size, 0)
+    room = np.maximum(bounds.most - size, 0)
     pairs = (size == 0) & (room >= 2)
     # A lone rollout cannot differ from anything.
     marginals = marginals.only(~fresh | (bounds.maximum >= 2))

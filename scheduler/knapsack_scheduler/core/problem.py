@@ -66,6 +66,12 @@ class Bounds:
     minimum: IntArray
     maximum: IntArray
 
+    @property
+    def most(self) -> IntArray:
+        """Most rollouts that a position can be given: no group of one where none is asked."""
+        alone = (self.minimum == 0) & (self.maximum == 1)
+        return np.where(alone, 0, self.maximum)
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:

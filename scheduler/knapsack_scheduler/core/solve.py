@@ -133,7 +133,7 @@ def _solve(
             )
         keys = tie_keys(prompt_ids)
     base = bounds.minimum
-    room = bounds.maximum - base
+    room = bounds.most - base
     pairs = (base == 0) & (room >= 2)
     # Two rollouts are the least that can differ: a lone one gains nothing.
     marginals = marginals.only(bounds.maximum >= 2).advanced(np.maximum(base - 1, 0))
@@ -148,7 +148,7 @@ def _solve(
 
 def check_total(total_rollouts: int, bounds: Bounds) -> None:
     """Raise InfeasibleBudget, naming the three numbers, if the bounds cannot hold the total."""
-    least, most = int(bounds.minimum.sum()), int(bounds.maximum.sum())
+    least, most = int(bounds.minimum.sum()), int(bounds.most.sum())
     if not least <= total_rollouts <= most:
         raise InfeasibleBudget(
             "total_rollouts",
