@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 # gRPC's core writes lines of its own to stderr, among our log and our error messages.
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="knapsack-genserver",
         description="Generates unequal numbers of rollouts per prompt and streams them back.",
     )
+    parser.add_argument("--version", action="version", version=version("knapsack-rl"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser(
         "serve",

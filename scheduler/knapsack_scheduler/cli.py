@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +38,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough.
+        sys.stderr.close()
+        sys.exit(0)
 
 
 def _serve(settings: Settings, _options: argparse.Namespace) -> int:
@@ -87,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"Every setting can also be given in the environment ({ENVIRONMENT}LISTEN ...) or "
         "in the file of --config; flags win over the environment, and it over the file.",
     )
+    parser.add_argument("--version", action="version", version=version("knapsack-rl"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve the API until SIGTERM")
     _add_settings(serve, list(Settings.model_fields))

@@ -11,7 +11,7 @@ class RunConfig:
 
     Attributes:
         policy: rule that divides the budget, one of ``core.policy.POLICIES``.
-        objective: what is maximised, one of ``core.objective.OBJECTIVES``.
+        objective: what is maximised, one of ``core.catalogue.OBJECTIVES``.
         success_threshold: a rollout is a success if its reward is above this.
         min_rollouts, max_rollouts: bounds of a prompt where a request sets none.
         visit_discount: weight left to evidence per later visit, in (0, 1].

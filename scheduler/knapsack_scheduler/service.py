@@ -381,7 +381,8 @@ def _check_report(request: pb.ReportRequest, allocation: OpenAllocation) -> None
             f"num_rewards[{place}]",
             request.num_rewards[place],
             f"brings position {at} to {int(delivered[at])} rollouts; "
-            f"{int(allocation.allocated[at])} were allocated",
+            f"{int(allocation.allocated[at])} were allocated (a report repeated under its "
+            "report_id is no second one)",
         )
 
 

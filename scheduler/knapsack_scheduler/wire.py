@@ -17,7 +17,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import validation
-from knapsack_scheduler.core.objective import OBJECTIVES
+from knapsack_scheduler.core.catalogue import OBJECTIVES
 from knapsack_scheduler.core.policy import POLICIES
 from knapsack_scheduler.core.posterior import Prior
 from knapsack_scheduler.core.problem import Bounds, Budget, Decision, FloatArray

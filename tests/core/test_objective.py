@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knapsack_scheduler.core.objective import (
-    OBJECTIVES,
+    EFFECTIVE,
+    PAPER,
+    VARIANCE,
     conditional_marginals,
     expected_values,
     point_marginals,
@@ -19,6 +21,7 @@ from knapsack_scheduler.core.objective import (
 
 from oracles import EXPONENTS, beta_moment, posterior_value, value
 
+OBJECTIVES = {objective.name: objective for objective in (PAPER, EFFECTIVE, VARIANCE)}
 POSITIVE = st.floats(1e-3, 1e3)
 STEPS = np.arange(60)
 

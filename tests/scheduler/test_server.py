@@ -218,7 +218,11 @@ def test_settings_that_cannot_be_are_refused(tmp_path) -> None:
     assert "must be given together" in refused("--tls-cert", __file__)
     assert "no such file" in refused("--token-file", str(tmp_path / "none"))
     assert "max_prompts" in refused("--max-prompts", "0")
-    assert "not a database URL" in refused("--store", "nonsense")
+    assert "such as sqlite:///stats.db for a file" in refused("--store", "stats.db")
+    assert "not a database that" in refused("--store", "nonsense://host/name")
+    missing = tmp_path / "missing" / "stats.db"
+    assert f"there is no folder {missing.parent}" in refused("--store", f"sqlite:///{missing}")
+    assert not missing.parent.exists()
     folder = tmp_path / "folder.db"
     folder.mkdir()
     assert "cannot be opened" in refused("--store", f"sqlite:///{folder}")

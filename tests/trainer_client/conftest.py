@@ -76,7 +76,12 @@ class ScriptedScheduler(rpc.BudgetSchedulerServicer):
         self._play("CreateRun", request, context)
         known = self.runs.setdefault(request.run_id, request.config)
         if known != request.config:
-            context.abort(grpc.StatusCode.ALREADY_EXISTS, "other config")
+            # In the words of the real one, which names what differs.
+            differs = ", ".join(
+                f"{name} is {getattr(known, name)!r}, asked for {getattr(request.config, name)!r}"
+                for name in ("policy", "objective")
+            )
+            context.abort(grpc.StatusCode.ALREADY_EXISTS, f"exists with another config: {differs}")
         return pb.Run(run_id=request.run_id, config=known)
 
     def GetRun(self, request: Any, context: grpc.ServicerContext) -> pb.Run:

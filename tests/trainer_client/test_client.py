@@ -23,6 +23,7 @@ from knapsack_trainer_client import (
     InvalidRequest,
     KnapsackError,
     Limits,
+    RolloutClient,
     RunConfig,
     RunConfigConflict,
     SchedulerUnavailable,
@@ -604,6 +605,33 @@ async def test_config_creates_the_run_and_a_mismatch_shows_both(scripted: Any, m
 
     assert "'uniform'" in str(caught.value)
     assert "'effective'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "not an address", "http://localhost:50051", "localhost", "localhost:port", "h:70000"],
+)
+def test_an_address_that_cannot_be_one_is_no_outage(address: str) -> None:
+    """It is refused at once, by both clients, and not taken for a scheduler that is down."""
+    with pytest.raises(InvalidRequest, match=r"address = .*: must be HOST:PORT"):
+        AsyncBudgetClient(address, "run", outbox=False)
+    with pytest.raises(InvalidRequest, match=r"address = .*: must be HOST:PORT"):
+        RolloutClient(address)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"success_threshold": "abc"}, r"config\.success_threshold = 'abc': must be a number"),
+        ({"max_rollouts": True}, r"config\.max_rollouts = True: must be a number"),
+        ({"policy": 3}, r"config\.policy = 3: must be a name"),
+        ({"polici": "uniform"}, r"config = 'polici': must be one of policy, "),
+    ],
+)
+def test_a_config_of_the_wrong_kind_is_named(config: dict[str, object], message: str) -> None:
+    """When the client is made, not at its first call."""
+    with pytest.raises(InvalidRequest, match=message):
+        AsyncBudgetClient("localhost:50051", "run", outbox=False, config=config)
 
 
 async def test_config_bounds_hold_offline(scripted: Any, make: Make) -> None:

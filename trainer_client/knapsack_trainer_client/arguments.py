@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 
 from knapsack_trainer_client.errors import refused
 from knapsack_trainer_client.nouns import RunConfig
@@ -18,6 +19,8 @@ LARGEST = 2**63 - 1
 LARGEST_GROUP = 2**31 - 1
 LARGEST_REWARD = 3.4028234663852886e38
 """Largest finite float32, the type of a reward on the wire."""
+
+_TARGET_SCHEMES = ("dns:", "ipv4:", "ipv6:", "unix:", "unix-abstract:", "xds:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +134,32 @@ def check_timeout(name: str, value: float) -> float:
     return seconds
 
 
+def check_address(address: str) -> str:
+    """Return a gRPC target: HOST:PORT, or one with a scheme that gRPC knows."""
+    wanted = 'must be HOST:PORT, such as "localhost:50051"'
+    if not isinstance(address, str) or not address or not address.isprintable():
+        raise refused("address", address, wanted)
+    if address.startswith(_TARGET_SCHEMES):
+        return address
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or " " in host or not port.isdigit() or int(port) > 65535:
+        raise refused("address", address, wanted)
+    return address
+
+
 def check_config(config: RunConfig | Mapping[str, object] | None) -> RunConfig | None:
     """Return the config as a ``RunConfig``; its values are the scheduler's to judge."""
+    made = _to_config(config)
+    for field in fields(RunConfig) if made is not None else ():
+        value = getattr(made, field.name)
+        kind = str if field.name in ("policy", "objective") else Real
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            wanted = "a name" if kind is str else "a number"
+            raise refused(f"config.{field.name}", value, f"must be {wanted}")
+    return made
+
+
+def _to_config(config: RunConfig | Mapping[str, object] | None) -> RunConfig | None:
     if config is None or isinstance(config, RunConfig):
         return config
     known = [f.name for f in fields(RunConfig)]

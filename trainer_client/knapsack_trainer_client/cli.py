@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from knapsack_trainer_client.calls import Caller
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Look into a budget scheduler, or see the demo.",
         epilog="Each command has its own --help.",
     )
+    parser.add_argument("--version", action="version", version=version("knapsack-rl"))
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     runs = commands.add_parser(
         "runs",
@@ -223,16 +225,18 @@ def _share(part: int, whole: int) -> str:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 0 or more")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds < 1e6:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}: must be seconds above 0")
     return seconds
 
 

@@ -619,19 +619,14 @@ class AsyncBudgetClient:
             if error.code is not grpc.StatusCode.ALREADY_EXISTS:
                 raise
             if self._config is not None:
-                await self._conflict(error, deadline)
+                self._conflict(error)
         self._run_ensured = True
 
-    async def _conflict(self, error: Refused, deadline: Deadline) -> None:
+    def _conflict(self, error: Refused) -> NoReturn:
         if self._run_ensured:
             # It was ours once and is another's now: no reason to stop training.
             raise Unanswered(f"ALREADY_EXISTS: {error}", unreachable=False)
-        request = wire.get_run_request(self._run_id)
-        existing = wire.to_run(await self._caller.call(wire.GET_RUN, request, deadline)).config
-        raise RunConfigConflict(
-            f"run {self._run_id!r} exists with another config: it has {existing}, "
-            f"config = {self._config}; use that config, none, or another run_id"
-        )
+        raise RunConfigConflict(f"{error}; use that config, none, or another run_id")
 
     def _give_up(self, call: str, failure: Unanswered) -> None:
         self._emit(CallFailed(call, failure.reason, failure.unreachable, failure.denied))

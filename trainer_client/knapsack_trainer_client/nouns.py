@@ -110,7 +110,8 @@ class RunConfig:
 
     Attributes:
         policy: "posterior" (default) or "uniform".
-        objective: "paper" (default), "effective" or "variance".
+        objective: "paper" (default), "effective", "variance", or a rule of another paper:
+            "deviation", "gvm", "hora", "coba" or "cero".
         success_threshold: a reward above it is a success; default 0.5.
         min_rollouts: fewest rollouts of a prompt where a request sets none; default 2.
         max_rollouts: most rollouts of a prompt where a request sets none; default 128.

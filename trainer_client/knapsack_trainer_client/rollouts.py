@@ -22,6 +22,7 @@ import grpc
 
 from knapsack_proto.v1 import generation_pb2 as pb
 from knapsack_proto.v1 import generation_pb2_grpc as rpc
+from knapsack_trainer_client.arguments import check_address
 from knapsack_trainer_client.errors import (
     GeneratorBusy,
     GeneratorUnavailable,
@@ -119,7 +120,7 @@ class RolloutClient:
     def __init__(
         self, address: str, *, timeout: float = 10.0, update_timeout: float = 600.0
     ) -> None:
-        self._address = address
+        self._address = check_address(address)
         self._timeout = timeout
         self._update_timeout = update_timeout
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)

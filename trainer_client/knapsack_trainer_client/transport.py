@@ -16,6 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from knapsack_trainer_client.arguments import check_address
 from knapsack_trainer_client.errors import refused
 from knapsack_trainer_client.nouns import TLS
 
@@ -73,9 +74,7 @@ class GrpcTransport:
     """Calls over one gRPC channel."""
 
     def __init__(self, address: str, token: Token | None, tls: TLS | bool | None) -> None:
-        if not isinstance(address, str) or not address:
-            raise refused("address", address, 'must be a gRPC target such as "localhost:50051"')
-        self._address = address
+        self._address = check_address(address)
         self._token = token
         self._credentials, server_name = _credentials(tls)
         self._options: list[tuple[str, Any]] = [

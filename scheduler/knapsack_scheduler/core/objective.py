@@ -14,15 +14,58 @@ table of V are neither.)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray
 
 
+class Rule(Protocol):
+    """What a rollout is worth: all that a policy needs to know of an objective.
+
+    Gains must never rise with the rollouts of a group; the division is exact then.
+    """
+
+    @property
+    def name(self) -> str:
+        """What requests call it."""
+
+    def at_rates(self, success_rates: FloatArray) -> Marginals:
+        """Return the gains of the second and further rollouts at known success rates."""
+
+    def expected(self, alpha: FloatArray, beta: FloatArray) -> Marginals:
+        """Return the expected gains of the second and further rollouts."""
+
+    def conditional(
+        self,
+        alpha: FloatArray,
+        beta: FloatArray,
+        delivered: IntArray,
+        successes: IntArray,
+        mixed: BoolArray,
+        outstanding: IntArray,
+    ) -> Marginals:
+        """Return the expected gains of the next rollouts; see ``conditional_marginals``.
+
+        Of a group that has no rollout yet the gains begin with its second.
+        """
+
+    def values(
+        self,
+        alpha: FloatArray,
+        beta: FloatArray,
+        further: IntArray,
+        delivered: IntArray,
+        successes: IntArray,
+        mixed: BoolArray,
+    ) -> FloatArray:
+        """Return the expected value of each whole group; see ``expected_values``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """An information gain ``I(p) = p^i q^j``.
+    """An information gain ``I(p) = p^i q^j``; a ``Rule``.
 
     Attributes:
         name: what requests call it.
@@ -33,25 +76,42 @@ class Objective:
     i: int
     j: int
 
+    def at_rates(self, success_rates: FloatArray) -> Marginals:
+        """Return the gains of the second and further rollouts at known success rates."""
+        return point_marginals(self, success_rates)
 
-OBJECTIVES = {
-    objective.name: objective
-    for objective in (
-        Objective("paper", 1, 2),
-        Objective("effective", 0, 0),
-        Objective("variance", 1, 1),
-    )
-}
-"""The objectives by name: the paper's, most effective groups, and I(p) = p(1-p)."""
+    def expected(self, alpha: FloatArray, beta: FloatArray) -> Marginals:
+        """Return the expected gains of the second and further rollouts."""
+        return posterior_marginals(self, alpha, beta)
+
+    def conditional(
+        self,
+        alpha: FloatArray,
+        beta: FloatArray,
+        delivered: IntArray,
+        successes: IntArray,
+        mixed: BoolArray,
+        outstanding: IntArray,
+    ) -> Marginals:
+        """Return the expected gains of the next rollouts of groups already begun."""
+        return conditional_marginals(self, alpha, beta, delivered, successes, mixed, outstanding)
+
+    def values(
+        self,
+        alpha: FloatArray,
+        beta: FloatArray,
+        further: IntArray,
+        delivered: IntArray,
+        successes: IntArray,
+        mixed: BoolArray,
+    ) -> FloatArray:
+        """Return the expected value of each whole group."""
+        return expected_values(self, alpha, beta, further, delivered, successes, mixed)
 
 
-def find_objective(name: str) -> Objective:
-    """Return the objective of that name; ValueError naming the ones there are."""
-    try:
-        return OBJECTIVES[name]
-    except KeyError:
-        allowed = ", ".join(OBJECTIVES)
-        raise ValueError(f"objective = {name!r}: must be one of {allowed}") from None
+PAPER = Objective("paper", 1, 2)
+EFFECTIVE = Objective("effective", 0, 0)
+VARIANCE = Objective("variance", 1, 1)
 
 
 _MOST_NUMBERS = 2**20
@@ -271,7 +331,7 @@ def expected_values(
     For reports only: exact to about 1e-12, and not bit by bit.
 
     Args:
-        objective: what the value is of; ``OBJECTIVES["effective"]`` gives the
+        objective: what the value is of; ``EFFECTIVE`` gives the
             probability that the group is effective.
         alpha, beta: posteriors that know the delivered outcomes, float64[M].
         further: rollouts of the group that are not delivered, int64[M].

@@ -12,16 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from knapsack_scheduler.core.catalogue import find_objective
 from knapsack_scheduler.core.costs import divide_within
 from knapsack_scheduler.core.knapsack import divide
-from knapsack_scheduler.core.objective import (
-    OBJECTIVES,
-    Marginals,
-    Objective,
-    conditional_marginals,
-    expected_values,
-    find_objective,
-)
+from knapsack_scheduler.core.objective import EFFECTIVE, Marginals, Rule
 from knapsack_scheduler.core.problem import (
     Beliefs,
     BoolArray,
@@ -47,7 +41,7 @@ def plan_allocation(
 
     Args:
         policy: one of ``POLICIES``.
-        objective: a name in ``OBJECTIVES``.
+        objective: a name in ``catalogue.OBJECTIVES``.
         beliefs: posteriors of the positions' prompts.
         bounds: of whole groups, all waves.
         budget: of all waves, and the share of this one.
@@ -276,10 +270,9 @@ class _Problem:
 
 
 def _problem(
-    objective: Objective, beliefs: Beliefs, bounds: Bounds, begun: _Begun, forced: IntArray
+    objective: Rule, beliefs: Beliefs, bounds: Bounds, begun: _Begun, forced: IntArray
 ) -> _Problem:
-    marginals = conditional_marginals(
-        objective,
+    marginals = objective.conditional(
         beliefs.alpha,
         beliefs.beta,
         begun.delivered,
@@ -298,15 +291,12 @@ def _problem(
     return _Problem(marginals, size, room, pairs if pairs.any() else None)
 
 
-def _value(objective: Objective, beliefs: Beliefs, begun: _Begun, new: IntArray) -> float:
+def _value(objective: Rule, beliefs: Beliefs, begun: _Begun, new: IntArray) -> float:
     return float(_group_values(objective, beliefs, begun, new).sum())
 
 
-def _group_values(
-    objective: Objective, beliefs: Beliefs, begun: _Begun, new: IntArray
-) -> FloatArray:
-    return expected_values(
-        objective,
+def _group_values(objective: Rule, beliefs: Beliefs, begun: _Begun, new: IntArray) -> FloatArray:
+    return objective.values(
         beliefs.alpha,
         beliefs.beta,
         begun.outstanding + new,
@@ -318,7 +308,7 @@ def _group_values(
 
 def _reasons(
     policy: str,
-    objective: Objective,
+    objective: Rule,
     beliefs: Beliefs,
     begun: _Begun,
     forced: IntArray,
@@ -329,7 +319,7 @@ def _reasons(
     new = forced + given
     sizes = begun.size + new
     groups = max(int(np.count_nonzero(sizes)), 1)
-    effective = _group_values(OBJECTIVES["effective"], beliefs, begun, new)
+    effective = _group_values(EFFECTIVE, beliefs, begun, new)
     level = fill_lowest(
         problem.size, problem.size + problem.room, int(given.sum()), beliefs.tie_keys
     )

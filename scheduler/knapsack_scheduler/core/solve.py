@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from knapsack_scheduler.core.catalogue import find_objective
 from knapsack_scheduler.core.costs import divide_by_cost
 from knapsack_scheduler.core.knapsack import divide
 from knapsack_scheduler.core.objective import (
     Marginals,
-    find_objective,
-    point_marginals,
-    posterior_marginals,
 )
 from knapsack_scheduler.core.problem import (
     Bounds,
@@ -50,7 +48,8 @@ def solve(
         min_rollouts: fewest rollouts, one number or [M], 0 or more. Where 0, the
             prompt gets 0 or at least 2.
         max_rollouts: most rollouts, one number or [M], at least ``min_rollouts``.
-        objective: "paper", "effective" (I = 1) or "variance" (I = p (1-p)).
+        objective: "paper", "effective" (I = 1), "variance" (I = p (1-p)), or another
+            name of ``core.catalogue.OBJECTIVES``.
         costs: cost of one rollout, [M], above 0, such as expected tokens. None: 1 each,
             and the whole budget is given.
         prompt_ids: stable names, [M]; break ties. None: ties go to the lower position.
@@ -65,7 +64,7 @@ def solve(
     p = _column("success_rates", success_rates)
     if not bool(((p >= 0.0) & (p <= 1.0)).all()):
         raise ValueError(f"success_rates = {_outside(p, 0.0, 1.0)}: must be within 0 and 1")
-    marginals = point_marginals(find_objective(objective), p)
+    marginals = find_objective(objective).at_rates(p)
     return _solve(marginals, total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids)
 
 
@@ -103,7 +102,7 @@ def solve_posterior(
             raise ValueError(f"{name} = {column.min()}: must be above 0")
     if a.shape != b.shape:
         raise ValueError(f"beta: must have one number per prompt ({a.size}), has {b.size}")
-    marginals = posterior_marginals(find_objective(objective), a, b)
+    marginals = find_objective(objective).expected(a, b)
     return _solve(marginals, total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids)
 
 

@@ -96,6 +96,13 @@ class Journal:
         Raises:
             ConfigError: the store cannot be opened; says why.
         """
+        file = sqlite_file(self._url) if self._sqlite else None
+        if file and not upgrade and not file.is_file():
+            raise ConfigError(f"store = {self._url!r}: there is no file {file}")
+        if file and not file.parent.is_dir():
+            raise ConfigError(
+                f"store = {self._url!r}: there is no folder {file.parent}; make it first"
+            )
         if self._file_lock:
             self._file_lock.acquire()
         try:

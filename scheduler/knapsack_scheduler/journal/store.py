@@ -38,7 +38,9 @@ def open_engine(url: str) -> sa.Engine:
         )
     except (ArgumentError, ImportError, SQLAlchemyError) as error:
         raise ConfigError(
-            f"store = {url!r}: not a database URL that can be opened: {error}"
+            f"store = {url!r}: must be a database URL, such as sqlite:///{url} for a file"
+            if "://" not in url
+            else f"store = {url!r}: not a database that can be opened: {error}"
         ) from error
 
     @sa.event.listens_for(engine, "connect")
@@ -78,7 +80,6 @@ class FileLock:
     def acquire(self) -> None:
         """Take the lock; ConfigError naming the file and the holder if it is taken."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             handle = open(self._path, "a+", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise ConfigError(f"store: cannot open {self._path}: {error.strerror}") from error

@@ -71,6 +71,11 @@ def run(arguments: list[str]) -> int:
     results.write(out / "results.json", asdict(size) | {"seeds": options.seeds}, runs)
     plot.draw(out / "demo.png", runs)
     screen.conclude(runs, out, time.monotonic() - started)
+    if size is QUICK:
+        screen.say(
+            "This was --quick: two visits per prompt and one seed, so that history has hardly "
+            "begun to pay. The whole demo takes more steps; --seeds tells luck from lead."
+        )
     return 0
 
 
@@ -104,10 +109,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
+    return int(text)
 
 
 def _memory_folder() -> Path:
