@@ -66,7 +66,7 @@ def log_event(event: Event) -> None:
         case CallHandled():
             level = logging.WARNING if event.code in _REFUSED_BY_CALLER else logging.ERROR
             _write(
-                logging.INFO if event.code == "CANCELLED" else level,
+                logging.INFO if event.code in ("CANCELLED", "NOT_FOUND") else level,
                 "call refused",
                 method=event.method,
                 code=event.code,

@@ -138,6 +138,7 @@ class SchedulerService:
         state = run.state
         bounds = wire.bounds_of(request, state.config)
         wire.check_bounds(bounds, self._limits)
+        wire.check_policy(request, bounds, state.config.policy)
         budget = wire.budget_of(request)
         beliefs, prior = state.beliefs(ids)
         if budget.total_tokens and not budget.total_rollouts and not beliefs.expected_tokens.any():

@@ -19,6 +19,7 @@ from knapsack_scheduler.core.evidence import (
     group_outcomes,
     merge_visits,
 )
+from knapsack_scheduler.core.paper import recent_outcomes
 from knapsack_scheduler.core.posterior import (
     Discounts,
     Prior,
@@ -178,7 +179,8 @@ class RunState:
             keys[new] = tie_keys([prompt_ids[k] for k in new])
         unseen = ~known
         unseen[known] = self._sums[_ROLLOUTS, rows[known]] == 0
-        return Beliefs(alpha, beta, keys, unseen, self._expected_tokens(rows)), prior
+        recent = recent_outcomes(self._visits, rows) if self.config.policy == "paper" else None
+        return Beliefs(alpha, beta, keys, unseen, self._expected_tokens(rows), recent), prior
 
     def _expected_tokens(self, rows: IntArray) -> FloatArray:
         if self._token_rollouts == 0:

@@ -59,6 +59,9 @@ def parse_config(message: pb.RunConfig) -> RunConfig:
         allowed = ", ".join(OBJECTIVES)
         raise InvalidArgument("config.objective", objective, f"must be one of {allowed}")
 
+    if policy == "paper" and objective != "paper":
+        raise InvalidArgument("config.objective", objective, 'must be "paper" with policy "paper"')
+
     def given(field: str) -> float | int:
         has = message.HasField(field)
         return getattr(message if has else default, field)  # type: ignore[no-any-return]
@@ -154,6 +157,18 @@ def bounds_of(request: pb.AllocateRequest, config: RunConfig) -> Bounds:
             f"must be at most max_rollouts, which is {int(maximum[at])} there",
         )
     return Bounds(minimum, maximum)
+
+
+def check_policy(request: pb.AllocateRequest, bounds: Bounds, policy: str) -> None:
+    """Refuse what the paper's rule does not know: waves, tokens and skipped prompts."""
+    if policy != "paper":
+        return
+    for field in ("wave_fraction", "total_tokens"):
+        if getattr(request, field):
+            raise InvalidArgument(field, getattr(request, field), 'must be 0 with policy "paper"')
+    if not bounds.minimum.all():
+        at = int(np.argmin(bounds.minimum))
+        raise InvalidArgument(f"min_rollouts[{at}]", 0, 'must be 1 or more with policy "paper"')
 
 
 def check_bounds(bounds: Bounds, limits: Limits) -> None:

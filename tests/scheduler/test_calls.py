@@ -342,3 +342,24 @@ async def test_the_uniform_policy_is_uniform(service: SchedulerService, calls) -
     answer = await service.allocate(calls.allocate(["a", "b", "c"], 25))
     assert sorted(answer.num_rollouts) == [8, 8, 9]
     assert answer.summary.policy == "uniform"
+
+
+async def test_the_paper_policy_divides_by_newest_rewards(service: SchedulerService, calls) -> None:
+    """It is one of the policies of a run, and says what it does not know."""
+    await service.create_run(pb.CreateRunRequest(run_id="run", config=pb.RunConfig(policy="paper")))
+    ids = ["solved", "mixed", "never", "unseen"]
+    rewards = [[1.0] * 16, [1.0, 0.0] * 8, [0.0] * 16]
+    await service.report(calls.own_report(ids[:3], rewards))
+    answer = await service.allocate(calls.allocate(ids, 40))
+    assert list(answer.num_rollouts) == [2, 5, 23, 10]
+    assert answer.summary.policy == "paper"
+    for more, field in (
+        ({"wave_fraction": 0.5}, "wave_fraction"),
+        ({"total_tokens": 900}, "total_tokens"),
+        ({"min_rollouts": [0]}, "min_rollouts"),
+    ):
+        with pytest.raises(InvalidArgument, match=f'{field}.* with policy "paper"'):
+            await service.allocate(calls.allocate(ids, 40, **more))
+    await service.report(calls.report(answer.allocation_id, [[1.0], [0.0], [], []]))
+    extended = await service.extend(calls.extend(answer.allocation_id))
+    assert extended.allocated_rollouts == 38

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from knapsack_trainer_client.calls import Caller
-from knapsack_trainer_client.errors import InvalidRequest, KnapsackError
+from knapsack_trainer_client.errors import InvalidRequest, KnapsackError, SchedulerUnavailable
 from knapsack_trainer_client.nouns import TLS, PromptStats, Run
 from knapsack_trainer_client.queries import fetch_prompt_stats, fetch_runs, no_fallback
 from knapsack_trainer_client.transport import GrpcTransport
@@ -33,9 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["demo"]:
         # The demo reads its own arguments, --help among them.
         return _demo(argv[1:])
+    # Read when the first channel is made; its lines would stand among those of the command.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.command(arguments))
+    except SchedulerUnavailable as error:
+        where = arguments.address
+        return _failed(f"is a scheduler serving its API at {where}? --address names it. {error}")
     except KnapsackError as error:
         return _failed(str(error))
     except KeyboardInterrupt:

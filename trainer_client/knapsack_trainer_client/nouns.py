@@ -109,7 +109,8 @@ class RunConfig:
     None leaves a choice to the scheduler's default, named here.
 
     Attributes:
-        policy: "posterior" (default) or "uniform".
+        policy: "posterior" (default), "uniform", or "paper", the rule of the paper's
+            release.
         objective: "paper" (default), "effective", "variance", or a rule of another paper:
             "deviation", "gvm", "hora", "coba" or "cero".
         success_threshold: a reward above it is a success; default 0.5.

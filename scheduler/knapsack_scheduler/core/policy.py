@@ -3,7 +3,8 @@
 A policy is a choice of marginals. ``posterior`` takes the expected gains of the
 objective under each prompt's posterior, ``uniform`` takes no gain anywhere, so that the
 tie rule (lowest group first) divides evenly. Everything after that is the same: what
-the bounds force, the exact division of the rest, the reasons.
+the bounds force, the exact division of the rest, the reasons. ``paper`` is the rule of
+the paper's release, from point estimates; see ``core/paper.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from knapsack_scheduler.core.catalogue import find_objective
 from knapsack_scheduler.core.costs import divide_within
 from knapsack_scheduler.core.knapsack import divide
 from knapsack_scheduler.core.objective import EFFECTIVE, Marginals, Rule
+from knapsack_scheduler.core.paper import paper_sizes
 from knapsack_scheduler.core.problem import (
     Beliefs,
     BoolArray,
@@ -30,7 +32,7 @@ from knapsack_scheduler.core.problem import (
 )
 from knapsack_scheduler.core.ties import fill_lowest
 
-POLICIES = ("posterior", "uniform")
+POLICIES = ("posterior", "uniform", "paper")
 """The rules that divide a budget."""
 
 
@@ -48,7 +50,8 @@ def plan_allocation(
 
     Raises:
         InfeasibleBudget: the bounds cannot hold the budget and it is not partial.
-        ValueError: an unknown policy or objective.
+        ValueError: an unknown policy or objective, or no newest rewards for "paper",
+            which knows neither waves nor tokens nor minimums of 0.
     """
     forced = bounds.minimum
     least = int(forced.sum())
@@ -201,6 +204,11 @@ def _plan(
     else:
         given, price = chosen.exactly(beliefs, rest, wanted)
         slack = 0.0
+    if policy == "paper" and not begun.size.any():
+        if beliefs.recent is None:
+            raise ValueError("beliefs.recent = None: policy 'paper' needs newest rewards")
+        total = int((forced + given).sum())
+        given = paper_sizes(beliefs.recent, bounds, total, beliefs.tie_keys) - forced
     new = forced + given
     allocated = int(new.sum())
     last = wanted.rollouts >= wanted.left

@@ -102,6 +102,7 @@ class Beliefs:
         unseen: bool[M], True where the prompt has no outcome yet.
         expected_tokens: expected completion tokens of a rollout, float64[M], >= 0;
             0 everywhere when the run has seen no tokens.
+        recent: newest rewards, for the policy "paper" only.
     """
 
     alpha: FloatArray
@@ -109,6 +110,21 @@ class Beliefs:
     tie_keys: KeyArray
     unseen: BoolArray
     expected_tokens: FloatArray
+    recent: Recent | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """Newest rewards of each position's prompt.
+
+    Attributes:
+        rollouts: how many a rate is taken from, float64[M].
+        successes: those of them that were successes, float64[M]; a part of a visit counts
+            in proportion, as the order within a visit is not kept.
+    """
+
+    rollouts: FloatArray
+    successes: FloatArray
 
 
 @dataclass(frozen=True, slots=True)
