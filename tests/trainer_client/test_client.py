@@ -392,8 +392,10 @@ async def test_rewards_of_every_kind(scripted: Any, make: Make, rewards: Any) ->
     assert list(scripted.scheduler.calls[-1][1].num_rewards) == [2] * 4
 
 
-async def test_nothing_finished_is_no_report(scripted: Any, make: Make) -> None:
-    """A report without rewards calls nobody, and extending after it is no mistake."""
+async def test_nothing_finished_is_no_report(
+    scripted: Any, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A report without rewards calls nobody, says so, and extending after it is no mistake."""
     client = make()
     allocation = await client.allocate(IDS, 8, 0, wave_fraction=0.5)
 
@@ -403,6 +405,7 @@ async def test_nothing_finished_is_no_report(scripted: Any, make: Make) -> None:
 
     assert (receipt.delivered, receipt.accepted_rollouts) == (True, 0)
     assert "Report" not in scripted.scheduler.names()
+    assert "no reward of the 4 rollouts of step 0 was reported" in caplog.text
     assert extension.is_fallback
     assert extension.allocated_rollouts == 4
 

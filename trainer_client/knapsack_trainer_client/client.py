@@ -44,6 +44,7 @@ from knapsack_trainer_client.events import (
     AllocationMade,
     CallFailed,
     Event,
+    NothingReported,
     OutboxFailed,
     ReportsDropped,
     ReportSent,
@@ -366,6 +367,8 @@ class AsyncBudgetClient:
         report_id = report_id or _new_id()
         await self._ready()
         if not outcomes.rewards:
+            if allocation.allocated_rollouts:
+                self._emit(NothingReported(allocation.step, allocation.allocated_rollouts))
             self._reported_nothing.append(allocation.allocation_id)
             return ReportReceipt(report_id, delivered=True)
         self._tokens_reported += sum(outcomes.completion_tokens)

@@ -125,6 +125,14 @@ class RewindQueued:
 
 
 @dataclass(frozen=True, slots=True)
+class NothingReported:
+    """A report named no reward of the rollouts allocated: all are missing."""
+
+    step: int
+    rollouts: int
+
+
+@dataclass(frozen=True, slots=True)
 class OutboxFailed:
     """The outbox file cannot be used; reports wait in memory until it can."""
 
@@ -145,6 +153,7 @@ Event: TypeAlias = (
     | ReportsDropped
     | ReportRefused
     | RewindQueued
+    | NothingReported
     | OutboxFailed
 )
 """Everything that ``on_event`` may be called with."""

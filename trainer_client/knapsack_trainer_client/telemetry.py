@@ -11,6 +11,7 @@ from knapsack_trainer_client.events import (
     CallFailed,
     CallRetried,
     Event,
+    NothingReported,
     OutboxFailed,
     ReportDelivered,
     ReportQueued,
@@ -127,6 +128,13 @@ class Telemetry:
                 )
             case RewindQueued(step):
                 logger.warning("rewind to step %d is queued until the scheduler is back", step)
+            case NothingReported(step, rollouts):
+                logger.warning(
+                    "no reward of the %d rollouts of step %d was reported: all are None or NaN, "
+                    "or missing",
+                    rollouts,
+                    step,
+                )
             case OutboxFailed(path, reason):
                 logger.warning(
                     "outbox %s cannot be used (%s); reports wait in memory", path, reason
@@ -164,5 +172,5 @@ def counted(stats: ClientStats, event: Event) -> ClientStats:
             return replace(stats, reports_refused=stats.reports_refused + 1, last_error=reason)
         case OutboxFailed(reason=reason):
             return replace(stats, last_error=f"outbox: {reason}")
-        case RunCreated() | RewindQueued():
+        case RunCreated() | RewindQueued() | NothingReported():
             return stats
