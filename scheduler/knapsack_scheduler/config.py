@@ -150,7 +150,7 @@ def default_config(settings: Settings) -> RunConfig:
 def host_and_port(key: str, address: str) -> tuple[str, int]:
     """Return the parts of HOST:PORT; ConfigError naming the key otherwise."""
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or int(port) > 65535:
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
         raise ConfigError(f"{key} = {address!r}: must be HOST:PORT with a port from 0 to 65535")
     return host.strip("[]"), int(port)
 

@@ -33,6 +33,22 @@ def gains(marginals: object, count: int = 60) -> np.ndarray:
     )
 
 
+@given(st.floats(0, 1), st.lists(st.integers(0, 50), min_size=1, max_size=6), POSITIVE)
+def test_sums_of_gains_are_those_of_the_gains(p: float, steps: list[int], a: float) -> None:
+    """Of every prompt as many as asked, for known rates and for posteriors."""
+    count = len(steps)
+    rates = np.linspace(p / 2, p, count)
+    for marginals in (
+        point_marginals(PAPER, rates),
+        posterior_marginals(PAPER, rates * a + 0.01, a - rates * a + 0.01),
+    ):
+        expected = np.zeros(count)
+        for t in range(50):
+            now = marginals.advanced(np.full(count, t)).first
+            expected += np.where(np.array(steps) > t, now, 0.0)
+        assert marginals.summed(np.array(steps)) == pytest.approx(expected, rel=1e-12, abs=1e-300)
+
+
 @given(st.floats(0, 1), st.sampled_from(list(OBJECTIVES)))
 @settings(max_examples=150, deadline=None)
 def test_point_gains_never_rise_and_add_up_to_the_value(p: float, name: str) -> None:

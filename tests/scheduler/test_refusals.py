@@ -264,6 +264,42 @@ async def test_no_request_makes_much_work_of_little(service: SchedulerService, c
         assert "10000000" in str(refused.value)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("objective", ["paper", "hora"])
+async def test_the_largest_budgets_are_answered(
+    service: SchedulerService, calls, objective: str
+) -> None:
+    """Millions of rollouts on three prompts, in rollouts, in tokens, and in both."""
+    config = pb.RunConfig(objective=objective)
+    await service.create_run(pb.CreateRunRequest(run_id="run", config=config))
+    rewards = [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    tokens = [1, 1, 1, 2, 1, 3]
+    await service.report(calls.own_report(list("abc"), rewards, completion_tokens=tokens))
+
+    async def given(**budget: int) -> pb.Allocation:
+        request = calls.allocate(list("abc"), max_rollouts=[2**31 - 1], **budget)
+        return await service.allocate(request)
+
+    assert sum((await given(total_rollouts=9_000_000)).num_rollouts) == 9_000_000
+    answer = await given(total_rollouts=0, total_tokens=5_000_000)
+    assert 4_900_000 < answer.summary.expected_tokens <= 5_000_000
+    answer = await given(total_rollouts=1_000_000, total_tokens=5_000_000)
+    assert 990_000 < sum(answer.num_rollouts) <= 1_000_000
+
+
+@pytest.mark.timeout(60)
+async def test_tokens_that_buy_nothing_are_left(service: SchedulerService, calls) -> None:
+    """Gains that fall by a constant factor end on the smallest numbers there are."""
+    config = pb.RunConfig(objective="coba")
+    await service.create_run(pb.CreateRunRequest(run_id="run", config=config))
+    rewards = [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    await service.report(calls.own_report(list("abc"), rewards, completion_tokens=[1] * 6))
+    request = calls.allocate(list("abc"), 0, max_rollouts=[2**31 - 1], total_tokens=1_000_000)
+    answer = await service.allocate(request)
+    assert 0 < answer.summary.expected_tokens < 1_000_000
+    assert min(answer.num_rollouts) > 1000
+
+
 async def test_refused_names_leave_no_trace(service: SchedulerService) -> None:
     """Neither a run nor a lock is kept for names that nobody has."""
     for number in range(50):

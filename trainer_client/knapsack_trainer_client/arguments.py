@@ -142,7 +142,7 @@ def check_address(address: str) -> str:
     if address.startswith(_TARGET_SCHEMES):
         return address
     host, _, port = address.rpartition(":")
-    if not host or "/" in host or " " in host or not port.isdigit() or int(port) > 65535:
+    if not host or "/" in host or " " in host or not port.isdecimal() or int(port) > 65535:
         raise refused("address", address, wanted)
     return address
 

@@ -28,6 +28,9 @@ from knapsack_scheduler.core.table import TooManyChoices, solve_table
 SMALL_BATCH = 20
 """Batches of fewer prompts are divided exactly."""
 
+_MOST_OPTIONS = 20_000
+"""Rollouts in all the tables of a batch that is: more are no handful."""
+
 
 @dataclass(frozen=True, slots=True)
 class CostSolution:
@@ -55,27 +58,36 @@ class _HighestDensities:
         self._costs = costs
         self._budget = budget
         self._blocks: list[tuple[IntArray, FloatArray]] = []
-        self._pool: FloatArray = np.empty(0)
-        self._pool_costs: FloatArray = np.empty(0)
+        self._parts: list[tuple[FloatArray, FloatArray]] = []
+        self._held = 0.0
 
     def add(self, rows: IntArray, gains: FloatArray) -> None:
         self._blocks.append((rows, gains))
         better = (gains > 0.0) & (gains >= self.bound)
         costs = np.broadcast_to(self._costs[rows, None], gains.shape)[better]
-        pool = np.concatenate((self._pool, gains[better]))
-        pool_costs = np.concatenate((self._pool_costs, costs))
-        if float(pool_costs.sum()) > self._budget:
-            order = np.argsort(-pool, kind="stable")
-            pool, pool_costs = pool[order], pool_costs[order]
-            critical = int(np.searchsorted(np.cumsum(pool_costs), self._budget, side="right"))
-            if critical < pool.size:
-                self.bound = float(pool[critical])
-                keep = pool >= self.bound
-                pool, pool_costs = pool[keep], pool_costs[keep]
-        self._pool, self._pool_costs = pool, pool_costs
+        self._parts.append((gains[better], costs))
+        self._held += float(costs.sum())
+        # As for equal costs: a pass over all that is held, only when it drops a good part.
+        if self._held > (self._budget if self.bound == 0.0 else 1.25 * self._budget):
+            self._raise_bound()
+
+    def _raise_bound(self) -> None:
+        pool = np.concatenate([gains for gains, _ in self._parts])
+        costs = np.concatenate([costs for _, costs in self._parts])
+        order = np.argsort(-pool, kind="stable")
+        pool, costs = pool[order], costs[order]
+        critical = int(np.searchsorted(np.cumsum(costs), self._budget, side="right"))
+        if critical < pool.size:
+            self.bound = float(pool[critical])
+            keep = pool >= self.bound
+            pool, costs = pool[keep], costs[keep]
+        self._parts = [(pool, costs)]
+        self._held = float(costs.sum())
 
     def counts(self) -> IntArray:
-        """Return how many gains of each position lie above the price."""
+        """Return how many gains of each position lie above the price, which is then final."""
+        if self._held > self._budget:
+            self._raise_bound()
         price = self.bound
         return count_gains(self._capacity, self._blocks, lambda gains: gains > price)
 
@@ -94,7 +106,8 @@ def divide_by_cost(
     """Return a division that costs at most ``budget``, by gain per cost.
 
     Rollouts that gain nothing are not given. The gains of batches of fewer than
-    ``exact_below`` prompts are the highest possible.
+    ``exact_below`` prompts are the highest possible, unless their bounds leave more choices
+    than can be searched.
 
     Args:
         marginals, size, capacity, tie_keys, pairs: as in ``knapsack.divide``.
@@ -108,15 +121,15 @@ def divide_by_cost(
     per_cost = marginals.per_cost(costs)
     highest = _HighestDensities(capacity, costs, budget)
     sweep(per_cost, capacity, pairs, highest)
-    price = highest.bound
     given = highest.counts()
+    price = highest.bound
     if pairs is None:
         pairs = np.zeros(given.shape, np.bool_)
     left = budget - float((costs * given).sum())
     bound = total_gain(marginals, given, pairs) + price * max(left, 0.0)
     _fill(per_cost, given, size, capacity, costs, left, tie_keys, pairs)
     gain = total_gain(marginals, given, pairs)
-    if given.size < exact_below and gain < bound:
+    if given.size < exact_below and int(capacity.sum()) <= _MOST_OPTIONS and gain < bound:
         try:
             given = _exactly(marginals, capacity, costs, budget, tie_keys, pairs)
         except TooManyChoices:
@@ -228,6 +241,10 @@ def _most_gaining(
         return divide(marginals, size, capacity, rollouts - 1, tie_keys, pairs).num_rollouts
 
 
+_NOTHING = float(np.finfo(np.float64).tiny)
+"""Below this a falling gain gets stuck on rounding and would never reach 0."""
+
+
 def _fill(
     per_cost: Marginals,
     given: IntArray,
@@ -248,7 +265,7 @@ def _fill(
         done = np.where(pairs, np.maximum(given - 1, 0), given)[rows]
         gains = per_cost.take(rows).advanced(done).first
         gains = np.where(fresh[rows], 0.5 * gains, gains)
-        if not gains.max() > 0.0:
+        if not gains.max() > _NOTHING:
             return
         highest = rows[gains == gains.max()]
         # Ties: lowest group first, then by key, as many as fit at once.
@@ -263,10 +280,4 @@ def _fill(
 def total_gain(marginals: Marginals, given: IntArray, pairs: BoolArray) -> float:
     """Return the sum of the gains of ``given`` new rollouts."""
     steps = np.where(pairs, np.maximum(given - 1, 0), given)
-    total = 0.0
-    chains = marginals
-    for t in range(int(steps.max(initial=0))):
-        rows = steps > t
-        total += float(chains.take(rows).first.sum())
-        chains, steps = chains.advanced(np.ones_like(steps)), steps
-    return total
+    return float(marginals.summed(steps).sum())

@@ -13,6 +13,7 @@ table of V are neither.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -150,22 +151,37 @@ class Chain:
     def advanced(self, steps: IntArray) -> Chain:
         """Return the chain that begins at x(steps[m]) of each prompt m."""
         value = self.value.copy()
-        rows = np.flatnonzero((steps > 0) & (value > 0.0))
-        t = 0
-        while rows.size:
-            # By accumulation, which multiplies one by one, so that the bits are the same
-            # whatever the blocks; as many steps at once as memory allows.
-            count = min(int(steps[rows].max()) - t, max(_MOST_NUMBERS // rows.size, 1))
-            ratios = self.take(rows).ratios(t, count)
-            block = np.empty((rows.size, count + 1))
-            block[:, 0], block[:, 1:] = value[rows], ratios
-            np.multiply.accumulate(block, axis=1, out=block)
-            reached = np.minimum(steps[rows] - t, count)
+        for rows, block, reached in self._walk(steps):
             value[rows] = block[np.arange(rows.size), reached]
-            t += count
-            rows = rows[(steps[rows] > t) & (value[rows] > 0.0)]
         grown = self.growth * steps.astype(np.float64)
         return Chain(value, self.numerator + grown, self.denominator + grown, self.growth)
+
+    def summed(self, steps: IntArray) -> FloatArray:
+        """Return x(0) + .. + x(steps[m] - 1) of each prompt m, float64[M]."""
+        total = np.zeros_like(self.value)
+        for rows, block, reached in self._walk(steps):
+            before = np.arange(block.shape[1]) < reached[:, None]
+            total[rows] += np.where(before, block, 0.0).sum(axis=1)
+        return total
+
+    def _walk(self, steps: IntArray) -> Iterator[tuple[IntArray, FloatArray, IntArray]]:
+        """Yield the values from x(0) to x(steps[m]) in blocks: rows, values, last column.
+
+        By accumulation, which multiplies one by one, so that the bits are the same whatever
+        the blocks; as many steps at once as memory allows. A chain that reached 0 ends.
+        """
+        rows = np.flatnonzero((steps > 0) & (self.value > 0.0))
+        value, t = self.value[rows], 0
+        while rows.size:
+            count = min(int(steps[rows].max()) - t, max(_MOST_NUMBERS // rows.size, 1))
+            block = np.empty((rows.size, count + 1))
+            block[:, 0], block[:, 1:] = value, self.take(rows).ratios(t, count)
+            np.multiply.accumulate(block, axis=1, out=block)
+            yield rows, block, np.minimum(steps[rows] - t, count)
+            t += count
+            value = block[:, count]
+            going = (steps[rows] > t) & (value > 0.0)
+            rows, value = rows[going], value[going]
 
     def replaced(self, value: FloatArray) -> Chain:
         """Return the chain with other values and the same ratios."""
@@ -212,6 +228,10 @@ class Marginals:
     def only(self, keep: BoolArray) -> Marginals:
         """Return the marginals with the prompts that are not kept worth nothing."""
         return Marginals(self.passed.only(keep), self.failed.only(keep))
+
+    def summed(self, steps: IntArray) -> FloatArray:
+        """Return the gain of the next ``steps[m]`` rollouts on prompt m, float64[M]."""
+        return self.passed.summed(steps) + self.failed.summed(steps)
 
     def advanced(self, steps: IntArray) -> Marginals:
         """Return the marginals after ``steps[m]`` more rollouts on prompt m."""

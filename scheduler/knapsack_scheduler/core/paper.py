@@ -25,6 +25,9 @@ RECENT = 16
 LEAST = 8
 """Rewards below which a prompt is taken as unknown."""
 
+_BITS = 32
+"""Of the largest group."""
+
 
 def recent_outcomes(visits: Visits, rows: IntArray) -> Recent:
     """Return the newest rewards of each row; -1 is a prompt never seen."""
@@ -83,14 +86,16 @@ def _level(sizes: IntArray, most: IntArray, rollouts: int, tie_keys: KeyArray) -
 def _ninety_percent(p: FloatArray, most: IntArray) -> IntArray:
     """Return the rollouts after which a group is effective with 90 %, at most ``most``.
 
-    floor(log 0.1 / log max(p, q)), found by multiplication, which is the same everywhere.
+    floor(log 0.1 / log max(p, q)), found bit by bit with squares, by multiplication
+    only, which is the same everywhere.
     """
-    larger = np.maximum(p, 1.0 - p)
-    left = larger.copy()
+    powers = [np.maximum(p, 1.0 - p)]
+    for _ in range(_BITS - 1):
+        powers.append(powers[-1] * powers[-1])
+    left = np.ones_like(p)
     needed = np.zeros(p.shape, np.int64)
-    while True:
-        going = (left >= 0.1) & (needed < most)
-        if not going.any():
-            return needed
-        needed += going
-        left = left * larger
+    for bit in reversed(range(_BITS)):
+        fits = left * powers[bit] >= 0.1
+        left = np.where(fits, left * powers[bit], left)
+        needed += fits * np.int64(1 << bit)
+    return np.minimum(needed, most)

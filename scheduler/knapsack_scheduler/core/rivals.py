@@ -108,9 +108,9 @@ class Hora(SizeRule):
         return _alone(chosen).advanced(np.where(fresh, np.maximum(outstanding - 1, 0), outstanding))
 
     def value(self, alpha: FloatArray, beta: FloatArray, rollouts: IntArray) -> FloatArray:
-        """Return the probability of a success after the first rollout."""
-        gain = self.chain(alpha, beta)
-        return _sum(gain, np.maximum(rollouts - 1, 0))
+        """Return the probability that the first success comes after the first rollout."""
+        all_fail = Chain(np.ones_like(beta), beta, alpha + beta, 1).advanced(rollouts).value
+        return beta / (alpha + beta) - all_fail
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ class Proportional(SizeRule):
 
     name: str
 
+    @abstractmethod
     def weight2(self, p: FloatArray) -> FloatArray:
         """Return the square of the weight at success rate p."""
-        raise NotImplementedError
 
     def chain(self, alpha: FloatArray, beta: FloatArray) -> Chain:
         """Return w^2 / (n (n + 1)) for n = 1, 2 .."""
@@ -237,13 +237,3 @@ def _alone(chain: Chain) -> Marginals:
 
 def _known(success_rates: FloatArray) -> tuple[FloatArray, FloatArray]:
     return success_rates * _MANY, (1.0 - success_rates) * _MANY
-
-
-def _sum(chain: Chain, terms: IntArray) -> FloatArray:
-    """Return the sum of the first ``terms[m]`` values of each chain."""
-    total = np.zeros_like(chain.value)
-    for t in range(int(terms.max(initial=0))):
-        rows = terms > t
-        total[rows] += chain.value[rows]
-        chain = chain.advanced(np.ones_like(terms))
-    return total

@@ -42,9 +42,9 @@ def solve(
     Args:
         success_rates: p, [M], each in [0, 1].
         total_rollouts: the budget. With ``costs``, in their unit, and then a cap: the
-            answer costs at most this. It is exact for fewer than 20 prompts; for more it
-            is found by value per cost, and short of the optimum by less than the value
-            of one rollout.
+            answer costs at most this. It is exact for fewer than 20 prompts with bounds
+            of some hundreds; else it is found by value per cost, and short of the optimum
+            by less than the value of one rollout.
         min_rollouts: fewest rollouts, one number or [M], 0 or more. Where 0, the
             prompt gets 0 or at least 2.
         max_rollouts: most rollouts, one number or [M], at least ``min_rollouts``.

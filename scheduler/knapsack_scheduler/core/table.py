@@ -25,7 +25,8 @@ _WIDER = 8.0
 _ROUNDING = 1e-12
 """Values closer than this, relative to the largest, are equal."""
 
-_MOST_STATES = 2_000_000
+_MOST_STATES = 4_000_000
+"""Partial choices held at once: some hundred MiB."""
 
 
 class TooManyChoices(ValueError):
@@ -269,6 +270,11 @@ class _Table:
         most: float,
     ) -> _State:
         """Return the partial choices with one more position, those without hope left out."""
+        if state.cost.size * costs.size > _MOST_STATES:
+            raise TooManyChoices(
+                f"more than {_MOST_STATES:,} partial choices are open; round the costs to "
+                "integers, or use solve with costs, which is fast and says how far it is off"
+            )
         cost = (state.cost[:, None] + costs).ravel()
         deficit = (state.deficit[:, None] + deficits).ravel()
         slack = self._slack()
@@ -286,11 +292,6 @@ class _Table:
             new = np.ones(order.size, np.bool_)
             new[1:] = worth[1:] > np.maximum.accumulate(worth)[:-1]
         order = order[new]
-        if order.size > _MOST_STATES:
-            raise TooManyChoices(
-                f"more than {_MOST_STATES:,} partial choices are open; round the costs to "
-                "integers, or use solve with costs, which is fast and says how far it is off"
-            )
         return _State(cost[order], deficit[order], order // costs.size, order % costs.size)
 
     def _slack(self) -> float:

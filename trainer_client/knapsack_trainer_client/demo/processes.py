@@ -104,6 +104,10 @@ class Server:
             except ServerFailed as error:
                 self._say(str(error))
                 return
+            if self._stopping.is_set():
+                # Stopped while it came back: nobody else knows of this process.
+                self._process.terminate()
+                continue
             why = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             self._say(
                 f"the {self.name} died ({why}) and was started again, pid {self._process.pid}"
@@ -117,6 +121,7 @@ class Server:
             self._process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
+            self._process.wait()
         self._watcher.join(_STOP_SECONDS)
 
     def __enter__(self) -> Self:

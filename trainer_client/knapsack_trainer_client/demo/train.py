@@ -125,11 +125,9 @@ def train(
         _hand_over(model, folder, rollouts, step)
         chosen = [problems[i] for i in batch]
         success_rates = exact_accuracy(model, chosen)
-        groups, fallback_waves = _collect(chosen, step, schedule, budget, rollouts, wave_fraction)
-        rewards = [
-            [problem.reward(r.token_ids) for r in group]
-            for problem, group in zip(chosen, groups, strict=True)
-        ]
+        groups, rewards, fallback_waves = _collect(
+            chosen, step, schedule, budget, rollouts, wave_fraction
+        )
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate * min(1.0, (step + 1) / 10)
         _learn(model, optimizer, chosen, groups, group_advantages(rewards))
@@ -165,30 +163,33 @@ def _collect(
     budget: BudgetClient,
     rollouts: RolloutClient,
     wave_fraction: float,
-) -> tuple[RolloutGroups, int]:
-    """Return the step's groups, all waves together, and how many waves were fallbacks."""
+) -> tuple[RolloutGroups, list[list[float]], int]:
+    """Return groups and rewards, all waves together, and how many waves were fallbacks."""
     prompt_ids = [problem.prompt_id for problem in problems]
     allocation = budget.allocate(
         prompt_ids, schedule.total_rollouts, step, wave_fraction=wave_fraction
     )
     groups = RolloutGroups(len(problems))
+    rewards: list[list[float]] = [[] for _ in problems]
     fallback_waves = 0
     while True:
         fallback_waves += allocation.is_fallback
         came = _generate(problems, allocation, schedule.seed, rollouts)
+        new_rewards = [
+            [problem.reward(r.token_ids) for r in group]
+            for problem, group in zip(problems, came, strict=True)
+        ]
         budget.report(
             allocation,
-            [
-                [problem.reward(r.token_ids) for r in group]
-                for problem, group in zip(problems, came, strict=True)
-            ],
+            new_rewards,
             policy_version=step,
             completion_tokens=[[len(r.token_ids) for r in group] for group in came],
         )
-        for group, more in zip(groups, came, strict=True):
-            group.extend(more)
+        for at in range(len(problems)):
+            groups[at].extend(came[at])
+            rewards[at].extend(new_rewards[at])
         if not allocation.remaining_rollouts:
-            return groups, fallback_waves
+            return groups, rewards, fallback_waves
         allocation = budget.extend(allocation)
 
 
