@@ -1,0 +1,10 @@
+"""``knapsack-rl simulate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    raise NotImplementedError
