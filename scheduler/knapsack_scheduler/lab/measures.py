@@ -122,13 +122,16 @@ class Results:
     def band_shares(self, arm: str) -> FloatArray:
         """Return the share of all rollouts by band, in the order of ``BANDS``."""
         rollouts = _summed([t.band_rollouts for t in self.traces(arm)])
-        return rollouts / max(float(rollouts.sum()), 1.0)
+        shares: FloatArray = rollouts / rollouts.sum()
+        return shares
 
     def band_sizes(self, arm: str) -> FloatArray:
         """Return the mean rollouts of a group by band; NaN where there was none."""
         rollouts = _summed([t.band_rollouts for t in self.traces(arm)])
         groups = _summed([t.band_groups for t in self.traces(arm)])
-        return np.divide(rollouts, groups, out=np.full(len(BANDS), np.nan), where=groups > 0)
+        sizes = np.full(len(BANDS), np.nan)
+        np.divide(rollouts, groups, out=sizes, where=groups > 0)
+        return sizes
 
     def largest_group(self, arm: str) -> int:
         """Return the rollouts of the largest group of any seed."""
@@ -137,9 +140,12 @@ class Results:
 
 def steps_of(trace: Trace, window: str) -> BoolArray:
     """Return which steps lie in a window, bool[steps]."""
-    if window == ALL:
-        return np.ones(trace.epoch.shape, np.bool_)
-    return trace.epoch == 0 if window == FIRST else trace.epoch > 0
+    steps: BoolArray = np.ones(trace.epoch.shape, np.bool_)
+    if window == FIRST:
+        steps = trace.epoch == 0
+    elif window == LATER:
+        steps = trace.epoch > 0
+    return steps
 
 
 def verdict(results: Results, arm: str) -> str:

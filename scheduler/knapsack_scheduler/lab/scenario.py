@@ -41,8 +41,8 @@ class Run(_Part):
     """Passes over the prompts."""
     min_rollouts: int = Field(2, ge=0, le=1024)
     """Fewest rollouts of a prompt; 0 lets policies skip it."""
-    max_rollouts: int = Field(128, ge=1, le=4096)
-    """Most rollouts of a prompt."""
+    max_rollouts: int = Field(128, ge=2, le=4096)
+    """Most rollouts of a prompt; a group of one is never effective."""
 
     @property
     def total_rollouts(self) -> int:

@@ -10,7 +10,14 @@ import numpy as np
 
 from knapsack_scheduler.core.catalogue import find_objective
 from knapsack_scheduler.core.objective import Objective
-from knapsack_scheduler.core.problem import BoolArray, Budget, FloatArray, IntArray
+from knapsack_scheduler.core.problem import (
+    Begun,
+    BoolArray,
+    Budget,
+    FloatArray,
+    IntArray,
+    Posterior,
+)
 from knapsack_scheduler.core.solve import solve
 from knapsack_scheduler.lab.arms import ORACLE, Arm
 from knapsack_scheduler.lab.population import (
@@ -109,8 +116,17 @@ def simulate(
         arms: what to compare.
         seed: 0 or more.
         on_step: called with the number of steps done.
+
+    Raises:
+        ValueError: an arm cannot do the scenario.
     """
     run = scenario.run
+    for arm in arms:
+        if arm.policy == "paper" and run.min_rollouts == 0:
+            raise ValueError(
+                f"arms = {arm.name!r}: needs run.min_rollouts of 1 or more, scenario "
+                f"{scenario.name!r} has 0"
+            )
     population = draw_population(scenario, seed)
     sides = [_Side(arm, population.logits.copy(), _tracker(scenario, arm)) for arm in arms]
     for side in sides:
@@ -148,15 +164,8 @@ def realised_values(
     if isinstance(objective, Objective):
         return np.where(effective, rates**objective.i * (1.0 - rates) ** objective.j, 0.0)
     sure = 1e12
-    none = np.zeros_like(num_rollouts)
-    return objective.values(
-        np.maximum(rates * sure, 1e-9),
-        np.maximum((1.0 - rates) * sure, 1e-9),
-        num_rollouts,
-        none,
-        none,
-        np.zeros(rates.shape, np.bool_),
-    )
+    known = Posterior(np.maximum(rates * sure, 1e-9), np.maximum((1.0 - rates) * sure, 1e-9))
+    return objective.values(known, Begun.nothing(rates.size), num_rollouts)
 
 
 def _tracker(scenario: Scenario, arm: Arm) -> Tracker | None:

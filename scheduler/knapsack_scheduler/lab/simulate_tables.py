@@ -9,7 +9,6 @@ from knapsack_scheduler.lab.arms import BASELINE
 from knapsack_scheduler.lab.intervals import LEVEL, Interval
 from knapsack_scheduler.lab.measures import (
     ALL,
-    FIRST,
     GROUP_RATE,
     LATER,
     PREDICTED_GROUP_RATE,
@@ -27,7 +26,8 @@ from knapsack_scheduler.lab.report import Table
 
 LEGEND = (
     "groups, rollouts: share of groups, and of rollouts, whose rewards differ. value: what "
-    "effective groups teach, per step. against uniform: of value, in %"
+    "effective groups teach, per step. vs uniform: difference of value in %, of all epochs, the "
+    "first, and the later ones"
 )
 """Under the table on the terminal; goes on with ``certainty``."""
 
@@ -54,8 +54,8 @@ def certainty(seeds: int) -> str:
 def main_table(results: Results) -> Table:
     """Return one line per arm: the three measures side by side, and value against uniform."""
     later = LATER in results.windows
-    heads = ["arm", "groups", "rollouts", "value", "against uniform"]
-    heads += [FIRST, LATER] if later else []
+    heads = ["arm", "groups", "rollouts", "value", "vs uniform"]
+    heads += ["1st epoch", "later"] if later else []
     heads += ["largest"] + (["success"] if results.scenario.learns else [])
     rows = []
     for arm in results.arms:
@@ -63,7 +63,7 @@ def main_table(results: Results) -> Table:
             arm.name,
             _share(results.level(arm.name, GROUP_RATE).mean),
             _share(results.level(arm.name, ROLLOUT_RATE).mean),
-            f"{results.level(arm.name, VALUE).mean:.3g}",
+            _three_digits(results.level(arm.name, VALUE).mean),
         ]
         for window in results.windows:
             row.append(difference(results, arm.name, window))
@@ -73,7 +73,7 @@ def main_table(results: Results) -> Table:
         rows.append(row)
     caption = (
         f"{heading(results)}. Effective groups and effective rollouts, value per step, and the "
-        f"difference of value from uniform in % ({certainty(len(results.seeds))}); rollouts of the "
+        f"difference of value from uniform in %: of all epochs, the first and the later ones ({certainty(len(results.seeds))}); rollouts of the "
         "largest group" + ("; mean success rate at the end" if results.scenario.learns else "")
     )
     return Table(heads, rows, caption + ".")
@@ -132,7 +132,7 @@ def calibration_table(results: Results) -> Table:
     for arm in results.arms:
         row = [arm.name]
         for predicted, real in pairs:
-            shown = (lambda v: f"{v:.3g}") if real is VALUE else _share
+            shown = _three_digits if real is VALUE else _share
             row += [shown(results.level(arm.name, m).mean) for m in (predicted, real)]
         rows.append(row)
     return Table(
@@ -177,6 +177,11 @@ def _signed(difference: Interval) -> str:
 
 def _share(share: float) -> str:
     return _NONE if math.isnan(share) else f"{100 * share:.1f}%"
+
+
+def _three_digits(value: float) -> str:
+    digits = math.floor(math.log10(value)) if value > 0.0 else 0
+    return f"{value:,.{min(max(2 - digits, 0), 6)}f}"
 
 
 def _count(number: int, noun: str) -> str:
