@@ -98,6 +98,11 @@ async def test_every_decision_is_the_service_s(arm: Arm) -> None:
                     )
                 )
                 tracker.observe(step, prompt_ids, owner, rewards, policy_version=step)
+        run = await service.get_run(pb.GetRunRequest(run_id="r"))
+        assert list(run.calibration.groups) == tracker.state.calibration.groups.tolist()
+        assert sum(run.calibration.groups) > 0
+        predicted = tracker.state.calibration.predicted.tolist()
+        assert list(run.calibration.predicted_effective_groups) == predicted
 
 
 def test_planning_changes_nothing() -> None:

@@ -89,7 +89,9 @@ def svg(drawn: Figure) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     # Several figures stand in one page: names that nothing refers to would stand there twice.
-    text = re.sub(r' id="(?:figure|patch|axes|text|matplotlib)[\w.]*"', "", text)
+    text = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", text)
+    # The page's font, not the list of those that were measured with.
+    text = re.sub(r"""font-family: [^;"]*(; )?""", "", text)
     return text.replace(INK, "currentColor")
 
 

@@ -67,7 +67,9 @@ class Tracker:
         decision = self.plan(prompt_ids, bounds, budget)
         self.state.allocations.pop(_OPEN, None)
         self.state.fold(
-            AllocationMade(_OPEN, step, prompt_ids, bounds, budget, decision.num_rollouts)
+            AllocationMade(
+                _OPEN, step, prompt_ids, bounds, budget, decision.num_rollouts, decision.chances
+            )
         )
         return decision
 
@@ -88,10 +90,14 @@ class Tracker:
             beliefs,
             allocation.bounds,
             Budget(budget.total_rollouts, budget.total_tokens, wave_fraction, True),
-            allocation.outcomes(),
+            allocation.outcomes(self.state.reward_levels),
             keep_outstanding,
         )
-        self.state.fold(AllocationExtended(_OPEN, allocation.step, decision.num_rollouts))
+        self.state.fold(
+            AllocationExtended(
+                _OPEN, allocation.step, decision.num_rollouts, keep_outstanding, decision.chances
+            )
+        )
         return decision
 
     def report(
