@@ -9,7 +9,7 @@ the distribution by expectation and maximisation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,9 +60,7 @@ class Visits:
 
     def likelihoods(self) -> list[FloatArray]:
         """Return per visit the likelihood of its counts at every rate, float64[p, K]."""
-        return [
-            likelihood(n, k) for n, k in zip(self.rollouts, self.successes, strict=True)
-        ]
+        return [likelihood(n, k) for n, k in zip(self.rollouts, self.successes, strict=True)]
 
 
 def likelihood(rollouts: IntArray, successes: IntArray) -> FloatArray:
@@ -90,8 +88,8 @@ def fit_drift(visits: Visits) -> Drift:
         return Drift(start, np.eye(RATES.size), 0.0, 0.0)
     mean, spread = 0.0, 0.35
     for _ in range(2):
-        spread = _best(SPREADS, lambda s, m=mean: _evidence(start, normal_kernel(m, s), of))
-        mean = _best(MEANS, lambda m, s=spread: _evidence(start, normal_kernel(m, s), of))
+        spread = _likeliest(SPREADS, [_evidence(start, mean, one, of) for one in SPREADS])
+        mean = _likeliest(MEANS, [_evidence(start, one, spread, of) for one in MEANS])
     kernel = normal_kernel(mean, spread)
     for _ in range(_JOINT_PASSES):
         after = backward(kernel, of)[0]
@@ -139,17 +137,17 @@ def backward(kernel: FloatArray, of: Sequence[FloatArray]) -> list[FloatArray]:
     return fits
 
 
-def _evidence(start: FloatArray, kernel: FloatArray, of: Sequence[FloatArray]) -> float:
+def _evidence(start: FloatArray, mean: float, spread: float, of: Sequence[FloatArray]) -> float:
     """Return the log likelihood of all counts, but for what no model moves."""
-    expected = forward(start, kernel, of)
+    expected = forward(start, normal_kernel(mean, spread), of)
     return sum(
         float(np.log((one * other).sum(axis=1)).sum())
         for one, other in zip(expected, of, strict=True)
     )
 
 
-def _best(tried: Sequence[float], of: Callable[[float], float]) -> float:
-    return float(max(tried, key=of))
+def _likeliest(tried: Sequence[float], evidence: Sequence[float]) -> float:
+    return float(tried[int(np.argmax(evidence))])
 
 
 def _expected_excess(mean: float, spread: float) -> float:

@@ -115,9 +115,7 @@ class Hindsight:
         return Rates(weight / weight.sum(axis=1, keepdims=True))
 
 
-def look_back(
-    prompts: npt.NDArray[np.int32], rollouts: IntArray, successes: IntArray
-) -> Hindsight:
+def look_back(prompts: npt.NDArray[np.int32], rollouts: IntArray, successes: IntArray) -> Hindsight:
     """Return what a log says of all of its groups.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from knapsack_scheduler.core.problem import FloatArray, IntArray
+from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray
 from knapsack_scheduler.lab.log_columns import LogError
 
 LARGEST_STEP = 2**53
@@ -67,9 +67,7 @@ def parse_rewards(cells: Sequence[Any], column: str, place: Place) -> FloatArray
     return np.array(parsed, np.float64)
 
 
-def parse_tokens(
-    cells: Sequence[Any], column: str, place: Place
-) -> FloatArray | list[FloatArray]:
+def parse_tokens(cells: Sequence[Any], column: str, place: Place) -> FloatArray | list[FloatArray]:
     """Return lengths, float64[n] with NaN where there is none, or a list of them per row."""
     tokens = parse_rewards(cells, column, place)
     parts = tokens if isinstance(tokens, list) else [tokens]
@@ -116,8 +114,9 @@ def _each(
     return parsed
 
 
-def _is_step(numbers: FloatArray) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    return (numbers >= 0) & (numbers <= LARGEST_STEP) & (numbers == np.floor(numbers))
+def _is_step(numbers: FloatArray) -> BoolArray:
+    fits: BoolArray = (numbers >= 0) & (numbers <= LARGEST_STEP) & (numbers == np.floor(numbers))
+    return fits
 
 
 def _number(cell: Any) -> float | None:

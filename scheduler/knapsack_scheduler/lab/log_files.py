@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 from knapsack_scheduler.lab.log_columns import Columns, LogError, WantedColumns
 
@@ -82,10 +82,10 @@ def read_cells(path: Path, wanted: WantedColumns) -> tuple[Columns, Iterator[Cel
         raise LogError(f"{path}: {error.strerror or error}") from None
 
 
-def open_bytes(path: Path) -> IO[bytes]:
+def open_bytes(path: Path) -> BinaryIO:
     """Return a text file's bytes, unpacked if it ends in .gz."""
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")
+        return cast(BinaryIO, gzip.open(path, "rb"))
     return path.open("rb")
 
 
@@ -100,9 +100,8 @@ def json_objects(path: Path) -> Iterator[tuple[int, list[dict[str, Any]], list[i
     """
     try:
         with open_bytes(path) as file:
-            number, lines, numbers = 0, [], []
-            for line in file:
-                number += 1
+            lines, numbers = [], []
+            for number, line in enumerate(file, 1):
                 if number == 1 and line.startswith(_BOM):
                     line = line[len(_BOM) :]
                 if line.strip():
@@ -264,9 +263,9 @@ def _cells(column: Any) -> Sequence[Any]:
     import pyarrow as pa
 
     kind = column.type
-    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-        if column.null_count == 0:
-            array: Sequence[Any] = column.to_numpy(zero_copy_only=False)
-            return array
+    numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    if numeric and column.null_count == 0:
+        array: Sequence[Any] = column.to_numpy(zero_copy_only=False)
+        return array
     cells: list[Any] = column.to_pylist()
     return cells

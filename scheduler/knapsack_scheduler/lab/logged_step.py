@@ -80,9 +80,7 @@ class LoggedStep:
         """Return whether the first so many rewards of each group differ, bool[M]."""
         return self._first_other < self.seen(num_rollouts)
 
-    def part(
-        self, after: IntArray, upto: IntArray
-    ) -> tuple[IntArray, npt.NDArray[np.float32]]:
+    def part(self, after: IntArray, upto: IntArray) -> tuple[IntArray, npt.NDArray[np.float32]]:
         """Return positions and rewards of the rollouts from one number to another.
 
         Args:

@@ -130,9 +130,7 @@ class _Columns:
     def code(self, names: Sequence[str]) -> npt.NDArray[np.int32]:
         """Return the number of each prompt id, int32[n]; new ids get the next ones."""
         ids = self.ids
-        return np.fromiter(
-            (ids.setdefault(name, len(ids)) for name in names), np.int32, len(names)
-        )
+        return np.fromiter((ids.setdefault(name, len(ids)) for name in names), np.int32, len(names))
 
     def extend(
         self,

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from knapsack_scheduler.core.catalogue import find_objective
-from knapsack_scheduler.core.objective import EFFECTIVE, PAPER, Objective
+from knapsack_scheduler.core.objective import PAPER, Objective
 from knapsack_scheduler.core.problem import Bounds, Budget, IntArray
 from knapsack_scheduler.lab.arms import Arm
-from knapsack_scheduler.lab.bands import BANDS, band_of
 from knapsack_scheduler.lab.hindsight import Hindsight, look_back
 from knapsack_scheduler.lab.logged_step import LoggedStep
 from knapsack_scheduler.lab.outcome_log import OutcomeLog
+from knapsack_scheduler.lab.population import BANDS, bands_of
 from knapsack_scheduler.lab.replay_outcome import (
     ArmOutcome,
     Calibration,
@@ -49,6 +49,7 @@ class ReplaySettings:
         arms: what is compared; their objective is what they maximise.
         min_rollouts, max_rollouts: bounds of a group, as the service has them.
         success_threshold: a rollout is a success if its reward is above this.
+        budget_share: of each step's logged rollouts that every arm may spend, in (0, 1].
         replicates: random orders of every group, 1 or more; outcomes are their means.
         seed: of the orders.
     """
@@ -57,6 +58,7 @@ class ReplaySettings:
     min_rollouts: int = 2
     max_rollouts: int = 128
     success_threshold: float = 0.5
+    budget_share: float = 1.0
     replicates: int = 1
     seed: int = 0
 
@@ -95,7 +97,7 @@ def replay(
     seen = look_back(log.group_prompt, sizes, successes)
     valued = value_of(settings.arms[0].objective)
     worth = _Worth(log, seen, valued)
-    bands = band_of(worth.mean_rate)
+    bands = bands_of(worth.mean_rate)
     logged_value = np.add.reduceat(np.where(log.effective, worth.gain, 0.0), log.step_groups[:-1])
     outcomes = {arm.name: ArmOutcome(arm, log.steps.size) for arm in settings.arms}
     check = ExtrapolationCheck()
@@ -107,12 +109,13 @@ def replay(
             rng = np.random.default_rng((settings.seed, replicate, at))
             step = LoggedStep.draw(log, at, settings.success_threshold, rng)
             groups = slice(int(log.step_groups[at]), int(log.step_groups[at + 1]))
-            bounds, wide = _bounds(settings, step)
+            budget = max(int(step.rollouts * settings.budget_share + 0.5), 1)
+            bounds, wide = _bounds(settings, step.sizes.size, budget)
             widened += wide and replicate == 0
             worth.check_extrapolation(step, groups, check)
             for arm in settings.arms:
                 outcome = outcomes[arm.name]
-                played = _play(trackers[arm.name], arm, step, bounds, outcome.calibration)
+                played = _play(trackers[arm.name], arm, step, bounds, budget, outcome.calibration)
                 worth.score(step, groups, played, bands[groups], at, outcome)
             progress(replicate * log.steps.size + at + 1, total)
     for outcome in outcomes.values():
@@ -122,11 +125,10 @@ def replay(
     )
 
 
-def _bounds(settings: ReplaySettings, step: LoggedStep) -> tuple[Bounds, bool]:
-    """Return bounds that hold the step's budget, and whether they had to be widened."""
-    count = step.sizes.size
-    low = min(settings.min_rollouts, step.rollouts // count)
-    high = max(settings.max_rollouts, -(-step.rollouts // count))
+def _bounds(settings: ReplaySettings, count: int, budget: int) -> tuple[Bounds, bool]:
+    """Return bounds that hold a step's budget, and whether they had to be widened."""
+    low = min(settings.min_rollouts, budget // count)
+    high = max(settings.max_rollouts, -(-budget // count))
     wide = low < settings.min_rollouts or high > settings.max_rollouts
     return Bounds(np.full(count, low, np.int64), np.full(count, high, np.int64)), wide
 
@@ -142,35 +144,26 @@ class _Played:
 
 
 def _play(
-    tracker: Tracker, arm: Arm, step: LoggedStep, bounds: Bounds, calibration: Calibration
+    tracker: Tracker,
+    arm: Arm,
+    step: LoggedStep,
+    bounds: Bounds,
+    rollouts: int,
+    calibration: Calibration,
 ) -> _Played:
-    fractions = arm.wave_fractions
     sizes = np.zeros(step.sizes.size, np.int64)
-    decision = None
-    for wave, fraction in enumerate(fractions):
-        last = wave == len(fractions) - 1
-        beliefs = tracker.state.beliefs(step.prompt_ids)[0] if last else None
+    for wave, fraction in enumerate(arm.wave_fractions):
+        before = sizes
         if wave == 0:
-            budget = Budget(step.rollouts, 0, fraction)
+            budget = Budget(rollouts, 0, fraction)
             decision = tracker.allocate(step.step, step.prompt_ids, bounds, budget)
         else:
             # Rollouts that the log does not have were spent all the same.
             decision = tracker.extend(fraction, keep_outstanding=True)
-        after = sizes + decision.num_rollouts
-        if beliefs is not None:
-            chance = EFFECTIVE.values(
-                beliefs.alpha,
-                beliefs.beta,
-                after - step.seen(sizes),
-                step.seen(sizes),
-                step.successes(sizes),
-                step.effective(sizes),
-            )
-            open_ = ~step.effective(sizes) & (after > sizes) & (after <= step.sizes)
-            calibration.add(chance[open_], step.effective(after)[open_])
-        tracker.report(*step.part(sizes, after), step.step)
-        sizes = after
-    assert decision is not None, "an arm has at least one wave"
+        sizes = before + decision.num_rollouts
+        tracker.report(*step.part(before, sizes), step.step)
+    judged = ~step.effective(before) & (sizes > before) & (sizes <= step.sizes)
+    calibration.add(decision.chances[judged], step.effective(sizes)[judged])
     reasons = decision.reasons
     return _Played(
         sizes, reasons.effective_group_rate, reasons.effective_rollout_rate, reasons.value
@@ -237,8 +230,8 @@ class _Worth:
             column[Column.TOKENS] += (n * self._length[groups]).sum()
         outcome.count_sizes(n)
         outcome.add_bands(
-            np.bincount(bands, n, len(BANDS)),
-            np.bincount(bands, effective + chance, len(BANDS)),
+            np.bincount(bands, n, len(BANDS)).astype(np.float64),
+            np.bincount(bands, effective + chance, len(BANDS)).astype(np.float64),
         )
 
     def check_extrapolation(

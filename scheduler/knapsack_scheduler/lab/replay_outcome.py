@@ -9,9 +9,10 @@ import numpy as np
 
 from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray
 from knapsack_scheduler.lab.arms import Arm
-from knapsack_scheduler.lab.bands import BANDS
 from knapsack_scheduler.lab.hindsight import Hindsight
+from knapsack_scheduler.lab.intervals import t_quantile
 from knapsack_scheduler.lab.outcome_log import OutcomeLog
+from knapsack_scheduler.lab.population import BANDS
 
 FEWEST_BLOCKS = 10
 """Blocks of steps below which no interval is given."""
@@ -254,9 +255,4 @@ def relative_gain(arm: ArmOutcome, baseline: ArmOutcome) -> tuple[float, float |
     sums = np.array([residual[block].sum() for block in blocks])
     count = len(blocks)
     spread = float(np.sqrt(count / (count - 1) * ((sums - sums.mean()) ** 2).sum()))
-    return gain, _student(count - 1) * spread / whole
-
-
-def _student(freedom: int) -> float:
-    """Return the 97.5 % point of Student's t, within 1 % from 9 degrees of freedom."""
-    return 1.96 + 2.5 / freedom
+    return gain, t_quantile(count - 1) * spread / whole
