@@ -27,6 +27,7 @@ SPREADS = (0.0, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 MEANS = tuple(np.arange(-6, 13) / 8)
 """What is tried for a logit's step between two visits."""
 
+_LEAST_LOG_LIKELIHOOD = -140.0
 _START_PASSES = 100
 _JOINT_PASSES = 5
 
@@ -68,7 +69,8 @@ def likelihood(rollouts: IntArray, successes: IntArray) -> FloatArray:
     log = np.outer(successes, LOG_RATES)
     log += np.outer(rollouts - successes, LOG_FAILURES)
     log -= log.max(axis=1, keepdims=True)
-    result: FloatArray = np.exp(log)
+    # Never 0: visits may contradict each other under every model.
+    result: FloatArray = np.exp(np.maximum(log, _LEAST_LOG_LIKELIHOOD))
     return result
 
 

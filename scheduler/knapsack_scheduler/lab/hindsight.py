@@ -35,6 +35,9 @@ _FITTED_GROUPS = 10_000
 _BLOCK_GROUPS = 100_000
 """Groups smoothed at once."""
 
+_LEAST = 1e-200
+"""Weight of a rate that nothing supports, so that contradictions leave a distribution."""
+
 _LARGEST = 1024
 """Rollouts of a group that count for its rate; a larger one counts in proportion."""
 
@@ -109,9 +112,7 @@ class Hindsight:
     ) -> Rates:
         """Return the same had the groups themselves given other counts."""
         n, k = _held(rollouts, successes)
-        weight = self._others[groups] * likelihood(n, k)
-        # Counts that no rate near the others' explains are left to the grid's evenness.
-        weight += 1e-300
+        weight = self._others[groups] * likelihood(n, k) + _LEAST
         return Rates(weight / weight.sum(axis=1, keepdims=True))
 
 
@@ -131,7 +132,7 @@ def look_back(prompts: npt.NDArray[np.int32], rollouts: IntArray, successes: Int
         of = _visits(visits, n, k).likelihoods()
         before, after = forward(drift.start, drift.kernel, of), backward(drift.kernel, of)
         for groups, expected, fits in zip(visits, before, after, strict=True):
-            weight = expected * fits
+            weight = expected * fits + _LEAST
             others[groups] = weight / weight.sum(axis=1, keepdims=True)
     return Hindsight(drift, chains.revisits, others, rollouts, successes)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -185,7 +184,7 @@ def _csv(path: Path, wanted: WantedColumns, delimiter: str) -> tuple[Columns, It
 
     with open_bytes(path) as file:
         try:
-            head = io.TextIOWrapper(file, "utf-8-sig", newline="").readline()
+            head = file.readline().decode("utf-8-sig")
         except (UnicodeDecodeError, EOFError) as error:
             raise LogError(f"{path}: cannot be read: {error}") from None
     if not head.strip():
@@ -223,13 +222,19 @@ def _parquet(path: Path, wanted: WantedColumns) -> tuple[Columns, Iterator[Cells
     from pyarrow import parquet
 
     try:
-        file = parquet.ParquetFile(path)
+        schema = parquet.read_schema(path)
     except pa.ArrowInvalid as error:
         raise LogError(f"{path}: not a Parquet file: {error}") from None
-    columns = wanted.find(file.schema_arrow.names, str(path))
+    columns = wanted.find(schema.names, str(path))
     used = [c for c in (columns.step, columns.prompt, columns.reward, columns.tokens) if c]
-    batches = file.iter_batches(BATCH_ROWS, columns=list(dict.fromkeys(used)), use_threads=False)
-    return columns, _arrow_cells(path, columns, batches)
+
+    def batches() -> Iterator[Any]:
+        with parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(
+                BATCH_ROWS, columns=list(dict.fromkeys(used)), use_threads=False
+            )
+
+    return columns, _arrow_cells(path, columns, batches())
 
 
 def _arrow_cells(path: Path, columns: Columns, batches: Iterator[Any]) -> Iterator[Cells]:

@@ -49,7 +49,8 @@ class ReplaySettings:
         arms: what is compared; their objective is what they maximise.
         min_rollouts, max_rollouts: bounds of a group, as the service has them.
         success_threshold: a rollout is a success if its reward is above this.
-        budget_share: of each step's logged rollouts that every arm may spend, in (0, 1].
+        budget_share: of each step's logged rollouts that every arm may spend, in (0, 1];
+            one for each prompt at least.
         replicates: random orders of every group, 1 or more; outcomes are their means.
         seed: of the orders.
     """
@@ -109,7 +110,7 @@ def replay(
             rng = np.random.default_rng((settings.seed, replicate, at))
             step = LoggedStep.draw(log, at, settings.success_threshold, rng)
             groups = slice(int(log.step_groups[at]), int(log.step_groups[at + 1]))
-            budget = max(int(step.rollouts * settings.budget_share + 0.5), 1)
+            budget = max(int(step.rollouts * settings.budget_share + 0.5), step.sizes.size)
             bounds, wide = _bounds(settings, step.sizes.size, budget)
             widened += wide and replicate == 0
             worth.check_extrapolation(step, groups, check)

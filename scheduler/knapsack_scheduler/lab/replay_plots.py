@@ -107,7 +107,8 @@ def plot_sizes(replay: Replay) -> Figure:
     usual = int(np.median(replay.log.group_sizes))
     largest = max(outcome.largest_group for outcome in replay.outcomes)
     edges = [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
-    edges = [edge for edge in edges if edge <= largest] + [largest + 1]
+    # The log's own size has a bar of its own.
+    edges = sorted({*(edge for edge in edges if edge <= largest), usual, usual + 1, largest + 1})
     columns = min(len(replay.outcomes), 5)
     rows = -(-len(replay.outcomes) // columns)
     names = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(edges)]
@@ -209,6 +210,8 @@ def _scaled(part: Part, by: float) -> Part:
 
 
 def _binned(values: FloatArray) -> FloatArray:
-    """Return means of consecutive steps, so many that a plot can show them."""
-    parts = np.array_split(values, min(_MOST_POINTS, values.size))
-    return np.array([part.mean() for part in parts])
+    """Return means of as many consecutive steps each as a plot can show."""
+    width = -(-values.size // _MOST_POINTS)
+    starts = np.arange(0, values.size, width)
+    means: FloatArray = np.add.reduceat(values, starts) / np.diff(np.append(starts, values.size))
+    return means

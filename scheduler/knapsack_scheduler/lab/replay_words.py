@@ -61,7 +61,8 @@ def in_words(replay: Replay, waste: Waste, budget_share: float) -> Words:
         [
             "A replay cannot tell what the training would have become: other rollouts make "
             "another policy, whose rewards are in no log. It says what the same prompts, at "
-            "the success rates they had, would have given each way of dividing.",
+            "the success rates they had, would have given each way of dividing. Nor does it "
+            "count the time that a step waits for the rewards of a wave.",
         ],
     )
 
@@ -100,7 +101,8 @@ def answer_table(replay: Replay) -> Table:
     ]
     if replay.log.tokens is not None:
         logged.append("")
-    heads = ["policy", "groups", "rollouts", "value", "not logged", "extrapolated", "largest"]
+    heads = ["policy", "eff. groups", "eff. rollouts", "value", "not logged", "extrapolated"]
+    heads.append("largest")
     heads += ["tokens"] if replay.log.tokens is not None else []
     caption = (
         "Effective groups and rollouts in them, and value against uniform with a 95 % interval; "
@@ -153,15 +155,16 @@ def bands_table(replay: Replay) -> Table:
         for at, band in enumerate(BANDS)
     ]
     once = ~replay.hindsight.revisits
-    rows.append(
-        [
-            "(seen once)",
-            f"{np.count_nonzero(once):,}",
-            _percent(replay.log.effective[once].mean()) if once.any() else "-",
-            _mean(float(replay.log.group_sizes[once].sum()), int(once.sum())),
-            *("" for _ in replay.outcomes),
-        ]
-    )
+    if once.any():
+        rows.append(
+            [
+                "(seen once)",
+                f"{np.count_nonzero(once):,}",
+                _percent(replay.log.effective[once].mean()),
+                _mean(float(replay.log.group_sizes[once].sum()), int(once.sum())),
+                *("" for _ in replay.outcomes),
+            ]
+        )
     names = [short_name(outcome.arm.name) for outcome in replay.outcomes]
     return Table(
         ["prompts", "groups", "effective", "logged", *names],
@@ -207,7 +210,10 @@ def _best_sentences(replay: Replay, budget_share: float) -> list[str]:
     others = [one for one in replay.outcomes if one.arm.name != BASELINE]
     if baseline is None or not others or baseline.value.total <= 0.0:
         return []
-    best = max(others, key=lambda one: one.value.total)
+    # A policy that the log can judge goes before one that it cannot.
+    best = max(
+        others, key=lambda one: (unsupported_share(one) <= MOST_EXTRAPOLATED, one.value.total)
+    )
     gain, error = relative_gain(best, baseline)
     spent = "the same rollouts" if budget_share == 1.0 else f"{_percent(budget_share)} of them"
     if error is not None and abs(gain) <= error:
