@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 import textwrap
@@ -208,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--success-threshold",
-        type=float,
+        type=_reward,
         default=0.5,
         metavar="REWARD",
         help="a reward above this is a success (default: %(default)s)",
@@ -255,6 +256,16 @@ def _arm(text: str) -> str:
         why = ": nobody knows the success rates of a log" if text == ORACLE else ""
         raise argparse.ArgumentTypeError(f"{text!r}{why}: must be some of {', '.join(_ARMS)}")
     return text
+
+
+def _reward(text: str) -> float:
+    try:
+        reward = float(text)
+    except ValueError:
+        reward = math.nan
+    if not math.isfinite(reward):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a finite number")
+    return reward
 
 
 def _positive(text: str) -> int:

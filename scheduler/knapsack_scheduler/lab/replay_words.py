@@ -101,11 +101,10 @@ def answer_table(replay: Replay) -> Table:
     ]
     if replay.log.tokens is not None:
         logged.append("")
-    heads = ["policy", "eff. groups", "eff. rollouts", "value", "not logged", "extrapolated"]
-    heads.append("largest")
+    heads = ["policy", "groups", "rollouts", "value", "not logged", "extrapolated", "largest"]
     heads += ["tokens"] if replay.log.tokens is not None else []
     caption = (
-        "Effective groups and rollouts in them, and value against uniform with a 95 % interval; "
+        "Effective groups and the rollouts in them, value against uniform with a 95% interval; "
         "how many of the rollouts the log does not have, and how much of the arm's weakest "
         "figure is extrapolated for them; the largest group"
     )
