@@ -71,12 +71,13 @@ def main_table(results: Results) -> Table:
         if results.scenario.learns:
             row.append(_share(results.level(arm.name, SUCCESS).mean))
         rows.append(row)
+    learns = "; mean success rate at the end" if results.scenario.learns else ""
     caption = (
         f"{heading(results)}. Effective groups and effective rollouts, value per step, and the "
-        f"difference of value from uniform in %: of all epochs, the first and the later ones ({certainty(len(results.seeds))}); rollouts of the "
-        "largest group" + ("; mean success rate at the end" if results.scenario.learns else "")
+        "difference of value from uniform in %: of all epochs, the first, and the later ones "
+        f"({_sure(results)}); rollouts of the largest group{learns}."
     )
-    return Table(heads, rows, caption + ".")
+    return Table(heads, rows, caption)
 
 
 def difference(results: Results, arm: str, window: str) -> str:
