@@ -54,7 +54,7 @@ LOGS = [
         "Every step has new prompt ids, and they look like random ones",
         True,
     ),
-    ("one epoch", log_of([[f"{s}-{k}" for k in range(4)] for s in range(5)]), "No prompt comes", False),
+    ("one epoch", log_of([[f"{s}-{k}" for k in range(4)] for s in range(5)]), "No prompt", False),
     (
         "places",
         log_of([["0", "1", "2", "3"]] * 9),
@@ -78,7 +78,7 @@ LOGS = [
     ("no signal", log_of([FOUR] * 5, 4, [1.0]), "Every reward is 1", True),
     ("low", log_of([FOUR] * 5, 4, [0, 0.25]), "no rollout is a success", True),
     ("high", log_of([FOUR] * 5, 4, [0.75, 1]), "every rollout is a success", True),
-    ("levels", log_of([FOUR] * 5, 4, [0, 0.25, 1]), "There are 3 distinct rewards, from 0 to 1", False),
+    ("levels", log_of([FOUR] * 5, 4, [0, 0.25, 1]), "There are 3 distinct rewards", False),
     ("filtered", log_of([FOUR] * 50, 4, [0, 1]), "Not one group has equal rewards", True),
 ]  # fmt: skip
 
