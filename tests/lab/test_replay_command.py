@@ -72,6 +72,11 @@ def test_json_and_report_hold_the_same(log: Path, tmp_path: Path) -> None:
     assert uniform["effective_group_rate"]["measured"] == found["logged"]["effective_group_rate"]
     assert uniform["value"]["measured"] == pytest.approx(found["logged"]["value"])
     assert uniform["rollouts"] == waves["rollouts"] == 2304
+    half = found["arms_with_half_the_budget"]
+    assert list(half) == ["uniform", "posterior-2-waves"]
+    assert half["uniform"]["rollouts"] == half["posterior-2-waves"]["rollouts"] == 1152
+    assert half["uniform"]["extrapolated_share"] == 0.0
+    assert half["posterior-2-waves"]["rollouts_not_logged"] < waves["rollouts_not_logged"] / 4
     assert uniform["extrapolated_share"] == 0.0 < waves["extrapolated_share"]
     assert waves["expected_tokens"] == pytest.approx(230_400)
     assert sum(waves["rollouts_by_band"].values()) == pytest.approx(2304)

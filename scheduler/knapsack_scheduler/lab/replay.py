@@ -85,7 +85,10 @@ def value_of(objective: str) -> Objective:
 
 
 def replay(
-    log: OutcomeLog, settings: ReplaySettings, progress: Progress = lambda done, steps: None
+    log: OutcomeLog,
+    settings: ReplaySettings,
+    progress: Progress = lambda done, steps: None,
+    hindsight: Hindsight | None = None,
 ) -> Replay:
     """Return what every arm would have done and got, step by step.
 
@@ -93,9 +96,10 @@ def replay(
         log: of the run.
         settings: what to compare, and how.
         progress: told of every step.
+        hindsight: of an earlier replay of the log; looked back for if None.
     """
     sizes, successes = log.group_sizes, log.successes(settings.success_threshold)
-    seen = look_back(log.group_prompt, sizes, successes)
+    seen = hindsight or look_back(log.group_prompt, sizes, successes)
     valued = value_of(settings.arms[0].objective)
     worth = _Worth(log, seen, valued)
     bands = bands_of(worth.mean_rate)

@@ -9,9 +9,12 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
 
 from knapsack_scheduler.core.catalogue import OBJECTIVES
 from knapsack_scheduler.lab.arms import ARMS, BASELINE, ORACLE, find_arms
@@ -26,6 +29,7 @@ from knapsack_scheduler.lab.replay_words import (
     Words,
     answer_table,
     bands_table,
+    best_of,
     in_words,
     parts_table,
 )
@@ -82,16 +86,37 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> None:
     replayed = replay(
         log, settings, lambda done, steps: progress.show(f"step {done:,} of {steps:,} replayed")
     )
+    half = _with_half(log, settings, replayed, progress)
     progress.clear()
-    words = in_words(replayed, waste, options.budget_share)
+    words = in_words(replayed, waste, options.budget_share, half)
     _print(log, replayed, words, remarks)
     if options.json is not None:
-        found = as_json(replayed, waste, settings, remarks)
+        found = as_json(replayed, waste, settings, remarks, half)
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.report is not None:
         command = shlex.join(["knapsack-rl", "replay", *argv])
         _write_report(options.report, replayed, waste, words, remarks, command, settings)
         print(f"\nreport: {options.report}")
+
+
+def _with_half(
+    log: OutcomeLog, settings: ReplaySettings, replayed: Replay, progress: Progress
+) -> Replay | None:
+    """Return the best arm against uniform with half the budget, where that tells more.
+
+    What arms give beyond a uniform log is never in it; with half of the rollouts most is.
+    """
+    best, baseline = best_of(replayed), replayed.outcome(BASELINE)
+    if settings.budget_share < 1.0 or best is None or baseline is None:
+        return None
+    if np.median(log.group_sizes) < 2 * settings.min_rollouts or best.beyond_log == 0.0:
+        return None
+    return replay(
+        log,
+        replace(settings, arms=(baseline.arm, best.arm), budget_share=0.5),
+        lambda done, steps: progress.show(f"step {done:,} of {steps:,} replayed with half"),
+        replayed.hindsight,
+    )
 
 
 def _replicates(log: OutcomeLog) -> int:

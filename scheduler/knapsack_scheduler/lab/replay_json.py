@@ -22,7 +22,11 @@ from knapsack_scheduler.lab.waste import Waste
 
 
 def as_json(
-    replay: Replay, waste: Waste, settings: ReplaySettings, remarks: list[Remark]
+    replay: Replay,
+    waste: Waste,
+    settings: ReplaySettings,
+    remarks: list[Remark],
+    half: Replay | None,
 ) -> dict[str, Any]:
     """Return a replay as plain objects.
 
@@ -75,6 +79,9 @@ def as_json(
         },
         "valued": replay.valued,
         "arms": {one.arm.name: _arm(replay, one) for one in replay.outcomes},
+        "arms_with_half_the_budget": {}
+        if half is None
+        else {one.arm.name: _arm(half, one) for one in half.outcomes},
         "extrapolation_check": {
             "groups": check.groups,
             "predicted": check.predicted,

@@ -52,11 +52,22 @@ class Words:
     limits: list[str]
 
 
-def in_words(replay: Replay, waste: Waste, budget_share: float) -> Words:
-    """Return what to say of a replay."""
+def in_words(replay: Replay, waste: Waste, budget_share: float, half: Replay | None) -> Words:
+    """Return what to say of a replay.
+
+    Args:
+        replay: with the arms that were asked for.
+        waste: of the log.
+        budget_share: that it was made with.
+        half: a replay of the baseline and the best arm with half of the rollouts.
+    """
     return Words(
         _log_sentence(replay),
-        [_waste_sentence(waste), *_best_sentences(replay, budget_share)],
+        [
+            _waste_sentence(waste),
+            *_best_sentences(replay, budget_share),
+            *_half_sentence(half),
+        ],
         _support_sentences(replay, budget_share),
         [
             "A replay cannot tell what the training would have become: other rollouts make "
@@ -204,15 +215,23 @@ def _waste_sentence(waste: Waste) -> str:
     return text
 
 
-def _best_sentences(replay: Replay, budget_share: float) -> list[str]:
-    baseline = replay.outcome(BASELINE)
+def best_of(replay: Replay) -> ArmOutcome | None:
+    """Return the outcome with the most value beside the baseline's, None if there is none.
+
+    A policy that the log can judge goes before one that it cannot.
+    """
     others = [one for one in replay.outcomes if one.arm.name != BASELINE]
-    if baseline is None or not others or baseline.value.total <= 0.0:
-        return []
-    # A policy that the log can judge goes before one that it cannot.
-    best = max(
-        others, key=lambda one: (unsupported_share(one) <= MOST_EXTRAPOLATED, one.value.total)
+    return max(
+        others,
+        key=lambda one: (unsupported_share(one) <= MOST_EXTRAPOLATED, one.value.total),
+        default=None,
     )
+
+
+def _best_sentences(replay: Replay, budget_share: float) -> list[str]:
+    baseline, best = replay.outcome(BASELINE), best_of(replay)
+    if baseline is None or best is None or baseline.value.total <= 0.0:
+        return []
     gain, error = relative_gain(best, baseline)
     spent = "the same rollouts" if budget_share == 1.0 else f"{_percent(budget_share)} of them"
     if error is not None and abs(gain) <= error:
@@ -244,6 +263,23 @@ def _measured_sentence(best: ArmOutcome, baseline: ArmOutcome, gain: float) -> s
         f"for the {_percent(best.beyond_log)} of its rollouts that go beyond the log's groups."
         f"{rests}"
     )
+
+
+def _half_sentence(half: Replay | None) -> list[str]:
+    """Say how the best arm does where the log has nearly all of what it would generate."""
+    if half is None:
+        return []
+    baseline, best = half.outcome(BASELINE), best_of(half)
+    if baseline is None or best is None or baseline.value.total <= 0.0:
+        return []
+    gain, error = relative_gain(best, baseline)
+    within = "" if error is None else f" (± {100 * error:.1f})"
+    measured = best.value.measured / baseline.value.total - 1.0
+    return [
+        f"With half of the rollouts, the log has all but {_percent(best.beyond_log)} of what "
+        f"{best.arm.name} would generate: it is then at {_signed(gain)}{within} in value against "
+        f"uniform with half, {_signed(measured)} measured."
+    ]
 
 
 def _support_sentences(replay: Replay, budget_share: float) -> list[str]:
@@ -304,8 +340,8 @@ def _smaller_budget(budget_share: float) -> str:
     if budget_share < 1.0:
         return ""
     return (
-        " With --budget-share 0.5 the policies are compared at half the budget, and the log has "
-        "most of what they would generate."
+        " With --budget-share 0.5 all policies are compared at half the budget, where the log "
+        "has most of what they would generate."
     )
 
 
