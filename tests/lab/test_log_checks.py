@@ -79,6 +79,7 @@ LOGS = [
     ("low", log_of([FOUR] * 5, 4, [0, 0.25]), "no rollout is a success", True),
     ("high", log_of([FOUR] * 5, 4, [0.75, 1]), "every rollout is a success", True),
     ("levels", log_of([FOUR] * 5, 4, [0, 0.25, 1]), "There are 3 distinct rewards", False),
+    ("fine", log_of([FOUR] * 50, 4, [0, 1, 0.1, 1.1]), "a bonus for format or length", False),
     ("filtered", log_of([FOUR] * 50, 4, [0, 1]), "Not one group has equal rewards", True),
 ]  # fmt: skip
 

@@ -160,7 +160,17 @@ def _reward_remarks(log: OutcomeLog, threshold: float) -> list[Remark]:
             )
         )
     groups = log.group_prompt.size
-    if groups >= 100 and log.group_sizes.min() > 1 and bool(log.effective.all()):
+    all_differ = groups >= 100 and log.group_sizes.min() > 1 and bool(log.effective.all())
+    if all_differ and levels.size > 2:
+        remarks.append(
+            Remark(
+                "Not one group has equal rewards, as is usual where they are this fine: a bonus "
+                "for format or length makes groups differ that say nothing of success. Give the "
+                "reward without it with --reward-column to see what success alone tells. Unless "
+                "groups were filtered out before the log was written: then nothing can be told."
+            )
+        )
+    elif all_differ:
         remarks.append(
             Remark(
                 "Not one group has equal rewards: they were filtered out before the log was "

@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> None:
     _print(log, replayed, words, remarks)
     if options.json is not None:
         found = as_json(replayed, waste, settings, remarks, half)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     if options.report is not None:
         command = shlex.join(["knapsack-rl", "replay", *argv])
         _write_report(options.report, replayed, waste, words, remarks, command, settings)

@@ -25,6 +25,9 @@ MOST_EXTRAPOLATED = 1 / 3
 
 _NEARLY_NOTHING = 0.02
 
+_SAME = 0.0005
+"""Relative gain that the output shows as none."""
+
 _UNSOLVED, _HARD, _MEDIUM, _SOLVED = (f"{edge:.0%}" for edge in BAND_EDGES)
 BANDS_IN_WORDS = (
     f"solved from {_SOLVED}, easy from {_MEDIUM}, medium from {_HARD}, hard from {_UNSOLVED}, "
@@ -195,10 +198,10 @@ def _log_sentence(replay: Replay) -> str:
     usual = int(np.median(sizes))
     again = log.group_prompt.size - len(np.unique(log.group_prompt))
     return (
-        f"{log.rewards.size:,} rollouts in {sizes.size:,} groups (usually of {usual}) of "
-        f"{len(log.prompt_ids):,} prompts, in {log.steps.size:,} steps from {log.steps[0]} to "
-        f"{log.steps[-1]}; {_percent(again / sizes.size)} of the groups are of a prompt seen in an "
-        "earlier step."
+        f"{_count(log.rewards.size, 'rollout')} in {_count(sizes.size, 'group')} (usually of "
+        f"{usual}) of {_count(len(log.prompt_ids), 'prompt')}, in "
+        f"{_count(log.steps.size, 'step')} from {log.steps[0]} to {log.steps[-1]}; "
+        f"{_percent(again / sizes.size)} of the groups are of a prompt seen in an earlier step."
     )
 
 
@@ -234,6 +237,8 @@ def _best_sentences(replay: Replay, budget_share: float) -> list[str]:
         return []
     gain, error = relative_gain(best, baseline)
     spent = "the same rollouts" if budget_share == 1.0 else f"{_percent(budget_share)} of them"
+    if abs(gain) < _SAME:
+        return [f"With {spent}, no policy differs from uniform in value."]
     if error is not None and abs(gain) <= error:
         return [
             f"With {spent}, no policy is told apart from uniform in value: the best is "
@@ -254,10 +259,10 @@ def _best_sentences(replay: Replay, budget_share: float) -> list[str]:
 
 def _measured_sentence(best: ArmOutcome, baseline: ArmOutcome, gain: float) -> str:
     """Say how much of a gain is there without extrapolation."""
-    if best.value.unsupported < _NEARLY_NOTHING:
+    if best.value.extrapolated < _NEARLY_NOTHING * abs(gain) * baseline.value.total:
         return "All of this is measured."
     measured = best.value.measured / baseline.value.total - 1.0
-    rests = " The lead rests on what is extrapolated." if gain > 0.0 >= measured else ""
+    rests = " The lead rests on what is extrapolated." if measured < gain / 2 else ""
     return (
         f"Of these {_signed(gain)}, {_signed(measured)} is measured, and the rest extrapolated "
         f"for the {_percent(best.beyond_log)} of its rollouts that go beyond the log's groups."
@@ -381,4 +386,9 @@ def _signed(share: float) -> str:
 
 
 def _amount(value: float) -> str:
-    return f"{value:,.1f}" if abs(value) < 10_000 else f"{value:,.0f}"
+    digits = 2 if abs(value) < 100 else 1 if abs(value) < 10_000 else 0
+    return f"{value:,.{digits}f}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
