@@ -69,6 +69,7 @@ def test_a_file_has_defaults_and_its_own_name(tmp_path: Path) -> None:
         (BAND + "[drift]\nwalk = -1\n", "drift.walk = -1: must be greater than or equal to 0"),
         (BAND + "[learning]\nown = 'fast'\n", "learning.own = 'fast': must be a valid number"),
         ("band = 3\n", "band = 3: must be a valid"),
+        ("band = []\n", "band = []: there must be one or more"),
         ("band = [", "is no TOML"),
     ],
 )
@@ -83,8 +84,13 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, said: str) -> None:
 
 def test_every_fault_is_named_at_once(tmp_path: Path) -> None:
     """Nobody has to try once per fault."""
-    with pytest.raises(ConfigError, match=r"run\.epochs.*drift\.walk"):
-        load_scenario(written(tmp_path, BAND + "[run]\nepochs = 0\n[drift]\nwalk = -1\n"))
+    text = BAND + "logit_sd = -1\n[run]\nepochs = 0\n[drift]\nwalk = -1\n"
+    with pytest.raises(ConfigError) as raised:
+        load_scenario(written(tmp_path, text))
+    faults = str(raised.value).split("; ")
+    assert [fault.split(" = ")[0].split(": ")[-1] for fault in faults] == [
+        "run.epochs", "band[0].logit_sd", "drift.walk",
+    ]  # fmt: skip
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:

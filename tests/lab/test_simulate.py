@@ -11,14 +11,16 @@ import pytest
 from knapsack_scheduler.lab.arms import ARMS, find_arms
 from knapsack_scheduler.lab.population import (
     BANDS,
+    Luck,
     bands_of,
     batches,
     draw_population,
-    rollout_draws,
+    information_gain,
     success_rates,
 )
 from knapsack_scheduler.lab.scenario import Scenario
 from knapsack_scheduler.lab.simulate import Trace, realised_values, simulate
+from knapsack_scheduler.lab.tracker import Tracker
 
 SMALL: dict[str, Any] = {"prompts": 96, "prompts_per_step": 32, "epochs": 3}
 
@@ -88,19 +90,49 @@ def test_luck_is_common() -> None:
 
 def test_a_larger_group_begins_with_the_smaller_one_s_rollouts() -> None:
     """Rollout j of a prompt at a step is the same rollout in every arm."""
-    draws = rollout_draws(WIDE, 0, 3)
-    assert draws.shape == (32, 128)
-    assert np.array_equal(draws, rollout_draws(WIDE, 0, 3))
-    assert not np.array_equal(draws, rollout_draws(WIDE, 0, 4))
+    half = np.full(32, 0.5)
+    passed = Luck(0, 3, 32).passed(half, 100)
+    assert passed.shape == (32, 100)
+    again = Luck(0, 3, 32)
+    for most in (5, 40, 100):
+        assert np.array_equal(again.passed(half, most), passed[:, :most])
+    assert not np.array_equal(Luck(0, 4, 32).passed(half, 100), passed)
+    assert not np.array_equal(Luck(1, 3, 32).passed(half, 100), passed)
+    assert passed.mean() == pytest.approx(0.5, abs=0.03)
+    assert not np.array_equal(passed[:, :32], passed[:, 32:64])
+    assert (Luck(0, 3, 32).passed(half + 0.1, 100) >= passed).all()
     # Uniform asks rollouts 0 to 7 of every prompt: its outcomes are known beforehand.
     [trace] = simulate(WIDE, find_arms(["uniform"]), 0)
     population = draw_population(WIDE, 0)
     for step, rows in enumerate([r for e in range(3) for r in batches(WIDE, 0, e)]):
-        passed = rollout_draws(WIDE, 0, step)[:, :8] < success_rates(population.logits)[rows, None]
-        effective = passed.any(axis=1) & ~passed.all(axis=1)
         p = success_rates(population.logits[rows])
+        passed = Luck(0, step, 32).passed(p, 8)
+        effective = passed.any(axis=1) & ~passed.all(axis=1)
         assert trace.effective_groups[step] == effective.sum()
         assert trace.value[step] == pytest.approx((p * (1 - p) ** 2)[effective].sum())
+
+
+def test_waves_report_one_rollout_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tracker is told of a group, wave by wave, are its first rollouts, each once."""
+    told: dict[int, dict[int, list[float]]] = {}
+    report = Tracker.report
+
+    def spy(self: Tracker, owner: Any, rewards: Any, policy_version: int) -> Any:
+        groups = told.setdefault(self.allocation.step, {})
+        for position, reward in zip(owner.tolist(), rewards.tolist(), strict=True):
+            groups.setdefault(position, []).append(reward)
+        return report(self, owner, rewards, policy_version)
+
+    monkeypatch.setattr(Tracker, "report", spy)
+    [trace] = simulate(WIDE, find_arms(["posterior-3-waves"]), 0)
+    population = draw_population(WIDE, 0)
+    for step, rows in enumerate([r for e in range(3) for r in batches(WIDE, 0, e)]):
+        passed = Luck(0, step, 32).passed(success_rates(population.logits[rows]), 256)
+        for position, rewards in told[step].items():
+            assert rewards == passed[position, : len(rewards)].tolist()
+        assert sum(map(len, told[step].values())) == trace.rollouts[step]
+        mixed = sum(0 < sum(g) < len(g) for g in told[step].values())
+        assert mixed == trace.effective_groups[step]
 
 
 def test_bands_have_their_shares_and_exact_rates() -> None:
@@ -127,7 +159,7 @@ def test_epochs_draw_every_prompt_once() -> None:
 def test_drift_moves_everybody_alike() -> None:
     """A logit of 0 that grows by 1 an epoch ends at 3, in every arm; infinite ones stay."""
     world = scenario({"logit_sd": 0.0}, drift={"per_epoch": 1.0})
-    for trace in simulate(world, find_arms(["uniform", "posterior"]), 0):
+    for trace in simulate(world, find_arms(list(ARMS)), 0):
         assert trace.success_rate == pytest.approx(1 / (1 + np.exp(-np.arange(4.0))))
     fixed = scenario({"never": 0.5, "always": 0.5}, drift={"per_epoch": 1.0, "walk": 2.0})
     [trace] = simulate(fixed, find_arms(["posterior-2-waves"]), 0)
@@ -158,6 +190,12 @@ def test_what_groups_teach_comes_back() -> None:
     p = 1 / (1 + np.exp(-logit))
     logit += 8.0 * p * (1 - p) ** 2
     assert trace.success_rate[1:] == pytest.approx([p, 1 / (1 + np.exp(-logit))])
+
+
+def test_groups_whose_rewards_are_equal_teach_nothing() -> None:
+    """And the others p (1-p)^2."""
+    gain = information_gain(np.array([0.5, 0.5, 0.2]), np.array([True, False, True]))
+    assert gain.tolist() == pytest.approx([0.125, 0.0, 0.128])
 
 
 def test_an_oracle_gets_what_it_expects() -> None:

@@ -107,6 +107,7 @@ def test_the_same_command_gives_the_same_numbers(
         (["--scenario", "nobody"], "scenario = 'nobody': must be one of base, "),
         (["--arms", "nobody"], "arms = 'nobody': must be some of uniform, "),
         (["--report", "/nonexistent/a.html"], "there is no folder '/nonexistent'"),
+        (["--json", "/tmp"], "'/tmp': is a folder"),
         (["--scenario", "/nonexistent/a.toml"], "No such file"),
     ],
 )

@@ -17,6 +17,9 @@ from knapsack_scheduler.lab.scenario import Scenario
 
 _PROMPTS, _ORDER, _WALK, _ROLLOUTS = range(4)
 
+_BLOCK = 32
+"""Rollouts of a prompt whose luck is drawn at once."""
+
 BANDS = ("solved", "easy", "medium", "hard", "unsolved")
 """Of prompts by their true success rate at the time."""
 
@@ -41,11 +44,9 @@ class Population:
     tokens: FloatArray
 
 
-def stream(seed: int, purpose: int, step: int = 0) -> np.random.Generator:
-    """Return the random numbers of one purpose at one step."""
-    return np.random.Generator(
-        np.random.Philox(np.random.SeedSequence(seed, spawn_key=(purpose, step)))
-    )
+def stream(seed: int, *purpose: int) -> np.random.Generator:
+    """Return the random numbers of one purpose, such as one stream at one step."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=purpose)))
 
 
 def draw_population(scenario: Scenario, seed: int) -> Population:
@@ -76,18 +77,25 @@ def batches(scenario: Scenario, seed: int, epoch: int) -> IntArray:
     return order[:whole].reshape(run.steps_per_epoch, run.prompts_per_step)
 
 
-def rollout_draws(scenario: Scenario, seed: int, step: int) -> FloatArray:
-    """Return a number per possible rollout, uniform in [0, 1).
+class Luck:
+    """A number per rollout of a step, uniform in [0, 1), the same for every policy.
 
-    Rollout j of the prompt at position i of the step succeeds if ``draws[i, j]`` is below
-    the prompt's success rate, for every policy.
-
-    Returns:
-        float64[prompts_per_step, max_rollouts].
+    Rollout j of the prompt at position i succeeds if its number is below the prompt's
+    success rate. Numbers are drawn as far as somebody asks for them.
     """
-    run = scenario.run
-    most = min(run.max_rollouts, run.total_rollouts)
-    return stream(seed, _ROLLOUTS, step).random((run.prompts_per_step, most))
+
+    def __init__(self, seed: int, step: int, count: int) -> None:
+        self._seed, self._step = seed, step
+        self._numbers = np.empty((count, 0))
+
+    def passed(self, rates: FloatArray, most: int) -> BoolArray:
+        """Return whether each of the first ``most`` rollouts succeeds, bool[M, most]."""
+        while self._numbers.shape[1] < most:
+            block = self._numbers.shape[1] // _BLOCK
+            more = stream(self._seed, _ROLLOUTS, self._step, block)
+            new = more.random((self._numbers.shape[0], _BLOCK))
+            self._numbers = np.concatenate([self._numbers, new], axis=1)
+        return self._numbers[:, :most] < rates[:, None]
 
 
 def drift(scenario: Scenario, population: Population, seed: int, step: int) -> FloatArray:

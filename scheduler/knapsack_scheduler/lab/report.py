@@ -96,7 +96,7 @@ def write_report(
     page = environment.from_string(source).render(
         title=title, summary=list(summary), sections=list(sections), facts=dict(facts)
     )
-    _write(Path(path), page)
+    write_whole(Path(path), page)
 
 
 def printable(text: str) -> str:
@@ -110,8 +110,12 @@ def shown(text: str) -> str:
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
 
 
-def _write(path: Path, text: str) -> None:
-    """Replace the file in one move, so that a full disk leaves no half of a report."""
+def write_whole(path: Path, text: str) -> None:
+    """Write the file in one move, so that a full disk leaves no half of one.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -132,7 +132,7 @@ class Scenario(_Part):
     """What it stands for, in a sentence."""
     run: Run = Field(default_factory=Run)
     """The run."""
-    band: tuple[Band, ...] = Field(min_length=1, max_length=100, strict=False)
+    band: tuple[Band, ...] = Field(strict=False)
     """Kinds of prompts."""
     drift: Drift = Field(default_factory=Drift)
     """Growth that the policy has no part in."""
@@ -146,6 +146,8 @@ class Scenario(_Part):
 
     @model_validator(mode="after")
     def _hold_together(self) -> Scenario:
+        if not self.band:
+            raise ValueError("band = []: there must be one or more")
         total = math.fsum(band.share for band in self.band)
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"band.share: the shares of all bands must add up to 1, not {total:g}")

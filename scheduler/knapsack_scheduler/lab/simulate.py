@@ -22,12 +22,12 @@ from knapsack_scheduler.core.solve import solve
 from knapsack_scheduler.lab.arms import ORACLE, Arm
 from knapsack_scheduler.lab.population import (
     BANDS,
+    Luck,
     bands_of,
     batches,
     draw_population,
     drift,
     information_gain,
-    rollout_draws,
     success_rates,
 )
 from knapsack_scheduler.lab.scenario import Scenario
@@ -107,9 +107,9 @@ def simulate(
 ) -> list[Trace]:
     """Return what every arm does with one seed, in the order of ``arms``.
 
-    Draws are common: rollout j of a prompt in a step has the same luck in every arm, so
-    that arms differ in what they ask only. With learning their success rates part, the
-    draws do not.
+    Luck is common: rollout j of a prompt in a step has the same in every arm, so that arms
+    differ in what they ask only. With learning their success rates part, their luck does
+    not.
 
     Args:
         scenario: the prompts.
@@ -135,11 +135,11 @@ def simulate(
     for epoch in range(run.epochs):
         for rows in batches(scenario, seed, epoch):
             prompt_ids = tuple(population.prompt_ids[row] for row in rows.tolist())
-            draws = rollout_draws(scenario, seed, step)
+            luck = Luck(seed, step, rows.size)
             moved = drift(scenario, population, seed, step)
             for side in sides:
                 rates = success_rates(side.logits[rows])
-                group = _act(scenario, side, step, prompt_ids, rates, draws)
+                group = _act(scenario, side, step, prompt_ids, rates, luck)
                 _record(side, group, rates, population.tokens[rows])
                 side.logits += moved
                 _learn(scenario, side, rows, information_gain(rates, group.effective))
@@ -187,14 +187,12 @@ def _act(
     step: int,
     prompt_ids: tuple[str, ...],
     rates: FloatArray,
-    draws: FloatArray,
+    luck: Luck,
 ) -> _Group:
     """Divide the step's budget, wave by wave, and see what comes out."""
     if side.tracker is None:
-        return _ask_oracle(scenario, side.arm, prompt_ids, rates, draws)
+        return _ask_oracle(scenario, side.arm, prompt_ids, rates, luck)
     tracker, total = side.tracker, scenario.run.total_rollouts
-    passed = draws < rates[:, None]
-    place = np.arange(draws.shape[1])
     size = np.zeros(rates.size, np.int64)
     expected = (0.0, 0.0, 0.0)
     for wave, fraction in enumerate(side.arm.wave_fractions):
@@ -204,12 +202,14 @@ def _act(
         else:
             decision = tracker.extend(fraction)
         before, size = size, size + decision.num_rollouts
+        passed = luck.passed(rates, int(size.max()))
+        place = np.arange(passed.shape[1])
         new = (place >= before[:, None]) & (place < size[:, None])
         owner = np.repeat(np.arange(rates.size), decision.num_rollouts)
         tracker.report(owner, passed[new].astype(np.float32), policy_version=step)
         reasons = decision.reasons
         expected = (reasons.effective_group_rate, reasons.effective_rollout_rate, reasons.value)
-    return _Group(size, _successes(passed, size), expected)
+    return _Group(size, _successes(luck, rates, size), expected)
 
 
 def _ask_oracle(
@@ -217,7 +217,7 @@ def _ask_oracle(
     arm: Arm,
     prompt_ids: tuple[str, ...],
     rates: FloatArray,
-    draws: FloatArray,
+    luck: Luck,
 ) -> _Group:
     run = scenario.run
     size = solve(
@@ -236,10 +236,11 @@ def _ask_oracle(
         float((chance * size).sum()) / rollouts,
         float(worth.sum()),
     )
-    return _Group(size, _successes(draws < rates[:, None], size), expected)
+    return _Group(size, _successes(luck, rates, size), expected)
 
 
-def _successes(passed: BoolArray, size: IntArray) -> IntArray:
+def _successes(luck: Luck, rates: FloatArray, size: IntArray) -> IntArray:
+    passed = luck.passed(rates, int(size.max()))
     given = np.arange(passed.shape[1]) < size[:, None]
     successes: IntArray = (passed & given).astype(np.int64).sum(axis=1)
     return successes

@@ -22,7 +22,7 @@ from knapsack_scheduler.lab.intervals import LEVEL, Interval
 from knapsack_scheduler.lab.measures import SIDE_BY_SIDE, SUCCESS, TOKENS, Results
 from knapsack_scheduler.lab.population import BANDS
 from knapsack_scheduler.lab.random_scenarios import random_scenario
-from knapsack_scheduler.lab.report import Section, printable, write_report
+from knapsack_scheduler.lab.report import Section, printable, write_report, write_whole
 from knapsack_scheduler.lab.scenario import Scenario, load_scenario, shipped_names
 from knapsack_scheduler.lab.simulate import simulate
 from knapsack_scheduler.lab.terminal import table_text
@@ -132,6 +132,8 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         # Now, because a file that cannot be written is no news for the end.
         if file is not None and not file.absolute().parent.is_dir():
             raise ConfigError(f"{str(file)!r}: there is no folder {str(file.parent)!r}")
+        if file is not None and file.is_dir():
+            raise ConfigError(f"{str(file)!r}: is a folder, must be a file")
     if options.report:
         from knapsack_scheduler.lab import simulate_plots  # noqa: F401
     all_results = []
@@ -155,7 +157,7 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
         print(f"\nreport: {options.report}")
     if options.json:
         text = json.dumps(_data(all_results, command), indent=1, allow_nan=False)
-        options.json.write_text(text + "\n", encoding="utf-8")
+        write_whole(options.json, text + "\n")
     return 0
 
 
