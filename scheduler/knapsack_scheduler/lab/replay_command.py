@@ -230,7 +230,8 @@ def _parser() -> argparse.ArgumentParser:
         "--objective",
         choices=OBJECTIVES,
         default="paper",
-        help="what the policies maximise (default: %(default)s)",
+        help="what the policies maximise; value is counted in it too, but in paper where it is "
+        "another paper's rule (default: %(default)s)",
     )
     parser.add_argument(
         "--success-threshold",

@@ -106,9 +106,11 @@ def plot_sizes(replay: Replay) -> Figure:
     """Return how large every arm's groups are."""
     usual = int(np.median(replay.log.group_sizes))
     largest = max(outcome.largest_group for outcome in replay.outcomes)
-    edges = [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    edges = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
     # The log's own size has a bar of its own.
-    edges = sorted({*(edge for edge in edges if edge <= largest), usual, usual + 1, largest + 1})
+    least = min(int(np.flatnonzero(outcome.size_counts)[0]) for outcome in replay.outcomes)
+    inside = {edge for edge in edges if least < edge <= largest} | {usual, usual + 1}
+    edges = sorted({least, *inside, largest + 1})
     columns = min(len(replay.outcomes), 5)
     rows = -(-len(replay.outcomes) // columns)
     names = [str(low) if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(edges)]

@@ -182,8 +182,8 @@ def bands_table(replay: Replay) -> Table:
     return Table(
         ["prompts", "groups", "effective", "logged", *names],
         rows,
-        f"Mean rollouts of a group by the prompt's success rate at the step ({BANDS_IN_WORDS}); "
-        "those seen once are among them.",
+        f"Mean rollouts of a group by the prompt's success rate at the step ({BANDS_IN_WORDS})"
+        f"{'; those seen once are among them.' if once.any() else '.'}",
     )
 
 
