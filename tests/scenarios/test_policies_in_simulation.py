@@ -39,8 +39,8 @@ def gain(name: str, arm: str, window: str = LATER) -> float:
 
 LAGS = pytest.mark.xfail(
     strict=True,
-    reason="nearly all prompts fail and all of them rise fast: discounted evidence lags behind, "
-    "and what failed in older visits is starved",
+    reason="most prompts nearly always fail, and rates rise: the posterior takes older failures "
+    "at their word, and starves prompts that have begun to succeed",
 )
 
 
@@ -65,8 +65,8 @@ def test_waves_win_before_anything_is_known(name: str) -> None:
 
 UNSOLVED = pytest.mark.xfail(
     strict=True,
-    reason="half of those drawn are mostly unsolved: to find the few prompts that succeed once "
-    "in a hundred rollouts takes more than half of a group, and the oracle is told",
+    reason="where most prompts hardly ever succeed, half of a group does not tell which few do, "
+    "and the oracle is told; those drawn at random are often so",
 )
 
 
