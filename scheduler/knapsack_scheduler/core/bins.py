@@ -121,9 +121,7 @@ def _first(objective: Objective, p: FloatArray, q: FloatArray, low: int) -> list
     return chains
 
 
-def _guess(
-    objective: Objective, counts: IntArray, low: int, capacity: int, rollouts: int
-) -> float:
+def _guess(objective: Objective, counts: IntArray, low: int, capacity: int, rollouts: int) -> float:
     """Return about the price: as if all prompts were in the middle of a wide bin."""
     wide = counts[:-1].reshape(_COARSE, -1).sum(axis=1)
     p = (np.arange(_COARSE) + 0.5) / _COARSE
@@ -222,9 +220,7 @@ def _enclose(
     # The upper ends of every bin, then the lower ends.
     p = np.concatenate([ends[1:], ends[:-1]])
     q = np.concatenate([1.0 - ends[:-1], 1.0 - ends[1:]])
-    walk = _walk(
-        objective, p, q, low, capacity, guess * (1.0 - width), guess * (1.0 + width)
-    )
+    walk = _walk(objective, p, q, low, capacity, guess * (1.0 - width), guess * (1.0 + width))
     weights = np.concatenate([counts, counts])
     upper = walk.rows < bins
     prices = []

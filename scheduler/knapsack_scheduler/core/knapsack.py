@@ -73,8 +73,11 @@ def divide(
             pairs = None
     if rollouts == 0:
         return Solution(np.zeros_like(capacity), 0.0)
-    highest = _HighestGains(capacity, rollouts)
+    highest = _HighestGains(capacity, rollouts, _safe_bound(marginals, capacity, rollouts, pairs))
     sweep(marginals, capacity, pairs, highest)
+    if not highest.enough:
+        highest = _HighestGains(capacity, rollouts)
+        sweep(marginals, capacity, pairs, highest)
     price, given, reach = highest.counts()
     rest = rollouts - int(given.sum())
     open_ = np.ones(given.shape, np.bool_)
@@ -93,11 +96,42 @@ def divide(
     return Solution(given, price)
 
 
-class _HighestGains:
-    """Keeps the T highest gains of a sweep: the price, and who is above it."""
+_SAMPLE = 2048
+_LARGE_BATCH = 8 * _SAMPLE
+_SAFETY = 0.8
+"""The price of the batch is hardly below this part of the sample's."""
 
-    def __init__(self, capacity: IntArray, rollouts: int) -> None:
-        self.bound = 0.0
+
+def _safe_bound(
+    marginals: Marginals, capacity: IntArray, rollouts: int, pairs: BoolArray | None
+) -> float:
+    """Return what the price of a large batch is hardly below, from a sample of it.
+
+    With it most positions are dropped after a few gains. It is a guess: that enough
+    gains lie above it is to be checked.
+    """
+    if capacity.size < _LARGE_BATCH:
+        return 0.0
+    rows = np.arange(0, capacity.size, capacity.size // _SAMPLE)
+    some = capacity[rows]
+    share = min(rollouts * rows.size // capacity.size, int(some.sum()))
+    if share == 0:
+        return 0.0
+    highest = _HighestGains(some, share)
+    sweep(marginals.take(rows), some, None if pairs is None else pairs[rows], highest)
+    return _SAFETY * highest.counts()[0]
+
+
+class _HighestGains:
+    """Keeps the T highest gains of a sweep: the price, and who is above it.
+
+    Starts from a bound that is a guess, or from 0. ``enough`` tells afterwards whether T
+    gains, or all there are, were kept.
+    """
+
+    def __init__(self, capacity: IntArray, rollouts: int, bound: float = 0.0) -> None:
+        self.bound = bound
+        self._guessed = bound > 0.0
         self._capacity = capacity
         self._rollouts = rollouts
         self._blocks: list[tuple[IntArray, FloatArray]] = []
@@ -114,6 +148,10 @@ class _HighestGains:
         enough = self._rollouts if self.bound == 0.0 else self._rollouts + self._rollouts // 4
         if self._held >= enough:
             self._raise_bound()
+
+    @property
+    def enough(self) -> bool:
+        return not self._guessed or self._held >= self._rollouts
 
     def _raise_bound(self) -> None:
         pool = np.concatenate(self._parts)

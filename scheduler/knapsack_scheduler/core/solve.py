@@ -64,9 +64,7 @@ def solve(
     p = _column("success_rates", success_rates)
     if p.size and not 0.0 <= p.min() <= p.max() <= 1.0:
         raise ValueError(f"success_rates = {_outside(p, 0.0, 1.0)}: must be within 0 and 1")
-    return _solve(
-        objective, (p,), total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids
-    )
+    return _solve(objective, (p,), total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids)
 
 
 def solve_posterior(
@@ -103,9 +101,7 @@ def solve_posterior(
             raise ValueError(f"{name} = {column.min()}: must be above 0")
     if a.shape != b.shape:
         raise ValueError(f"beta: must have one number per prompt ({a.size}), has {b.size}")
-    return _solve(
-        objective, (a, b), total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids
-    )
+    return _solve(objective, (a, b), total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids)
 
 
 def _solve(
@@ -196,9 +192,7 @@ def _within_cost(
             f"must be at least {least}, the cost of min_rollouts (at most "
             f"{float((cost * (base + room)).sum())}, the cost of max_rollouts, can be used)",
         )
-    return divide_by_cost(
-        marginals, base, room, cost, budget - least, keys, pairs
-    ).num_rollouts
+    return divide_by_cost(marginals, base, room, cost, budget - least, keys, pairs).num_rollouts
 
 
 def _column(name: str, values: npt.ArrayLike) -> FloatArray:
