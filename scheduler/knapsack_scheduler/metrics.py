@@ -70,6 +70,17 @@ class Metrics:
         self.effective_rollouts = counter(
             "effective_rollouts_total", "Rollouts in groups whose rewards are not all equal.", run
         )
+        self.judged_groups = counter(
+            "judged_groups_total", "Groups of which a predicted chance was judged.", run
+        )
+        self.judged_effective = counter(
+            "judged_effective_groups_total", "Judged groups that came out effective.", run
+        )
+        self.judged_predicted = counter(
+            "judged_predicted_effective_groups_total",
+            "Sum of the predicted chances of the judged groups.",
+            run,
+        )
         self.group_size = histogram(
             "group_wave_rollouts", "Rollouts given to a group in one wave.", run, _GROUP_SIZES
         )
@@ -97,6 +108,7 @@ class Metrics:
         self._by_run = [
             *(self.solve_seconds, self.allocated, self.unallocated, self.reported, self.ignored),
             *(self.imported, self.groups, self.effective_groups, self.effective_rollouts),
+            *(self.judged_groups, self.judged_effective, self.judged_predicted),
             *(self.group_size, self.rewinds, self.group_rate, self.rollout_rate, self.value),
             *(self.uniform_value, self.unseen, self.known, self.step, self.policy_version),
         ]
@@ -153,6 +165,9 @@ class Metrics:
         self.groups.labels(run).inc(counted.groups)
         self.effective_groups.labels(run).inc(counted.effective_groups)
         self.effective_rollouts.labels(run).inc(counted.effective_rollouts)
+        self.judged_groups.labels(run).inc(counted.judged_groups)
+        self.judged_effective.labels(run).inc(counted.judged_effective_groups)
+        self.judged_predicted.labels(run).inc(counted.predicted_effective_groups)
         if counted.accepted:
             self.policy_version.labels(run).set(event.policy_version)
 

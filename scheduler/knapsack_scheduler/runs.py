@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
+from knapsack_scheduler.core.problem import FloatArray
 from knapsack_scheduler.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -36,10 +37,18 @@ Answer = TypeVar("Answer")
 
 
 class LoadedRun:
-    """One run's state and how far it has read the journal."""
+    """One run's state and how far it has read the journal.
+
+    Attributes:
+        row: the run as stored.
+        state: what its journal folds to.
+        decided: chances of the decision that is about to be appended, which its fold
+            then need not compute again.
+    """
 
     def __init__(self, row: RunRow) -> None:
         self.row = row
+        self.decided: FloatArray | None = None
         self.state = RunState(wire.parse_config(pb.RunConfig.FromString(row.config)))
         self._seq = 0
         self._calls: dict[tuple[str, str], tuple[int, bytes]] = {}
@@ -82,7 +91,8 @@ class LoadedRun:
         """Take in an entry that is committed; returns what it changed."""
         counted = Counted()
         if entry.kind != "rewind":
-            counted = self.state.fold(wire.fact_of(entry, self.state))
+            counted = self.state.fold(wire.fact_of(entry, self.state, self.decided))
+        self.decided = None
         if entry.key:
             self._calls[entry.kind, entry.key] = (entry.seq, entry.digest)
         self._seq = entry.seq

@@ -164,6 +164,7 @@ class SchedulerService:
         writing.append(
             _entry("allocate", request.request_id, request.step, digest, request, answer)
         )
+        run.decided = decision.chances
         return answer, _divided(run, request.step, 1, decision, seconds)
 
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
@@ -202,7 +203,7 @@ class SchedulerService:
             beliefs,
             allocation.bounds,
             Budget(budget.total_rollouts, tokens, request.wave_fraction, True),
-            allocation.outcomes(),
+            allocation.outcomes(state.reward_levels),
             request.keep_outstanding,
         )
         seconds = time.perf_counter() - start
@@ -213,6 +214,7 @@ class SchedulerService:
         writing.append(
             _entry("extend", request.request_id, allocation.step, digest, request, answer)
         )
+        run.decided = decision.chances
         return answer, _divided(run, allocation.step, wave, decision, seconds)
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:

@@ -17,6 +17,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import validation
+from knapsack_scheduler.core.calibration import Calibration
 from knapsack_scheduler.core.catalogue import OBJECTIVES
 from knapsack_scheduler.core.policy import POLICIES
 from knapsack_scheduler.core.posterior import Prior
@@ -79,6 +80,7 @@ def parse_config(message: pb.RunConfig) -> RunConfig:
         visit_discount=validation.discount("config.visit_discount", given("visit_discount")),
         version_discount=validation.discount("config.version_discount", given("version_discount")),
         evidence_cap=validation.finite("config.evidence_cap", given("evidence_cap")),
+        reward_levels=bool(given("reward_levels")),
     )
     if config.evidence_cap <= 0:
         raise InvalidArgument("config.evidence_cap", config.evidence_cap, "must be above 0")
@@ -102,6 +104,7 @@ def config_message(config: RunConfig) -> pb.RunConfig:
         visit_discount=config.visit_discount,
         version_discount=config.version_discount,
         evidence_cap=config.evidence_cap,
+        reward_levels=config.reward_levels,
     )
 
 
@@ -119,6 +122,19 @@ def run_message(row: RunRow, state: RunState) -> pb.Run:
         total_successes=state.total_successes,
         rewinds=row.branch,
         ignored_rollouts=state.ignored_rollouts,
+        reward_levels=state.reward_levels.values.tolist(),
+        calibration=_calibration_message(state.calibration),
+    )
+
+
+def _calibration_message(calibration: Calibration) -> pb.Calibration:
+    return pb.Calibration(
+        groups=calibration.groups.tolist(),
+        effective_groups=calibration.effective.tolist(),
+        predicted_effective_groups=calibration.predicted.tolist(),
+        rollouts=calibration.rollouts.tolist(),
+        effective_rollouts=calibration.effective_rollouts.tolist(),
+        predicted_effective_rollouts=calibration.predicted_rollouts.tolist(),
     )
 
 
@@ -375,12 +391,13 @@ def imported_of(payload: bytes, limits: Limits) -> OutcomesImported:
     return OutcomesImported(tuple(parts))
 
 
-def fact_of(entry: Entry, state: RunState) -> Fact:
+def fact_of(entry: Entry, state: RunState, decided: FloatArray | None = None) -> Fact:
     """Return what a journal entry says happened.
 
     Args:
         entry: of the run.
         state: of the run before the entry.
+        decided: chances of the groups of an allocation that was decided just before.
     """
     match entry.kind:
         case "allocate":
@@ -393,11 +410,16 @@ def fact_of(entry: Entry, state: RunState) -> Fact:
                 bounds_of(request, state.config),
                 budget_of(request),
                 np.asarray(answer.num_rollouts, np.int64),
+                decided,
             )
         case "extend":
             answer = pb.Allocation.FromString(entry.answer)
             return AllocationExtended(
-                answer.allocation_id, answer.step, np.asarray(answer.num_rollouts, np.int64)
+                answer.allocation_id,
+                answer.step,
+                np.asarray(answer.num_rollouts, np.int64),
+                pb.ExtendRequest.FromString(entry.payload).keep_outstanding,
+                decided,
             )
         case "report":
             report = pb.ReportRequest.FromString(entry.payload)

@@ -17,6 +17,7 @@ from knapsack_scheduler.core.problem import (
     Budget,
     Decision,
     InfeasibleBudget,
+    Posterior,
     WaveOutcomes,
     tie_keys,
 )
@@ -28,8 +29,7 @@ def beliefs(alpha: list[float], beta: list[float], tokens: float = 0.0) -> Belie
     """Return the beliefs of prompts p0, p1 .. with these posteriors."""
     count = len(alpha)
     return Beliefs(
-        np.array(alpha, float),
-        np.array(beta, float),
+        Posterior(np.array(alpha, float), np.array(beta, float)),
         tie_keys([f"p{k}" for k in range(count)]),
         np.zeros(count, bool),
         np.full(count, tokens),
@@ -84,7 +84,7 @@ def test_posterior_beats_uniform_and_reports_what_it_expects() -> None:
     def expected(counts: list[int], name: str) -> list[float]:
         return [
             posterior_value(n, a, b, name)
-            for n, a, b in zip(counts, BELIEFS.alpha, BELIEFS.beta, strict=True)
+            for n, a, b in zip(counts, BELIEFS.posterior.alpha, BELIEFS.posterior.beta, strict=True)
         ]
 
     counts = decision.num_rollouts.tolist()

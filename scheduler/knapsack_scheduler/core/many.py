@@ -14,12 +14,14 @@ import numpy as np
 
 from knapsack_scheduler.core.bins import divide_by_bins
 from knapsack_scheduler.core.catalogue import POINTWISE, find_objective
+from knapsack_scheduler.core.chains import Marginals
+from knapsack_scheduler.core.knapsack import Solution, divide
 from knapsack_scheduler.core.multiples import divide_states
-from knapsack_scheduler.core.objective import Marginals, Objective
+from knapsack_scheduler.core.objective import Objective
 from knapsack_scheduler.core.problem import BoolArray, Bounds, FloatArray, IntArray, KeyArray
 from knapsack_scheduler.core.states import find_states
 
-MANY_PROMPTS = 1 << 13
+MANY_PROMPTS = 1 << 11
 """Fewer are divided as fast one by one."""
 
 
@@ -41,6 +43,39 @@ def open_problem(
     # Two rollouts are the least that can differ: a lone one gains nothing.
     gains = marginals.only(bounds.maximum >= 2).advanced(np.maximum(base - 1, 0))
     return gains, room, pairs if pairs.any() else None
+
+
+def divide_alike(
+    marginals: Marginals,
+    size: IntArray,
+    capacity: IntArray,
+    rollouts: int,
+    tie_keys: KeyArray,
+    pairs: BoolArray | None = None,
+) -> Solution:
+    """Return the same as ``knapsack.divide``, sooner where many positions are alike.
+
+    Args, raises: as there.
+    """
+    if capacity.size >= MANY_PROMPTS:
+        columns: list[FloatArray | IntArray] = [size, capacity]
+        for chain in marginals.chains:
+            columns += [chain.value, chain.numerator, chain.denominator]
+        if pairs is not None:
+            columns.append(pairs.astype(np.int64))
+        states = find_states(columns)
+        if states is not None:
+            rows = states.rows
+            return divide_states(
+                marginals.take(rows),
+                size[rows],
+                capacity[rows],
+                rollouts,
+                states,
+                tie_keys.__getitem__,
+                None if pairs is None else pairs[rows],
+            )
+    return divide(marginals, size, capacity, rollouts, tie_keys, pairs)
 
 
 def divide_many(

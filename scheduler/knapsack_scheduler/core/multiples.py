@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from knapsack_scheduler.core.chains import Marginals
 from knapsack_scheduler.core.knapsack import Solution, exchanges, no_even_division
-from knapsack_scheduler.core.objective import Marginals
 from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray, KeyArray
 from knapsack_scheduler.core.states import States
 from knapsack_scheduler.core.sweep import count_gains, sweep
