@@ -215,7 +215,9 @@ def _plan(
         best, _ = problem.exactly(beliefs, int(given.sum()), wanted)
     chances = effective_chances(beliefs.posterior, begun, new)
     reasons = _reasons(policy, objective, beliefs, begun, forced, given, chances, problem, price)
-    bound = _value(objective, beliefs, begun, forced + best) + slack
+    bound = slack + (
+        reasons.value if best is given else _value(objective, beliefs, begun, forced + best)
+    )
     reasons = replace(reasons, value_upper_bound=max(bound, reasons.value))
     return Decision(new, allocated, remaining, unallocated, chances, reasons)
 
