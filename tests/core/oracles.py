@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
-from itertools import product
 from math import comb
 
 import numpy as np
@@ -76,25 +75,6 @@ def best_value(
                     following[spent + n] = candidate
         best = following
     return best[total]
-
-
-def best_value_within_cost(
-    values: Sequence[Callable[[int], float]],
-    costs: Sequence[float],
-    budget: float,
-    minimum: Sequence[int],
-    maximum: Sequence[int],
-) -> float:
-    """Return the highest sum of values of all divisions that cost at most the budget."""
-    best = float("-inf")
-    ranges = [range(low, high + 1) for low, high in zip(minimum, maximum, strict=True)]
-    for counts in product(*ranges):
-        lone = any(n == 1 and low == 0 for n, low in zip(counts, minimum, strict=True))
-        cost = sum(n * c for n, c in zip(counts, costs, strict=True))
-        if lone or cost > budget * (1 + 1e-12):
-            continue
-        best = max(best, sum(of(n) for of, n in zip(values, counts, strict=True)))
-    return best
 
 
 def chance_of(successes: int, rollouts: int, p: Fraction) -> Fraction:

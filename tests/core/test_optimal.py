@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from knapsack_scheduler import InfeasibleBudget, solve, solve_posterior
 from knapsack_scheduler.core.catalogue import find_objective
@@ -107,7 +109,7 @@ def assert_none_is_worse(
 @pytest.mark.parametrize("kind", ["at least one", "skipping", "pairs only", "any"])
 def test_equal_costs(kind: str) -> None:
     """Mixed bounds, with minimums and without, of which some leave room for one pair only."""
-    instances = 5_000
+    instances = 10_000 if kind == "at least one" else 5_000
     rng = np.random.default_rng(sum(map(ord, kind)))
     p = random_rates(rng, instances, PROMPTS)
     real, prompts = random_sizes(rng, instances, PROMPTS)
@@ -158,6 +160,33 @@ def test_posteriors(lowest: int) -> None:
     )
 
 
+ANY_RATE = st.one_of(st.floats(0, 1), st.sampled_from(DEGENERATE))
+ANY_PROMPT = st.tuples(ANY_RATE, st.integers(0, 4), st.integers(0, 12))
+
+
+@given(st.lists(ANY_PROMPT, min_size=1, max_size=9), st.sampled_from(sorted(EXPONENTS)), st.data())
+@settings(max_examples=400, deadline=None)
+def test_equal_costs_of_any_shape(
+    prompts: list[tuple[float, int, int]], name: str, data: st.DataObject
+) -> None:
+    """Whatever the rates, the bounds and the budget."""
+    p, low, room = (np.array(column) for column in zip(*prompts, strict=True))
+    held = np.where((low == 0) & (room == 1), 0, low + room)
+    total = data.draw(st.integers(int(low.sum()), int(held.sum())))
+    values = value_tables(p[None], [name], int((low + room).max(initial=2)))
+    tables = allowed_sizes(values, low[None], (low + room)[None])
+    best = best_sums(tables, total)[0, total]
+    if best == -np.inf:
+        with pytest.raises(InfeasibleBudget):
+            solve(p, total, low, low + room, name)
+        return
+
+    sizes = solve(p, total, low, low + room, name)
+
+    assert sizes.sum() == total
+    assert tables[0, np.arange(p.size), sizes].sum() >= best * (1 - PRECISION) - TINY
+
+
 def random_costs(rng: np.random.Generator, instances: int, prompts: int, whole: bool) -> np.ndarray:
     """Draw costs of a rollout: lognormal, or whole numbers of 1 to 9 with many equal."""
     if whole:
@@ -206,6 +235,33 @@ def test_costs_of_small_batches(whole: bool) -> None:
         assert (sizes * costs[k]).sum() <= budgets[k] * (1 + 1e-12)
         assert worth >= best[k] * (1 - 1e-9) - TINY, k
         assert found.upper_bound - found.gain <= 1e-9 * max(best[k], TINY), k
+
+
+@given(
+    st.lists(st.tuples(ANY_PROMPT, st.integers(1, 9)), min_size=1, max_size=8),
+    st.sampled_from(sorted(EXPONENTS)),
+    st.data(),
+)
+@settings(max_examples=300, deadline=None)
+def test_costs_of_any_shape(
+    prompts: list[tuple[tuple[float, int, int], int]], name: str, data: st.DataObject
+) -> None:
+    """Whatever the rates, the bounds, the costs and the budget."""
+    p, low, room = (np.array(column) for column in zip(*(x for x, _ in prompts), strict=True))
+    costs = np.array([float(cost) for _, cost in prompts])
+    least, most = int((costs * low).sum()), int((costs * (low + room)).sum())
+    budget = data.draw(st.integers(least, most))
+    options = int((low + room).max(initial=2))
+    tables = allowed_sizes(value_tables(p[None], [name], options), low[None], (low + room)[None])
+    option_costs = (costs[:, None] * np.arange(options + 1)).astype(int)
+    best = best_sums(tables, budget, option_costs[None])[0].max()
+
+    sizes, found = sizes_within_cost(p, budget, low, low + room, name, costs)
+
+    worth = tables[0, np.arange(p.size), sizes].sum()
+    assert (sizes * costs).sum() <= budget
+    assert worth >= best * (1 - 1e-9) - TINY
+    assert found.upper_bound - found.gain <= 1e-9 * max(best, TINY)
 
 
 @pytest.mark.parametrize("lowest", [0, 1, 2])
