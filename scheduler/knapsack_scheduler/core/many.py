@@ -102,7 +102,7 @@ def divide_many(
     if count < MANY_PROMPTS or objective not in POINTWISE:
         return None
     rule = find_objective(objective)
-    states = find_states([*evidence, *(bound for bound in (low, high) if bound.ndim)])
+    states = find_states([*evidence, *_bound_columns(low, high)])
     if states is not None:
         numbers = [column[states.rows] for column in evidence]
         bounds = Bounds(_at(low, states.rows), _at(high, states.rows))
@@ -110,9 +110,9 @@ def divide_many(
         gains, room, pairs = open_problem(marginals, bounds)
         base = bounds.minimum
         rest = total - int(states.counts @ base)
-        given = divide_states(gains, base, room, rest, states, keys_of, pairs).num_rollouts
-        given += states.spread(base) if low.ndim else low
-        return given
+        return divide_states(
+            gains, base, room, rest, states, keys_of, pairs, whole=True
+        ).num_rollouts
     uniform = low.ndim == 0 and high.ndim == 0 and low >= 1 and high >= 2
     if uniform and len(evidence) == 1 and isinstance(rule, Objective):
         least, most = int(low), int(high)
@@ -121,6 +121,15 @@ def divide_many(
             by_bins += least
         return by_bins
     return None
+
+
+def _bound_columns(low: IntArray, high: IntArray) -> list[IntArray]:
+    """Return the bounds that differ between positions, two in one column."""
+    if not low.ndim or not high.ndim:
+        return [bound for bound in (low, high) if bound.ndim]
+    both = high << 32
+    both |= low
+    return [both]
 
 
 def _at(bound: IntArray, rows: IntArray) -> IntArray:

@@ -32,6 +32,8 @@ def divide_states(
     states: States,
     keys_of: Callable[[IntArray], KeyArray],
     pairs: BoolArray | None = None,
+    *,
+    whole: bool = False,
 ) -> Solution:
     """Return the division of ``rollouts`` with the highest sum of gains.
 
@@ -40,6 +42,7 @@ def divide_states(
             state in place of each position.
         states: of the batch.
         keys_of: returns the tie keys of some positions; asked only where ties are split.
+        whole: return whole groups: what they have already and what is given.
 
     Returns:
         The division among the positions, int64[M].
@@ -56,7 +59,7 @@ def divide_states(
         if not pairs.any():
             pairs = None
     if rollouts == 0:
-        return Solution(np.zeros_like(states.of), 0.0)
+        return Solution(states.spread(size if whole else np.zeros_like(size)), 0.0)
     highest = _HighestOfMany(capacity, states.counts, rollouts)
     sweep(marginals, capacity, pairs, highest)
     price, given, reach = highest.counts()
@@ -85,12 +88,13 @@ def divide_states(
     if fitting:
         given = given + np.where(open_, np.clip(level, low, high) - low, 0)
     lucky = fitting - int(states.counts @ (size + given - low))
+    shown = size + given if whole else given
     if lucky:
         numbers = _spread_lucky(
-            states, given, open_ & (low <= level) & (level < high), lucky, keys_of
+            states, shown, open_ & (low <= level) & (level < high), lucky, keys_of
         )
     else:
-        numbers = states.spread(given)
+        numbers = states.spread(shown)
     if rest > fitting and pairs is not None:
         there = states.counts > 0
         # States that were split up altogether have no position to offer.

@@ -154,8 +154,10 @@ def _solve(
 
 def _check_total(total_rollouts: int, low: IntArray, high: IntArray, count: int) -> None:
     """Raise InfeasibleBudget, naming the three numbers, if the bounds cannot hold the total."""
-    alone = (low == 0) & (high == 1)
-    least, most = _sum(low, count), _sum(high, count) - _sum(alone.astype(np.int64), count)
+    least, most = _sum(low, count), _sum(high, count)
+    if count and low.min() == 0 and high.min() <= 1:
+        # No group of one where none is asked.
+        most -= int(np.count_nonzero(np.broadcast_to((low == 0) & (high == 1), (count,))))
     if not least <= total_rollouts <= most:
         raise InfeasibleBudget(
             "total_rollouts",
@@ -221,12 +223,17 @@ def _counts(name: str, values: npt.ArrayLike, count: int) -> IntArray:
         raise ValueError(
             f"{name}: must be one number or one per prompt ({count}), has shape {given.shape}"
         )
-    if given.size and (given.min() < 0 or given.max() > 2**31 - 1):
+    most = 2**31 - 1
+    # As unsigned numbers those below 0 are the largest: one pass finds either.
+    wide = given.dtype == np.int64 and given.size and given.view(np.uint64).max() <= most
+    if given.size and not wide and (given.min() < 0 or given.max() > most):
         worst = given.min() if given.min() < 0 else given.max()
-        raise ValueError(f"{name} = {worst}: must be within 0 and {2**31 - 1}")
-    if given.ndim and given.size and bool((given == given[0]).all()):
-        given = given[0]
-    return np.asarray(given, np.int64)
+        raise ValueError(f"{name} = {worst}: must be within 0 and {most}")
+    whole = np.asarray(given, np.int64)
+    some = whole[:: max(whole.size // 64, 1)] if whole.ndim else whole
+    if whole.ndim and whole.size and (some == some[0]).all() and (whole == whole[0]).all():
+        return whole[:1].reshape(())
+    return whole
 
 
 def _whole(name: str, value: float) -> int:
