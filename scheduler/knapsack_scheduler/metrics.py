@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from knapsack_scheduler.bulk_histogram import BulkHistogram
 from knapsack_scheduler.events import (
     BudgetDivided,
     CallHandled,
@@ -81,8 +82,12 @@ class Metrics:
             "Sum of the predicted chances of the judged groups.",
             run,
         )
-        self.group_size = histogram(
-            "group_wave_rollouts", "Rollouts given to a group in one wave.", run, _GROUP_SIZES
+        self.group_size = BulkHistogram(
+            "knapsack_scheduler_group_wave_rollouts",
+            "Rollouts given to a group in one wave.",
+            "run_id",
+            _GROUP_SIZES,
+            registry,
         )
         self.rewinds = counter("rewinds_total", "Rewinds.", run)
         self.group_rate = gauge(
@@ -109,7 +114,7 @@ class Metrics:
             *(self.solve_seconds, self.allocated, self.unallocated, self.reported, self.ignored),
             *(self.imported, self.groups, self.effective_groups, self.effective_rollouts),
             *(self.judged_groups, self.judged_effective, self.judged_predicted),
-            *(self.group_size, self.rewinds, self.group_rate, self.rollout_rate, self.value),
+            *(self.rewinds, self.group_rate, self.rollout_rate, self.value),
             *(self.uniform_value, self.unseen, self.known, self.step, self.policy_version),
         ]
         self._runs: set[str] = set()
@@ -144,9 +149,7 @@ class Metrics:
         self.solve_seconds.labels(run).observe(event.seconds)
         self.allocated.labels(run).inc(event.allocated)
         self.unallocated.labels(run).inc(max(event.unallocated, 0))
-        given = self.group_size.labels(run)
-        for rollouts in event.num_rollouts:
-            given.observe(rollouts)
+        self.group_size.observe(run, event.num_rollouts)
         self.group_rate.labels(run).set(reasons.effective_group_rate)
         self.rollout_rate.labels(run).set(reasons.effective_rollout_rate)
         self.value.labels(run).set(reasons.value)
@@ -176,3 +179,4 @@ class Metrics:
             self._runs.discard(run_id)
             for metric in self._by_run:
                 metric.remove_by_labels({"run_id": run_id})
+            self.group_size.remove(run_id)

@@ -18,7 +18,6 @@ from typing import TypeVar
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
-from knapsack_scheduler.core.problem import FloatArray
 from knapsack_scheduler.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -28,7 +27,7 @@ from knapsack_scheduler.errors import (
     StoreUnavailable,
 )
 from knapsack_scheduler.events import Committed, Events
-from knapsack_scheduler.facts import ALWAYS
+from knapsack_scheduler.facts import ALWAYS, Fact
 from knapsack_scheduler.journal.journal import Entry, Journal, RunRow, Writing
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.state import Counted, RunState
@@ -42,13 +41,13 @@ class LoadedRun:
     Attributes:
         row: the run as stored.
         state: what its journal folds to.
-        decided: chances of the decision that is about to be appended, which its fold
-            then need not compute again.
+        decided: what the entry about to be appended says, where its maker knows; it is
+            then not read from the entry again.
     """
 
     def __init__(self, row: RunRow) -> None:
         self.row = row
-        self.decided: FloatArray | None = None
+        self.decided: Fact | None = None
         self.state = RunState(wire.parse_config(pb.RunConfig.FromString(row.config)))
         self._seq = 0
         self._calls: dict[tuple[str, str], tuple[int, bytes]] = {}
@@ -91,7 +90,7 @@ class LoadedRun:
         """Take in an entry that is committed; returns what it changed."""
         counted = Counted()
         if entry.kind != "rewind":
-            counted = self.state.fold(wire.fact_of(entry, self.state, self.decided))
+            counted = self.state.fold(self.decided or wire.fact_of(entry, self.state))
         self.decided = None
         if entry.key:
             self._calls[entry.kind, entry.key] = (entry.seq, entry.digest)

@@ -8,6 +8,7 @@ folds the journal anew without what it forgets; nothing is ever taken back.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
@@ -161,6 +162,7 @@ class RunState:
         self.reward_levels = RewardLevels.none_yet(config.success_threshold, config.reward_levels)
         self.calibration = Calibration.nothing()
         self._rows: dict[str, int] = {}
+        self._looked_up: tuple[tuple[str, ...], int, IntArray] = ((), 0, np.zeros(0, np.int64))
         self._visits = Visits()
         self._prior_statistics = PriorStatistics()
         self._sums = np.zeros((_SUMS, 0), np.int64)
@@ -191,8 +193,13 @@ class RunState:
 
     def rows_of(self, prompt_ids: tuple[str, ...]) -> IntArray:
         """Return the row of each prompt, int64[M]; -1 where there is none."""
-        find = self._rows.get
-        return np.fromiter((find(p, -1) for p in prompt_ids), np.int64, len(prompt_ids))
+        # A decision looks its batch up, and then its fold does.
+        if prompt_ids is self._looked_up[0] and len(self.prompt_ids) == self._looked_up[1]:
+            return self._looked_up[2].copy()
+        found = map(self._rows.get, prompt_ids, repeat(-1))
+        rows = np.fromiter(found, np.int64, len(prompt_ids))
+        self._looked_up = (prompt_ids, len(self.prompt_ids), rows)
+        return rows.copy()
 
     def beliefs(self, prompt_ids: tuple[str, ...]) -> tuple[Beliefs, Prior]:
         """Return what is believed of each position's prompt, and the run's prior."""

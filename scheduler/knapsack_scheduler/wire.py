@@ -275,8 +275,8 @@ def allocation_message(
     )
 
 
-def check_report(request: pb.ReportRequest, limits: Limits) -> None:
-    """Check the fields of a report, positions in an allocation apart."""
+def check_report(request: pb.ReportRequest, limits: Limits) -> Rewards:
+    """Return the rewards of a report whose fields are all right, its allocation apart."""
     validation.name("run_id", request.run_id)
     validation.name("report_id", request.report_id)
     validation.within("policy_version", request.policy_version, 0, limits.step)
@@ -287,8 +287,7 @@ def check_report(request: pb.ReportRequest, limits: Limits) -> None:
         )
     if not request.allocation_id:
         ids = validation.prompts("prompt_ids", request.prompt_ids, limits)
-        rewards_of(request, len(ids))
-        return
+        return rewards_of(request, len(ids))
     validation.name("allocation_id", request.allocation_id)
     if request.prompt_ids:
         raise InvalidArgument(
@@ -296,7 +295,7 @@ def check_report(request: pb.ReportRequest, limits: Limits) -> None:
             f"{len(request.prompt_ids)} prompts",
             "must be empty when allocation_id is set",
         )
-    rewards_of(request, validation.LARGEST_INT32)
+    return rewards_of(request, validation.LARGEST_INT32)
 
 
 def rewards_of(request: pb.ReportRequest, positions: int) -> Rewards:
@@ -391,13 +390,12 @@ def imported_of(payload: bytes, limits: Limits) -> OutcomesImported:
     return OutcomesImported(tuple(parts))
 
 
-def fact_of(entry: Entry, state: RunState, decided: FloatArray | None = None) -> Fact:
+def fact_of(entry: Entry, state: RunState) -> Fact:
     """Return what a journal entry says happened.
 
     Args:
         entry: of the run.
         state: of the run before the entry.
-        decided: chances of the groups of an allocation that was decided just before.
     """
     match entry.kind:
         case "allocate":
@@ -410,7 +408,6 @@ def fact_of(entry: Entry, state: RunState, decided: FloatArray | None = None) ->
                 bounds_of(request, state.config),
                 budget_of(request),
                 np.asarray(answer.num_rollouts, np.int64),
-                decided,
             )
         case "extend":
             answer = pb.Allocation.FromString(entry.answer)
@@ -419,7 +416,6 @@ def fact_of(entry: Entry, state: RunState, decided: FloatArray | None = None) ->
                 answer.step,
                 np.asarray(answer.num_rollouts, np.int64),
                 pb.ExtendRequest.FromString(entry.payload).keep_outstanding,
-                decided,
             )
         case "report":
             report = pb.ReportRequest.FromString(entry.payload)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from knapsack_scheduler import InfeasibleBudget, solve, solve_posterior
 from knapsack_scheduler.core import bins, knapsack, many, states, sweep
 from knapsack_scheduler.core.catalogue import OBJECTIVES, POINTWISE, find_objective
+from knapsack_scheduler.core.many import divide_alike
 from knapsack_scheduler.core.objective import EFFECTIVE, PAPER, VARIANCE, Objective
-from knapsack_scheduler.core.problem import tie_keys
+from knapsack_scheduler.core.problem import Begun, Levels, Posterior, tie_keys
 from knapsack_scheduler.core.states import find_states
 from knapsack_scheduler.core.ties import fill_lowest, lowest_keys
 
@@ -150,6 +151,46 @@ def test_posteriors_get_the_same_vector(paths: Paths) -> None:
         straight = answer_of(solve_posterior, alpha, beta, total, low, high, name)
         paths.short(rng, float(rng.choice([2.0, 0.75])))
         assert answer_of(solve_posterior, alpha, beta, total, low, high, name) == straight
+    assert paths.taken["states"] > 100
+
+
+@pytest.mark.parametrize("levels", [None, 4])
+def test_gains_of_any_origin_get_the_same_vector(paths: Paths, levels: int | None) -> None:
+    """Groups begun, of two rewards or of several levels: whatever tells gains apart counts."""
+    rng = np.random.default_rng(10)
+    for _ in range(150):
+        prompts = int(rng.choice([5, 30, 200]))
+        shares = None
+        level = np.full(prompts, -1)
+        delivered = rng.integers(0, 3, prompts)
+        successes = rng.integers(0, delivered + 1)
+        mixed = (successes > 0) & (successes < delivered)
+        if levels is not None:
+            weights = rng.integers(1, 3, (prompts, levels)) * 0.5
+            shares = Levels(weights, np.arange(levels) >= levels // 2)
+            level = np.where(mixed | (delivered == 0), -1, rng.integers(0, levels, prompts))
+        alpha, beta = rng.integers(1, 3, (2, prompts)) * 0.5
+        if shares is not None:
+            alpha = shares.concentration[:, shares.success].sum(axis=1)
+            beta = shares.concentration[:, ~shares.success].sum(axis=1)
+        marginals = PAPER.conditional(
+            Posterior(alpha, beta, shares),
+            Begun(delivered, successes, mixed, rng.integers(0, 2, prompts), level),
+        )
+        capacity = rng.integers(0, 5, prompts)
+        arguments = (
+            marginals,
+            delivered,
+            capacity,
+            int(rng.integers(0, capacity.sum() + 1)),
+            rng.integers(0, 9, prompts).astype(np.uint64),
+        )
+        paths.one_by_one()
+        straight = divide_alike(*arguments)
+        paths.short(rng, 2.0)
+        short = divide_alike(*arguments)
+        assert short.num_rollouts.tolist() == straight.num_rollouts.tolist()
+        assert short.price == straight.price
     assert paths.taken["states"] > 100
 
 

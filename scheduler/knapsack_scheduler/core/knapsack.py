@@ -140,7 +140,7 @@ class _HighestGains:
 
     def add(self, rows: IntArray, gains: FloatArray) -> None:
         self._blocks.append((rows, gains))
-        better = gains[(gains > 0.0) & (gains >= self.bound)]
+        better = gains[gains >= self.bound if self.bound > 0.0 else gains > 0.0]
         self._parts.append(better)
         self._held += better.size
         # Raising the bound costs a pass over all that is held: worth it when it is

@@ -60,7 +60,7 @@ def divide_alike(
     if capacity.size >= MANY_PROMPTS:
         columns: list[FloatArray | IntArray] = [size, capacity]
         for chain in marginals.chains:
-            columns += [chain.value, chain.numerator, chain.denominator]
+            columns += chain.columns
         if pairs is not None:
             columns.append(pairs.astype(np.int64))
         states = find_states(columns)

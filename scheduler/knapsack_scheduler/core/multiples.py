@@ -172,7 +172,7 @@ class _HighestOfMany:
 
     def add(self, rows: IntArray, gains: FloatArray) -> None:
         self._blocks.append((rows, gains))
-        better = (gains > 0.0) & (gains >= self.bound)
+        better = gains >= self.bound if self.bound > 0.0 else gains > 0.0
         counts = np.broadcast_to(self._counts[rows, None], gains.shape)[better]
         self._parts.append((gains[better], counts))
         self._held += int(counts.sum())

@@ -210,14 +210,12 @@ def _plan(
     if wanted.tokens is None:
         left = max(budget.total_rollouts - int(begun.size.sum()), 0)
         unallocated = left - allocated - remaining
-    best = given
-    if policy != "posterior" and wanted.tokens is None:
-        best, _ = problem.exactly(beliefs, int(given.sum()), wanted)
     chances = effective_chances(beliefs.posterior, begun, new)
     reasons = _reasons(policy, objective, beliefs, begun, forced, given, chances, problem, price)
-    bound = slack + (
-        reasons.value if best is given else _value(objective, beliefs, begun, forced + best)
-    )
+    bound = reasons.value + slack
+    if policy != "posterior" and wanted.tokens is None:
+        best, _ = problem.exactly(beliefs, int(given.sum()), wanted)
+        bound = _value(objective, beliefs, begun, forced + best)
     reasons = replace(reasons, value_upper_bound=max(bound, reasons.value))
     return Decision(new, allocated, remaining, unallocated, chances, reasons)
 

@@ -239,10 +239,20 @@ def _row_sum(columns: FloatArray) -> FloatArray:
 
 def _power(base: float, exponents: IntArray) -> FloatArray:
     """Return base ** exponents by squaring: only multiplications, so reproducible."""
-    result = np.ones(exponents.shape)
-    if base == 1.0:
-        return result
+    if base == 1.0 or exponents.size == 0:
+        return np.ones(exponents.shape)
     left = np.minimum(exponents, _MAX_EXPONENT)
+    most = int(left.max())
+    if most < left.size:
+        # Fewer powers than exponents: the same bits, looked up.
+        powers: FloatArray = _squared(base, np.arange(most + 1))[left]
+        return powers
+    return _squared(base, left)
+
+
+def _squared(base: float, exponents: IntArray) -> FloatArray:
+    result = np.ones(exponents.shape)
+    left = exponents
     factor = base
     while left.any():
         odd = (left & 1).astype(bool)

@@ -32,7 +32,7 @@ def fill_lowest(low: IntArray, high: IntArray, rollouts: int, tie_keys: KeyArray
     if rows.size < low.size:
         low, high = low[rows], high[rows]
     level = lowest_level(low, high, rollouts)
-    part = np.clip(level, low, high) - low
+    part = np.maximum(np.minimum(level, high), low) - low
     rest = rollouts - int(part.sum())
     given[rows] = part
     if rest:
