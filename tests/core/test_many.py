@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from knapsack_scheduler import InfeasibleBudget, solve, solve_posterior
 from knapsack_scheduler.core import bins, knapsack, many, states, sweep
 from knapsack_scheduler.core.catalogue import OBJECTIVES, POINTWISE, find_objective
+from knapsack_scheduler.core.chains import Chain, Marginals
 from knapsack_scheduler.core.many import divide_alike
 from knapsack_scheduler.core.objective import EFFECTIVE, PAPER, VARIANCE, Objective
 from knapsack_scheduler.core.problem import Begun, Levels, Posterior, tie_keys
@@ -158,7 +159,7 @@ def test_posteriors_get_the_same_vector(paths: Paths) -> None:
 def test_gains_of_any_origin_get_the_same_vector(paths: Paths, levels: int | None) -> None:
     """Groups begun, of two rewards or of several levels: whatever tells gains apart counts."""
     rng = np.random.default_rng(10)
-    for _ in range(150):
+    for _ in range(80):
         prompts = int(rng.choice([5, 30, 200]))
         shares = None
         level = np.full(prompts, -1)
@@ -191,7 +192,21 @@ def test_gains_of_any_origin_get_the_same_vector(paths: Paths, levels: int | Non
         short = divide_alike(*arguments)
         assert short.num_rollouts.tolist() == straight.num_rollouts.tolist()
         assert short.price == straight.price
-    assert paths.taken["states"] > 100
+    assert paths.taken["states"] > 40
+
+
+def test_states_know_the_second_factor_of_a_gain(paths: Paths) -> None:
+    """Gains that begin alike and differ by their level's share only are two states."""
+    rng = np.random.default_rng(11)
+    one = np.ones(50)
+    share = (rng.choice([0.5, 1.5], 50), 2 * one)
+    gains = Marginals((Chain(one, one, 2 * one, 1, share),))
+    arguments = (gains, np.zeros(50, int), np.full(50, 9), 200, np.arange(50, dtype=np.uint64))
+    paths.one_by_one()
+    straight = divide_alike(*arguments).num_rollouts
+    paths.short(rng, 2.0)
+    assert divide_alike(*arguments).num_rollouts.tolist() == straight.tolist()
+    assert paths.taken["states"] == 1
 
 
 def test_every_pointwise_objective_is_one(paths: Paths) -> None:

@@ -89,14 +89,8 @@ def solve_table(
     for i, some in enumerate(allowed):
         if some.size == 0:
             raise ValueError(f"values[{i}]: must allow at least one option")
-    # By a power of two, which is exact: values too small to be told from 0 beside a price
-    # are as good as others.
-    largest = max(
-        (float(np.abs(c[s]).max()) for c, s in zip(table, allowed, strict=True)), default=0.0
-    )
-    exponent = int(np.frexp(largest)[1])
     problem = _Table(
-        [np.ldexp(column[some], -exponent) for column, some in zip(table, allowed, strict=True)],
+        [column[some] for column, some in zip(table, allowed, strict=True)],
         [column[some] for column, some in zip(prices, allowed, strict=True)],
         float(budget),
         whole,
