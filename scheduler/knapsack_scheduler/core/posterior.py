@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from knapsack_scheduler.core.drift import FEWEST_PROMPTS, Drift, fit_drift
 from knapsack_scheduler.core.evidence import Visits
+from knapsack_scheduler.core.levels import class_weights
 from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray, Levels, Posterior
 from knapsack_scheduler.core.rewardlevels import RewardLevels
 
@@ -181,7 +182,7 @@ def posterior(
             for level, count in enumerate(counts):
                 older[:, level] += (now * count).sum(axis=1)
         columns[seen] = older
-    alpha, beta = _classes(columns, success)
+    alpha, beta = class_weights(columns, success)
     if success.size == 2:
         return Posterior(alpha, beta)
     return Posterior(alpha, beta, Levels(columns, success))
@@ -238,24 +239,13 @@ def _counts(visits: Visits, picked: IntArray) -> list[npt.NDArray[np.int32]]:
     return [visits.rollouts[picked] - successes, successes]
 
 
-def _classes(columns: FloatArray, success: BoolArray) -> tuple[FloatArray, FloatArray]:
-    """Return alpha and beta: added level by level, so that none weighs more than its class."""
-    alpha, beta = np.zeros(len(columns)), np.zeros(len(columns))
-    for level, good in enumerate(success.tolist()):
-        if good:
-            alpha += columns[:, level]
-        else:
-            beta += columns[:, level]
-    return alpha, beta
-
-
 def _moved(
     columns: FloatArray, success: BoolArray, has_evidence: BoolArray, drift: Drift
 ) -> FloatArray:
     """Return the columns with the means of the rows that have evidence moved."""
     if drift == Drift():
         return columns
-    alpha, beta = _classes(columns, success)
+    alpha, beta = class_weights(columns, success)
     new_alpha, new_beta = drift.moved(alpha, beta)
     for level, good in enumerate(success.tolist()):
         factor = new_alpha / alpha if good else new_beta / beta

@@ -10,15 +10,18 @@ import numpy.typing as npt
 from knapsack_scheduler.core.catalogue import find_objective
 from knapsack_scheduler.core.chains import Marginals
 from knapsack_scheduler.core.costs import divide_by_cost
-from knapsack_scheduler.core.knapsack import divide
-from knapsack_scheduler.core.many import divide_many, open_problem
+from knapsack_scheduler.core.levels import class_weights
+from knapsack_scheduler.core.many import divide_alike, divide_many, open_problem
 from knapsack_scheduler.core.problem import (
+    Begun,
     BoolArray,
     Bounds,
     FloatArray,
     InfeasibleBudget,
     IntArray,
     KeyArray,
+    Levels,
+    Posterior,
     tie_keys,
 )
 
@@ -104,16 +107,64 @@ def solve_posterior(
     return _solve(objective, (a, b), total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids)
 
 
+def solve_levels(
+    weights: npt.ArrayLike,
+    success: npt.ArrayLike,
+    total_rollouts: float,
+    min_rollouts: npt.ArrayLike = 2,
+    max_rollouts: npt.ArrayLike = 128,
+    objective: str = "paper",
+    costs: npt.ArrayLike | None = None,
+    prompt_ids: Sequence[str] | None = None,
+) -> IntArray:
+    """Return the number of rollouts of each prompt where rewards have more than two levels.
+
+    As ``solve_posterior``, with a Dirichlet posterior of the shares of the reward levels: a
+    group counts as effective if its rewards are not all equal, so that two different
+    failures are enough.
+
+    Args:
+        weights: of each level, [M, K], above 0: a prior plus the rollouts seen with it.
+        success: which levels are successes, [K]; some are, and some are not.
+        total_rollouts, min_rollouts, max_rollouts, objective, costs, prompt_ids: as in
+            ``solve``.
+
+    Returns:
+        int64[M].
+
+    Raises:
+        ValueError, InfeasibleBudget: as ``solve``.
+    """
+    shares = np.asarray(weights, np.float64)
+    good = np.asarray(success, np.bool_)
+    if shares.ndim != 2 or good.shape != shares.shape[1:]:
+        raise ValueError(
+            f"weights: must have a row per prompt and a column per level of success "
+            f"({good.size}), has shape {shares.shape}"
+        )
+    if not good.any() or good.all():
+        raise ValueError("success: must be true for some levels and false for others")
+    if shares.size and not (np.isfinite(shares).all() and shares.min() > 0.0):
+        at = np.unravel_index(np.argmin(np.isfinite(shares) & (shares > 0.0)), shares.shape)
+        raise ValueError(
+            f"weights[{at[0]}][{at[1]}] = {shares[at]}: must be a finite number above 0"
+        )
+    posterior = Posterior(*class_weights(shares, good), Levels(shares, good))
+    return _solve(
+        objective, posterior, total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids
+    )
+
+
 def _solve(
     objective: str,
-    evidence: tuple[FloatArray, ...],
+    evidence: tuple[FloatArray, ...] | Posterior,
     total_rollouts: float,
     min_rollouts: npt.ArrayLike,
     max_rollouts: npt.ArrayLike,
     costs: npt.ArrayLike | None,
     prompt_ids: Sequence[str] | None,
 ) -> IntArray:
-    count = evidence[0].size
+    count = evidence.alpha.size if isinstance(evidence, Posterior) else evidence[0].size
     rule = find_objective(objective)
     low = _counts("min_rollouts", min_rollouts, count)
     high = _counts("max_rollouts", max_rollouts, count)
@@ -138,17 +189,23 @@ def _solve(
     if costs is None:
         total = _whole("total_rollouts", total_rollouts)
         _check_total(total, low, high, count)
-        answer = divide_many(objective, evidence, low, high, total, keys_of)
-        if answer is not None:
-            return answer
+        if not isinstance(evidence, Posterior):
+            answer = divide_many(objective, evidence, low, high, total, keys_of)
+            if answer is not None:
+                return answer
     bounds = Bounds(np.array(np.broadcast_to(low, count)), np.array(np.broadcast_to(high, count)))
     base = bounds.minimum
-    marginals = rule.at_rates(*evidence) if len(evidence) == 1 else rule.expected(*evidence)
+    if isinstance(evidence, Posterior):
+        marginals = rule.conditional(evidence, Begun.nothing(count))
+    elif len(evidence) == 1:
+        marginals = rule.at_rates(*evidence)
+    else:
+        marginals = rule.expected(*evidence)
     gains, room, pairs = open_problem(marginals, bounds)
     keys = keys_of(np.arange(count))
     if costs is not None:
         return base + _within_cost(gains, base, room, costs, total_rollouts, keys, pairs)
-    given = divide(gains, base, room, total - int(base.sum()), keys, pairs)
+    given = divide_alike(gains, base, room, total - int(base.sum()), keys, pairs)
     return base + given.num_rollouts
 
 
