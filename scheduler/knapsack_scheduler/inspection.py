@@ -12,9 +12,10 @@ from google.protobuf.json_format import MessageToDict
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
 from knapsack_scheduler.errors import NotFound, SchedulerError
-from knapsack_scheduler.journal.journal import Entry, Journal, RunRow
+from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.records import Entry, RunRow
 from knapsack_scheduler.limits import Limits
-from knapsack_scheduler.runs import LoadedRun
+from knapsack_scheduler.loaded import LoadedRun
 
 
 @dataclass(slots=True)
@@ -37,8 +38,8 @@ def check_store(url: str) -> StoreReport:
         ConfigError: the store cannot be opened at all.
     """
     report = StoreReport()
-    journal = Journal(url)
-    journal.open(upgrade=False)
+    journal = Journal(url, read_only=True)
+    journal.open()
     try:
         report.faults += journal.integrity()
         runs = journal.list_runs("", 10**9)
@@ -54,17 +55,16 @@ def check_store(url: str) -> StoreReport:
 
 def _check_run(journal: Journal, row: RunRow, report: StoreReport) -> None:
     try:
-        with journal.writing(row.run_id) as writing:
-            numbers = [seq for seq, _, _ in writing.outline()]
-            if numbers != list(range(1, row.last_seq + 1)):
+        with journal.reading(row.run_id) as reading:
+            row = reading.run
+            numbers = [entry.seq for entry in reading.outline() if entry.seq > row.floor_seq]
+            if numbers != list(range(row.floor_seq + 1, row.last_seq + 1)):
                 report.faults.append(
                     f"run {row.run_id!r}: its entries are not numbered without gap"
                 )
-            run = LoadedRun(writing.run)
-            run.catch_up(writing)
-            state = run.state
+            state = LoadedRun.load(reading).state
             report.lines.append(
-                f"run {row.run_id!r}: {len(numbers)} entries, last step {state.last_step}, "
+                f"run {row.run_id!r}: {row.last_seq} entries, last step {state.last_step}, "
                 f"{state.known_prompts} known prompts, {state.total_rollouts} rollouts"
             )
     except SchedulerError:
@@ -82,18 +82,17 @@ def export_run(url: str, run_id: str, what: str) -> Iterator[dict[str, Any]]:
         ConfigError: the store cannot be opened.
         NotFound: no run of that name.
     """
-    journal = Journal(url)
-    journal.open(upgrade=False)
+    journal = Journal(url, read_only=True)
+    journal.open()
     try:
         if journal.find_run(run_id) is None:
             raise NotFound(f"run {run_id!r} does not exist")
-        with journal.writing(run_id) as writing:
+        with journal.reading(run_id) as reading:
             if what == "journal":
-                for entry in writing.tail(0):
+                for entry in reading.tail(0):
                     yield _plain(entry)
                 return
-            run = LoadedRun(writing.run)
-            run.catch_up(writing)
+            run = LoadedRun.load(reading)
             known = run.state.sorted_prompts()
             rows = np.fromiter((row for _, row in known), np.int64, len(known))
             columns = run.state.stats_of(rows)

@@ -7,7 +7,10 @@ folds the journal anew without what it forgets; nothing is ever taken back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +49,7 @@ from knapsack_scheduler.facts import (
     Rewards,
     Rewound,
 )
+from knapsack_scheduler.journal.columns import decode_text, encode_text
 from knapsack_scheduler.runconfig import RunConfig
 
 TOKEN_SHRINKAGE = 4
@@ -121,7 +125,6 @@ class RunState:
         )
         self.prompt_ids: list[str] = []
         self.allocations: dict[str, OpenAllocation] = {}
-        self.abandoned: set[str] = set()
         self.last_step = -1
         self.last_policy_version = 0
         self.known_prompts = 0
@@ -153,11 +156,6 @@ class RunState:
             case Rewound():
                 raise AssertionError("a rewind is a new fold of the journal")
         return Counted()
-
-    def abandon(self, fact: Fact) -> None:
-        """Remember of a forgotten fact what must be: the name of its allocation."""
-        if isinstance(fact, AllocationMade):
-            self.abandoned.add(fact.allocation_id)
 
     def rows_of(self, prompt_ids: tuple[str, ...]) -> IntArray:
         """Return the row of each prompt, int64[M]; -1 where there is none."""
@@ -220,7 +218,7 @@ class RunState:
         self.allocations[fact.allocation_id] = OpenAllocation(
             fact.step,
             rows.astype(np.int32),
-            fact.bounds,
+            Bounds(_slim(fact.bounds.minimum), _slim(fact.bounds.maximum)),
             fact.budget,
             1,
             fact.num_rollouts.astype(np.int32),
@@ -313,6 +311,63 @@ class RunState:
             self._visits.successes[rows, 0].astype(np.int64),
         )
 
+    def copy(self) -> RunState:
+        """Return a state that does not change with this one. Fast: it copies arrays only."""
+        other = RunState(self.config)
+        other.__dict__.update(self.__dict__)
+        # Ids, rows and tie keys of the prompts there are never change; what is appended
+        # to them later lies behind the visits' length.
+        other._visits = self._visits.copy()
+        other._sums = self._sums[:, : len(self._visits)].copy()
+        other.allocations = {
+            name: replace(
+                each, **{column: getattr(each, column).copy() for column in _POSITION_COLUMNS}
+            )
+            for name, each in self.allocations.items()
+        }
+        return other
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """Return all that there is to the state as columns, for ``from_columns``.
+
+        A field that is not in here, in ``Visits`` or ``_POSITION_COLUMNS`` is lost with
+        the process.
+        """
+        size = len(self._visits)
+        ids, lengths = encode_text(self.prompt_ids[:size])
+        scalars = {name: getattr(self, name) for name in _SCALARS}
+        scalars["_prior_statistics"] = asdict(self._prior_statistics)
+        return {
+            "scalars": _text_column(json.dumps(scalars)),
+            "prompt_ids": ids,
+            "prompt_id_lengths": lengths,
+            "sums": self._sums[:, :size],
+            "keys": self._keys[:size],
+            **{f"visits.{name}": column for name, column in self._visits.columns().items()},
+            **_allocation_columns(self.allocations),
+        }
+
+    @classmethod
+    def from_columns(cls, config: RunConfig, columns: Mapping[str, npt.NDArray[Any]]) -> RunState:
+        """Return the state of ``columns()``."""
+        state = cls(config)
+        scalars = json.loads(columns["scalars"].tobytes())
+        prior = scalars.pop("_prior_statistics")
+        state.__dict__.update(scalars)
+        state._prior_statistics = PriorStatistics(**prior)
+        state.prompt_ids = decode_text(columns["prompt_ids"], columns["prompt_id_lengths"])
+        state._rows = dict(zip(state.prompt_ids, range(len(state.prompt_ids)), strict=True))
+        state._sums, state._keys = columns["sums"], columns["keys"]
+        state._visits = Visits.from_columns(
+            {
+                name.removeprefix("visits."): column
+                for name, column in columns.items()
+                if name.startswith("visits.")
+            }
+        )
+        state.allocations = _allocations_of(columns)
+        return state
+
     def sorted_prompts(self) -> list[tuple[str, int]]:
         """Return (prompt id, row) of every prompt with an outcome, in the order of ids."""
         if self._sorted is None:
@@ -372,3 +427,72 @@ def _deliver(allocation: OpenAllocation, outcomes: GroupOutcomes) -> Counted:
         effective_groups=int(np.count_nonzero(now_mixed & ~mixed)),
         effective_rollouts=int(allocation.delivered[now_mixed].sum()) - in_effective,
     )
+
+
+_SCALARS = (
+    "last_step",
+    "last_policy_version",
+    "known_prompts",
+    "total_rollouts",
+    "total_successes",
+    "ignored_rollouts",
+    "_token_sum",
+    "_token_rollouts",
+)
+_POSITION_COLUMNS = ("rows", "allocated", "delivered", "successes", "low", "high")
+
+
+def _slim(bound: IntArray) -> IntArray:
+    """Return the same numbers, in no memory if they are all equal."""
+    if bound.size and (bound == bound[0]).all():
+        return np.broadcast_to(bound[:1].copy(), bound.shape)
+    return bound
+
+
+def _allocation_columns(allocations: Mapping[str, OpenAllocation]) -> dict[str, npt.NDArray[Any]]:
+    each = list(allocations.values())
+    names, lengths = encode_text(list(allocations))
+    kinds = {"rows": np.int32, "low": np.float32, "high": np.float32}
+    columns: dict[str, npt.NDArray[Any]] = {
+        "allocations": names,
+        "allocation_lengths": lengths,
+        "allocation.size": np.array([a.rows.size for a in each], np.int64),
+        "allocation.step": np.array([a.step for a in each], np.int64),
+        "allocation.wave": np.array([a.wave for a in each], np.int64),
+        "allocation.budgets": _text_column(json.dumps([asdict(a.budget) for a in each])),
+        "allocation.minimum": _joined([a.bounds.minimum for a in each], np.int64),
+        "allocation.maximum": _joined([a.bounds.maximum for a in each], np.int64),
+    }
+    for name in _POSITION_COLUMNS:
+        dtype = kinds.get(name, np.int32)
+        columns[f"allocation.{name}"] = _joined([getattr(a, name) for a in each], dtype)
+    return columns
+
+
+def _allocations_of(columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, OpenAllocation]:
+    names = decode_text(columns["allocations"], columns["allocation_lengths"])
+    ends = np.cumsum(columns["allocation.size"])
+    cut = {
+        name: np.split(columns[f"allocation.{name}"], ends[:-1])
+        for name in ("minimum", "maximum", *_POSITION_COLUMNS)
+    }
+    budgets = json.loads(columns["allocation.budgets"].tobytes())
+    return {
+        name: OpenAllocation(
+            step=int(columns["allocation.step"][at]),
+            wave=int(columns["allocation.wave"][at]),
+            bounds=Bounds(_slim(cut["minimum"][at]), _slim(cut["maximum"][at])),
+            budget=Budget(**budgets[at]),
+            # Copies: a view would keep the columns of all of them in memory.
+            **{column: cut[column][at].copy() for column in _POSITION_COLUMNS},
+        )
+        for at, name in enumerate(names)
+    }
+
+
+def _joined(arrays: list[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
+
+
+def _text_column(text: str) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(text.encode(), np.uint8)

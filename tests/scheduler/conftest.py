@@ -108,10 +108,10 @@ async def service() -> AsyncIterator[SchedulerService]:
 class Scheduler:
     """A real ``knapsack-scheduler serve`` on free ports, with a stub to call it."""
 
-    def __init__(self, store: Path, *flags: str) -> None:
+    def __init__(self, store: str, log: Path, *flags: str) -> None:
         self._command = [sys.executable, "-m", "knapsack_scheduler.cli", "serve"]
-        self._command += ["--store", f"sqlite:///{store}", *flags]
-        self._log = store.with_suffix(".log")
+        self._command += ["--store", store, *flags]
+        self._log = log
         self.addresses: dict[str, str] = {}
         self.process: subprocess.Popen[str] | None = None
         self._channel: grpc.Channel | None = None
@@ -170,11 +170,12 @@ class Scheduler:
 
 @pytest.fixture
 def start_scheduler(tmp_path: Path) -> Iterator[Callable[..., Scheduler]]:
-    """A function that starts schedulers with some flags."""
+    """A function that starts schedulers with some flags, on a file or on a database's URL."""
     started: list[Scheduler] = []
 
     def start(*flags: str, store: str = "stats.db") -> Scheduler:
-        scheduler = Scheduler(tmp_path / store, *flags)
+        url = store if "://" in store else f"sqlite:///{tmp_path / store}"
+        scheduler = Scheduler(url, tmp_path / f"scheduler-{len(started)}.log", *flags)
         started.append(scheduler)
         scheduler.start()
         return scheduler

@@ -8,8 +8,9 @@ reports arrive, nor on how they were cut into parts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,32 @@ class Visits:
             self.rollouts = _resized(self.rollouts, capacity, 0)
             self.successes = _resized(self.successes, capacity, 0)
         self._size = max(self._size, rows)
+
+    def copy(self) -> Visits:
+        """Return windows that do not change with these."""
+        other = Visits()
+        other._size = self._size
+        for name in _COLUMNS:
+            setattr(other, name, getattr(self, name)[: self._size].copy())
+        return other
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what ``from_columns`` makes the same windows of: the filled slots."""
+        filled = self.rollouts[: self._size] > 0
+        packed = {name: getattr(self, name)[: self._size][filled] for name in _COLUMNS}
+        return {"filled": np.packbits(filled, axis=1), **packed}
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, npt.NDArray[Any]]) -> Visits:
+        """Return the windows of ``columns()``."""
+        filled = np.unpackbits(columns["filled"], axis=1, count=WINDOW).astype(bool)
+        visits = cls(filled.shape[0])
+        for name in _COLUMNS:
+            getattr(visits, name)[: filled.shape[0]][filled] = columns[name]
+        return visits
+
+
+_COLUMNS = ("step", "policy_version", "rollouts", "successes")
 
 
 def _resized(column: npt.NDArray[_Item], rows: int, fill: int) -> npt.NDArray[_Item]:
