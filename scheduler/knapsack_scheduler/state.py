@@ -312,7 +312,10 @@ class RunState:
         )
 
     def copy(self) -> RunState:
-        """Return a state that does not change with this one. Fast: it copies arrays only."""
+        """Return a state to take ``columns()`` of while this one goes on.
+
+        Fast: it copies arrays and shares the prompt ids. Nothing may be folded into it.
+        """
         other = RunState(self.config)
         other.__dict__.update(self.__dict__)
         # Ids, rows and tie keys of the prompts there are never change; what is appended

@@ -79,9 +79,10 @@ def plan_compaction(
     """
     good = usable(marks, outline)
     old = last_step - retention.horizon
-    floors = [mark for mark in good if mark.step <= old]
-    # The two newest are there for each other when one of them is damaged.
-    floors += [mark for mark in good[:-1] if last_seq - mark.seq >= retention.max_calls]
+    # Never the newest one: where it is damaged there must be another.
+    floors = [
+        mark for mark in good[:-1] if mark.step <= old or last_seq - mark.seq >= retention.max_calls
+    ]
     floor = max(floors, key=lambda mark: mark.seq, default=None)
     if floor is not None and floor.seq <= floor_seq:
         floor = None

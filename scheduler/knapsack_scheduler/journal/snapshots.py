@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy.typing as npt
 import sqlalchemy as sa
+from sqlalchemy.exc import DatabaseError
 
 from knapsack_scheduler.journal.columns import Columns, ColumnsDamaged, decode, encode
 from knapsack_scheduler.journal.journal import Journal
@@ -67,7 +68,13 @@ def read_snapshot(reading: Reading, mark: SnapshotMark) -> dict[str, npt.NDArray
         if count != mark.parts or digest.digest() != mark.checksum:
             raise ColumnsDamaged(f"the checksum of snapshot {mark.seq} is wrong")
 
-    return decode(checked())
+    try:
+        return decode(checked())
+    except DatabaseError as error:
+        if type(error) is not DatabaseError:
+            raise
+        # SQLite's word for a page of the file that makes no sense.
+        raise ColumnsDamaged(str(error.orig)) from error
 
 
 def write_snapshot(
