@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -311,41 +311,22 @@ class RunState:
             self._visits.successes[rows, 0].astype(np.int64),
         )
 
-    def copy(self) -> RunState:
-        """Return a state to take ``columns()`` of while this one goes on.
-
-        Fast: it copies arrays and shares the prompt ids. Nothing may be folded into it.
-        """
-        other = RunState(self.config)
-        other.__dict__.update(self.__dict__)
-        # Ids, rows and tie keys of the prompts there are never change; what is appended
-        # to them later lies behind the visits' length.
-        other._visits = self._visits.copy()
-        other._sums = self._sums[:, : len(self._visits)].copy()
-        other.allocations = {
-            name: replace(
-                each, **{column: getattr(each, column).copy() for column in _POSITION_COLUMNS}
-            )
-            for name, each in self.allocations.items()
-        }
-        return other
-
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Return all that there is to the state as columns, for ``from_columns``.
 
-        A field that is not in here, in ``Visits`` or ``_POSITION_COLUMNS`` is lost with
-        the process.
+        They do not change with the state. A field that is not in here, in ``Visits`` or
+        in ``_POSITION_COLUMNS`` is lost with the process.
         """
-        size = len(self._visits)
-        ids, lengths = encode_text(self.prompt_ids[:size])
+        size = len(self.prompt_ids)
+        ids, lengths = encode_text(self.prompt_ids)
         scalars = {name: getattr(self, name) for name in _SCALARS}
         scalars["_prior_statistics"] = asdict(self._prior_statistics)
         return {
             "scalars": _text_column(json.dumps(scalars)),
             "prompt_ids": ids,
             "prompt_id_lengths": lengths,
-            "sums": self._sums[:, :size],
-            "keys": self._keys[:size],
+            "sums": self._sums[:, :size].copy(),
+            "keys": self._keys[:size].copy(),
             **{f"visits.{name}": column for name, column in self._visits.columns().items()},
             **_allocation_columns(self.allocations),
         }

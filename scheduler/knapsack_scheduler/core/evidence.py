@@ -63,14 +63,6 @@ class Visits:
             self.successes = _resized(self.successes, capacity, 0)
         self._size = max(self._size, rows)
 
-    def copy(self) -> Visits:
-        """Return windows that do not change with these."""
-        other = Visits()
-        other._size = self._size
-        for name in _COLUMNS:
-            setattr(other, name, getattr(self, name)[: self._size].copy())
-        return other
-
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Return what ``from_columns`` makes the same windows of: the filled slots."""
         filled = self.rollouts[: self._size] > 0
