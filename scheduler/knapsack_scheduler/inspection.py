@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,12 @@ from google.protobuf.json_format import MessageToDict
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
-from knapsack_scheduler.errors import NotFound, SchedulerError
+from knapsack_scheduler.errors import ConfigError, NotFound, SchedulerError
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.records import Entry, RunRow
-from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.journal.runfile import read_run, write_run
+from knapsack_scheduler.journal.snapshots import checksum
+from knapsack_scheduler.journal.transaction import Reading
 from knapsack_scheduler.loaded import LoadedRun
 
 
@@ -62,6 +66,7 @@ def _check_run(journal: Journal, row: RunRow, report: StoreReport) -> None:
                 report.faults.append(
                     f"run {row.run_id!r}: its entries are not numbered without gap"
                 )
+            report.faults += [f"run {row.run_id!r}: {fault}" for fault in _snapshot_faults(reading)]
             state = LoadedRun.load(reading).state
             report.lines.append(
                 f"run {row.run_id!r}: {row.last_seq} entries, last step {state.last_step}, "
@@ -73,6 +78,67 @@ def _check_run(journal: Journal, row: RunRow, report: StoreReport) -> None:
         report.faults.append(
             f"run {row.run_id!r}: cannot be folded: {type(error).__name__}: {error}"
         )
+
+
+def _snapshot_faults(reading: Reading) -> list[str]:
+    """Return what is wrong with the snapshots: damaged, or other than the entries say."""
+    marks = reading.snapshots()
+    faults = [
+        f"its snapshot at entry {mark.seq} is damaged; an older one is used instead"
+        for mark in marks
+        if checksum(reading.run, mark, reading.snapshot_parts(mark)) != mark.checksum
+    ]
+    if faults or not marks:
+        return faults
+    newest = LoadedRun.load(reading).state.columns()
+    folded = LoadedRun.load(reading, from_oldest=True).state.columns()
+    wrong = [name for name in newest if not np.array_equal(newest[name], folded[name])]
+    if wrong:
+        faults.append(f"its newest snapshot is not what its entries come to: {', '.join(wrong)}")
+    return faults
+
+
+def write_run_file(url: str, run_id: str, to: Path) -> int:
+    """Write a run to a new file; returns its bytes.
+
+    Raises:
+        ConfigError: the store cannot be opened, or the file exists or cannot be written.
+        NotFound: no run of that name.
+    """
+    journal = Journal(url, read_only=True)
+    journal.open()
+    try:
+        with journal.reading(run_id) as reading, to.open("xb") as file:
+            try:
+                write_run(reading, file)
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                to.unlink()
+                raise
+    except OSError as error:
+        raise ConfigError(f"to = {str(to)!r}: cannot be written: {error.strerror}") from error
+    finally:
+        journal.close()
+    return to.stat().st_size
+
+
+def read_run_file(url: str, file: Path, run_id: str | None) -> RunRow:
+    """Store the run of a file; returns its row.
+
+    Raises:
+        ConfigError: the store cannot be opened, or the file is not a whole run.
+        AlreadyExists: there is a run of that name.
+    """
+    journal = Journal(url)
+    journal.open()
+    try:
+        with file.open("rb") as opened:
+            return read_run(journal, opened, run_id)
+    except OSError as error:
+        raise ConfigError(f"from = {str(file)!r}: cannot be read: {error.strerror}") from error
+    finally:
+        journal.close()
 
 
 def export_run(url: str, run_id: str, what: str) -> Iterator[dict[str, Any]]:
@@ -89,8 +155,8 @@ def export_run(url: str, run_id: str, what: str) -> Iterator[dict[str, Any]]:
             raise NotFound(f"run {run_id!r} does not exist")
         with journal.reading(run_id) as reading:
             if what == "journal":
-                for entry in reading.tail(0):
-                    yield _plain(entry)
+                for outline in reading.outline():
+                    yield _plain(reading.entry(outline.seq))
                 return
             run = LoadedRun.load(reading)
             known = run.state.sorted_prompts()
@@ -123,11 +189,13 @@ _MESSAGES: dict[str, tuple[Any, Any]] = {
 def _plain(entry: Entry) -> dict[str, Any]:
     line: dict[str, Any] = {"seq": entry.seq, "kind": entry.kind}
     if entry.kind == "import":
-        parts = wire.imported_of(entry.payload, Limits()).parts
-        line["rollouts"] = sum(part.rewards.rewards.size for part in parts)
-        line["prompts"] = sum(len(part.prompt_ids) for part in parts)
+        # Compaction leaves of it what was answered.
+        answer = pb.ImportOutcomesResponse.FromString(entry.answer)
+        line["rollouts"], line["prompts"] = answer.imported_rollouts, answer.imported_prompts
         return line
-    request, answer = _MESSAGES[entry.kind]
-    for name, kind, data in (("request", request, entry.payload), ("answer", answer, entry.answer)):
+    pair = zip(
+        ("request", "answer"), _MESSAGES[entry.kind], (entry.payload, entry.answer), strict=True
+    )
+    for name, kind, data in pair:
         line[name] = MessageToDict(kind.FromString(data), preserving_proto_field_name=True)
     return line

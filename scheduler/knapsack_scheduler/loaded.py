@@ -53,12 +53,15 @@ class LoadedRun:
         self._floor = row.floor_seq
 
     @classmethod
-    def load(cls, reading: Reading, rewound_to: int | None = None) -> LoadedRun:
+    def load(
+        cls, reading: Reading, rewound_to: int | None = None, *, from_oldest: bool = False
+    ) -> LoadedRun:
         """Return a run level with what is read, without what its rewinds forget.
 
         Args:
             reading: of the run.
             rewound_to: step of a rewind that is about to be appended.
+            from_oldest: fold as much as there is, to compare it with the newest snapshot.
 
         Raises:
             FailedPrecondition: the journal does not go back to ``rewound_to``.
@@ -67,7 +70,7 @@ class LoadedRun:
         run = cls(reading.run)
         outline = reading.outline()
         kept = _kept(outline, rewound_to)
-        run._restore(reading, outline, rewound_to)
+        run._restore(reading, outline, rewound_to, from_oldest)
         for each in outline:
             if each.seq > run.seq:
                 break
@@ -82,8 +85,12 @@ class LoadedRun:
         run._drop_compacted_allocations()
         return run
 
-    def _restore(self, reading: Reading, outline: list[Outline], rewound_to: int | None) -> None:
+    def _restore(
+        self, reading: Reading, outline: list[Outline], rewound_to: int | None, from_oldest: bool
+    ) -> None:
         marks = usable(reading.snapshots(), outline, rewound_to)
+        if from_oldest:
+            marks = marks[:1] if self.row.floor_seq else []
         for mark in reversed(marks):
             try:
                 columns = read_snapshot(reading, mark)
@@ -112,7 +119,12 @@ class LoadedRun:
 
     def catch_up(self, reading: Reading) -> bool:
         """Fold what was appended since; false if that takes a fold of the whole anew."""
-        self.row = reading.run
+        before, self.row = self.row, reading.run
+        same = (before.run_key, before.identity) == (self.row.run_key, self.row.identity)
+        if not same or self.row.last_seq < self.seq:
+            # Deleted and made anew, or the store was brought back from a backup.
+            self.intact = False
+            return False
         if self.row.snapshot_seq > self._seen_snapshot:
             # Another process made one.
             self.snapshot_made(self.row.snapshot_seq)

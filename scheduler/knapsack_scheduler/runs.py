@@ -248,8 +248,6 @@ class Runs:
         run = self._loaded.pop(run_id, None)
         try:
             with self._journal.reading(run_id) as reading:
-                if run and run.row.identity != reading.run.identity:
-                    run = None
                 if run is None or not run.catch_up(reading):
                     run = LoadedRun.load(reading)
                 return work(run, reading)
@@ -267,7 +265,7 @@ class Runs:
             run = self._load(run_id)
         try:
             with self._journal.writing(run_id) as writing:
-                if run.row.identity != writing.run.identity or not run.catch_up(writing):
+                if not run.catch_up(writing):
                     raise _Behind
                 answer = work(run, writing)
         except (*_REFUSALS, StoreUnavailable):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
+from knapsack_scheduler.cli import main
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.service import SchedulerService
 
@@ -103,6 +105,28 @@ async def service() -> AsyncIterator[SchedulerService]:
     """A service on a database in memory, which creates runs as they are used."""
     async with open_service("sqlite://") as opened:
         yield opened
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a command."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command(capsys) -> Callable[..., Done]:
+    """A function that runs a command in this process."""
+
+    def run(*arguments: object) -> Done:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return Done(ended.value.code, shown.out, shown.err)
+
+    return run
 
 
 class Scheduler:

@@ -93,6 +93,9 @@ class Journal:
                 with self._one:
                     migrate(self._engine)
                     current, newest = revisions(self._engine)
+                    # A database that can only be read is found out now, not by a trainer.
+                    with self._engine.begin() as connection:
+                        connection.execute(sa.update(runs).where(sa.false()).values(last_seq=0))
         except (SQLAlchemyError, OSError, CommandError) as error:
             self.close()
             raise ConfigError(
