@@ -38,7 +38,14 @@ from knapsack_scheduler.journal.store import (
     safe_url,
     sqlite_file,
 )
-from knapsack_scheduler.journal.transaction import RUN, Reading, Writing, columns_of
+from knapsack_scheduler.journal.transaction import (
+    RUN,
+    RUN_HELD,
+    RUN_OF_NAME,
+    Reading,
+    Writing,
+    columns_of,
+)
 
 
 class Journal:
@@ -206,7 +213,7 @@ class Journal:
     def find_run(self, run_id: str) -> RunRow | None:
         """Return the run of that name, or None."""
         with self._view() as connection:
-            row = connection.execute(RUN.where(runs.c.run_id == run_id)).first()
+            row = connection.execute(RUN_OF_NAME, {"name": run_id}).first()
         return RunRow(*row) if row else None
 
     def list_runs(self, after: str, count: int) -> list[RunRow]:
@@ -225,7 +232,7 @@ class Journal:
             only_new: do nothing unless the run has this identity and no entry.
         """
         with self.transaction() as connection:
-            row = connection.execute(RUN.where(runs.c.run_id == run_id).with_for_update()).first()
+            row = connection.execute(RUN_HELD, {"name": run_id}).first()
             if row is None:
                 raise RunNotFound(f"run {run_id!r} does not exist")
             run = RunRow(*row)
@@ -243,7 +250,7 @@ class Journal:
             StoreUnavailable: nothing was stored.
         """
         with self.transaction() as connection:
-            row = connection.execute(RUN.where(runs.c.run_id == run_id).with_for_update()).first()
+            row = connection.execute(RUN_HELD, {"name": run_id}).first()
             if row is None:
                 raise RunNotFound(f"run {run_id!r} does not exist")
             writing = Writing(connection, RunRow(*row))
@@ -258,7 +265,7 @@ class Journal:
             RunNotFound: no run of that name.
         """
         with self._view() as connection:
-            row = connection.execute(RUN.where(runs.c.run_id == run_id)).first()
+            row = connection.execute(RUN_OF_NAME, {"name": run_id}).first()
             if row is None:
                 raise RunNotFound(f"run {run_id!r} does not exist")
             yield Reading(connection, RunRow(*row))

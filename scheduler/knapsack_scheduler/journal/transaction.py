@@ -109,13 +109,13 @@ class Writing(Reading):
         """Move the run's newest number; called by ``Journal.writing``."""
         if self.appended:
             self._connection.execute(
-                sa.update(runs)
-                .where(runs.c.run_key == self.run.run_key)
-                .values(
-                    last_seq=self.run_after.last_seq,
-                    branch=self.run_after.branch,
-                    update_time=self.run_after.update_time,
-                )
+                _MOVE_RUN,
+                {
+                    "of_run": self.run.run_key,
+                    "last_seq": self.run_after.last_seq,
+                    "branch": self.run_after.branch,
+                    "update_time": self.run_after.update_time,
+                },
             )
 
 
@@ -124,8 +124,16 @@ def columns_of(record: Entry | RunRow | SnapshotMark) -> dict[str, object]:
     return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
+# Statements of every call are built once: building one takes as long as running it.
 RUN = sa.select(*[runs.c[field.name] for field in fields(RunRow)])
+RUN_OF_NAME = RUN.where(runs.c.run_id == sa.bindparam("name"))
+RUN_HELD = RUN_OF_NAME.with_for_update()
 _INSERT_ENTRY = sa.insert(entries)
+_MOVE_RUN = (
+    sa.update(runs)
+    .where(runs.c.run_key == sa.bindparam("of_run"))
+    .values({name: sa.bindparam(name) for name in ("last_seq", "branch", "update_time")})
+)
 _ENTRY = sa.select(*[entries.c[field.name] for field in fields(Entry)])
 _OUTLINE = sa.select(*[entries.c[field.name] for field in fields(Outline)])
 _SNAPSHOT = sa.select(*[snapshots.c[field.name] for field in fields(SnapshotMark)])
