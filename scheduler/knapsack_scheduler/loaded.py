@@ -12,7 +12,7 @@ import logging
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
 from knapsack_scheduler.errors import AlreadyExists, FailedPrecondition, StoreUnavailable
-from knapsack_scheduler.facts import ALWAYS
+from knapsack_scheduler.facts import ALWAYS, Fact
 from knapsack_scheduler.journal.columns import ColumnsDamaged
 from knapsack_scheduler.journal.records import ALWAYS_KEPT, Entry, Outline, RunRow
 from knapsack_scheduler.journal.snapshots import read_snapshot, usable
@@ -35,6 +35,8 @@ class LoadedRun:
         intact: false while the state is being changed: if that fails, it is no state.
         snapshot_seq: number of the newest entry in the newest snapshot that can be used.
         tail_bytes: of the entries folded after it.
+        decided: what the entry about to be appended says, where its maker knows; it is
+            then not read from the entry again.
     """
 
     def __init__(self, row: RunRow) -> None:
@@ -42,6 +44,7 @@ class LoadedRun:
         self.state = RunState(wire.parse_config(pb.RunConfig.FromString(row.config)))
         self.seq = 0
         self.intact = True
+        self.decided: Fact | None = None
         self.snapshot_seq = 0
         self.tail_bytes = 0
         self._seen_snapshot = row.snapshot_seq
@@ -155,7 +158,8 @@ class LoadedRun:
         self.intact = False
         counted = Counted()
         if entry.kind != "rewind":
-            counted = self.state.fold(wire.fact_of(entry, self.state))
+            counted = self.state.fold(self.decided or wire.fact_of(entry, self.state))
+        self.decided = None
         self._take_id(entry, True)
         self.seq = entry.seq
         self.tail_bytes += len(entry.payload) + len(entry.answer)
