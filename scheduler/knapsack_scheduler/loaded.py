@@ -15,7 +15,7 @@ from knapsack_scheduler.errors import AlreadyExists, FailedPrecondition, StoreUn
 from knapsack_scheduler.facts import ALWAYS, Fact
 from knapsack_scheduler.journal.columns import ColumnsDamaged
 from knapsack_scheduler.journal.records import ALWAYS_KEPT, Entry, Outline, RunRow
-from knapsack_scheduler.journal.snapshots import read_snapshot, usable
+from knapsack_scheduler.journal.snapshots import limits_after, read_snapshot, usable
 from knapsack_scheduler.journal.transaction import Reading
 from knapsack_scheduler.state import Counted, RunState
 
@@ -78,6 +78,11 @@ class LoadedRun:
             if each.seq > run.seq:
                 break
             run._take_id(each, kept[each.seq])
+        if run.seq == 0:
+            # No snapshot, or a rewind to before all steps: what it leaves are imports.
+            for each in outline:
+                if each.kind == "import" and each.seq <= run.row.floor_seq:
+                    run.applied(reading.entry(each.seq))
         for entry in reading.tail(run.seq):
             if entry.kind == "rewind" or kept[entry.seq]:
                 run.applied(entry)
@@ -108,12 +113,13 @@ class LoadedRun:
                 continue
             self.seq = self.snapshot_seq = mark.seq
             return
-        if self.row.floor_seq == 0:
+        if self.row.floor_seq == 0 or limits_after(outline, rewound_to)(self.row.floor_seq) < 0:
             return
         if rewound_to is not None:
             raise FailedPrecondition(
                 f"step = {rewound_to}: run {self.row.run_id!r} can be rewound to step "
-                f"{max(self.row.floor_step, 0)} or a later one; what came before is compacted"
+                f"{max(self.row.floor_step, 0)} or a later one, or to -1, which begins anew; "
+                "the steps before are compacted"
             )
         raise StoreUnavailable(
             f"run {self.row.run_id!r}: none of its snapshots can be read, and its journal begins "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from knapsack_scheduler.service import SchedulerService
 from knapsack_scheduler.state import RunState
 
 NEVER = 10**9
+KEPT_ALWAYS = ("rewind_run", "import_outcomes")
 
 
 def differences(a: object, b: object, path: str = "state") -> list[str]:
@@ -165,6 +167,11 @@ def test_large_columns_are_cut_into_parts() -> None:
             decode(wrong)
 
 
+async def _stream(messages: list[Any]) -> AsyncIterator[Any]:
+    for message in messages:
+        yield message
+
+
 class Twins:
     """The same calls to a run that is compacted as soon as may be and to one that never is."""
 
@@ -186,7 +193,8 @@ class Twins:
         answers = []
         for service in self.services:
             try:
-                answer = await getattr(service, method)(request)
+                asked = _stream(request) if method == "import_outcomes" else request
+                answer = await getattr(service, method)(asked)
                 if isinstance(answer, pb.Run):
                     answer.ClearField("create_time")
                 answers.append(answer)
@@ -263,9 +271,26 @@ class Twins:
         self.made = [call for call in self.made if call[2] <= step]
         self.step = max(step, 0)
 
+    async def anew(self) -> None:
+        """Go back to before all steps."""
+        known = self.recent()
+        request = pb.RewindRunRequest(run_id="run", step=-1, request_id=self.next_id())
+        await self.call("rewind_run", request, -1)
+        self.open, self.lost = {}, dict.fromkeys(known, -1)
+        self.made = [call for call in self.made if call[2] < 0]
+        self.step = self.peak = 0
+
+    async def earlier(self, first: int) -> None:
+        """Import outcomes of an earlier run, which no rewind forgets."""
+        message = pb.ImportOutcomesRequest(
+            run_id="run", request_id=self.next_id(), prompt_ids=[f"p{first}"], num_rewards=[2],
+            rewards=[0.0, float(first % 3)], step=first,
+        )  # fmt: skip
+        await self.call("import_outcomes", [message], -1)
+
     async def repeat(self, back: int) -> None:
         """Make a call again."""
-        known = [call for call in self.made if call[2] > self.peak - self.horizon]
+        known = [c for c in self.made if c[2] > self.peak - self.horizon or c[0] in KEPT_ALWAYS]
         if known:
             await self.call(*known[-1 - back % len(known)])
 
@@ -298,6 +323,8 @@ OPERATIONS = st.lists(
         st.tuples(st.just("rewind"), st.integers(0, 3)),
         st.tuples(st.just("repeat"), st.integers(0, 9)),
         st.tuples(st.just("restart")),
+        st.tuples(st.just("anew")),
+        st.tuples(st.just("earlier"), st.integers(0, 6)),
     ),
     min_size=5,
     max_size=40,
@@ -444,6 +471,10 @@ async def test_what_is_compacted_is_refused_and_not_counted_again(compacted: str
         assert await service.get_run(pb.GetRunRequest(run_id="run")) == run
         back = await service.rewind_run(calls.rewind(row.floor_step))
         assert (back.last_step, back.rewinds) == (row.floor_step, 1)
+        # Anew: from the first step on, whose reports are taken again.
+        anew = await service.rewind_run(calls.rewind(-1))
+        assert (anew.last_step, anew.total_rollouts) == (-1, 0)
+        assert (await service.report(repeated)).accepted_rollouts == 1
 
 
 def damage(url: str, which: str) -> None:

@@ -2,10 +2,10 @@
 
 Kept are the two newest snapshots, the oldest one of every quarter of the horizon, and
 the floor: the newest one that is at least the horizon behind. What came before the floor
-is deleted, but for the ids of imports and rewinds. So a rewind within the horizon finds a
-snapshot at most a quarter of it away, and disk and memory hold the calls of one and a
-quarter horizons, at most one and a quarter ``max_calls``, and of what comes between two
-snapshots.
+is deleted, but for imports, which no rewind forgets, and rewinds. So a rewind within the
+horizon finds a snapshot at most a quarter of it away, and disk and memory hold the calls
+of one and a quarter horizons, at most one and a quarter ``max_calls``, and of what comes
+between two snapshots.
 """
 
 from __future__ import annotations
@@ -192,10 +192,9 @@ def _drop_leftovers(journal: Journal, run_key: int, stop: Callable[[], bool]) ->
 
 
 def _drop_entries(journal: Journal, run_key: int, floor_seq: int, stop: Callable[[], bool]) -> None:
-    """Delete the entries up to the floor; of imports the payload only."""
+    """Delete the entries up to the floor, those apart that are always kept."""
     compacted = (entries.c.run_key == run_key) & (entries.c.seq <= floor_seq)
     forgotten = compacted & entries.c.kind.not_in(ALWAYS_KEPT)
-    emptied = compacted & (entries.c.kind == "import") & (sa.func.length(entries.c.payload) > 0)
     while not stop():
         with journal.transaction() as connection:
             batch = (
@@ -206,7 +205,6 @@ def _drop_entries(journal: Journal, run_key: int, floor_seq: int, stop: Callable
                 .all()
             )
             if not batch:
-                connection.execute(sa.update(entries).where(emptied).values(payload=b""))
                 return
             connection.execute(sa.delete(entries).where(forgotten, entries.c.seq <= batch[-1]))
         time.sleep(_BREATH)

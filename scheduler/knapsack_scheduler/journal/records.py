@@ -22,8 +22,8 @@ class RunRow:
         snapshot_seq: of its newest snapshot; 0 if it has none.
         snapshot_size: bytes of that snapshot.
         floor_seq: entries up to this number have been compacted into snapshots. Only
-            imports, without their payload, and rewinds are left of them.
-        floor_step: oldest step that a rewind may still name; -1 for any.
+            imports and rewinds are left of them.
+        floor_step: oldest step that a rewind may still name, -1 apart, which begins anew.
         closed_step: reports of rollouts that the scheduler did not allocate are refused
             up to this step, because a repeated one could not be told any more.
     """
@@ -100,4 +100,4 @@ class SnapshotMark:
 
 
 ALWAYS_KEPT = ("import", "rewind")
-"""Kinds of entries of which compaction leaves a trace: their ids stay recognised."""
+"""Kinds of entries that compaction leaves: no rewind forgets what they did."""

@@ -96,11 +96,12 @@ class Writing(Reading):
         run = self.run_after
         numbered = replace(entry, seq=run.last_seq + 1, branch=run.branch)
         self._connection.execute(_INSERT_ENTRY, {"run_key": run.run_key, **columns_of(numbered)})
-        rewound = int(entry.kind == "rewind")
+        rewound = entry.kind == "rewind"
         self.run_after = replace(
             run,
             last_seq=numbered.seq,
-            branch=run.branch + rewound,
+            branch=run.branch + int(rewound),
+            closed_step=min(run.closed_step, entry.step) if rewound else run.closed_step,
             update_time=max(time.time_ns(), run.update_time),
         )
         self.appended.append(numbered)
@@ -114,6 +115,7 @@ class Writing(Reading):
                     "of_run": self.run.run_key,
                     "last_seq": self.run_after.last_seq,
                     "branch": self.run_after.branch,
+                    "closed_step": self.run_after.closed_step,
                     "update_time": self.run_after.update_time,
                 },
             )
@@ -129,10 +131,11 @@ RUN = sa.select(*[runs.c[field.name] for field in fields(RunRow)])
 RUN_OF_NAME = RUN.where(runs.c.run_id == sa.bindparam("name"))
 RUN_HELD = RUN_OF_NAME.with_for_update()
 _INSERT_ENTRY = sa.insert(entries)
+_MOVED = ("last_seq", "branch", "closed_step", "update_time")
 _MOVE_RUN = (
     sa.update(runs)
     .where(runs.c.run_key == sa.bindparam("of_run"))
-    .values({name: sa.bindparam(name) for name in ("last_seq", "branch", "update_time")})
+    .values({name: sa.bindparam(name) for name in _MOVED})
 )
 _ENTRY = sa.select(*[entries.c[field.name] for field in fields(Entry)])
 _OUTLINE = sa.select(*[entries.c[field.name] for field in fields(Outline)])
