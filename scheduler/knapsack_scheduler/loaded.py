@@ -245,7 +245,11 @@ def _kept(outline: list[Outline], rewound_to: int | None) -> dict[int, bool]:
     limit = 2**63 if rewound_to is None else rewound_to
     kept = {}
     for entry in reversed(outline):
-        kept[entry.seq] = entry.step == ALWAYS or entry.step <= limit
+        if entry.step == ALWAYS:
+            # Where all begins anew, so does the count of ignored rollouts.
+            kept[entry.seq] = entry.kind == "import" or limit >= 0
+        else:
+            kept[entry.seq] = entry.step <= limit
         if entry.kind == "rewind":
             limit = min(limit, entry.step)
     return kept

@@ -52,7 +52,8 @@ def usable(
 ) -> list[SnapshotMark]:
     """Return the snapshots of which no rewind forgets a part, oldest first."""
     limit = limits_after(outline, rewound_to)
-    return [mark for mark in marks if mark.step <= limit(mark.seq)]
+    # What begins anew begins with imports, not with a snapshot.
+    return [mark for mark in marks if mark.step <= limit(mark.seq) >= 0]
 
 
 def read_snapshot(reading: Reading, mark: SnapshotMark) -> dict[str, npt.NDArray[Any]]:
