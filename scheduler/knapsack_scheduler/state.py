@@ -8,7 +8,7 @@ folds the journal anew without what it forgets; nothing is ever taken back.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import repeat
 from typing import Any
@@ -409,20 +409,23 @@ class RunState:
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Return all that there is to the state as columns, for ``from_columns``.
 
-        They do not change with the state. A field that is not in here, in ``Visits`` or
-        in ``_POSITION_COLUMNS`` is lost with the process.
+        A field that is not in here, in ``Visits`` or in ``_POSITION_COLUMNS`` is lost
+        with the process.
         """
-        size = len(self.prompt_ids)
-        ids, lengths = encode_text(self.prompt_ids)
+        return self.frozen()()
+
+    def frozen(self) -> Callable[[], dict[str, npt.NDArray[Any]]]:
+        """Return a function that makes ``columns()`` of the state as it is now, later on.
+
+        What changes is copied here; what is only ever appended to is read there.
+        """
+        size, ids, keys = len(self.prompt_ids), self.prompt_ids, self._keys
         scalars = {name: getattr(self, name) for name in _SCALARS}
         scalars["_prior_statistics"] = asdict(self._prior_statistics)
         scalars["levels_kept"] = self.reward_levels.kept
-        return {
+        copied = {
             "scalars": _text_column(json.dumps(scalars)),
-            "prompt_ids": ids,
-            "prompt_id_lengths": lengths,
             "sums": self._sums[:, :size].copy(),
-            "keys": self._keys[:size].copy(),
             "levels.values": self.reward_levels.values,
             "levels.rollouts": self.reward_levels.rollouts,
             **{
@@ -432,6 +435,13 @@ class RunState:
             **{f"visits.{name}": column for name, column in self._visits.columns().items()},
             **_allocation_columns(self.allocations),
         }
+
+        def columns() -> dict[str, npt.NDArray[Any]]:
+            data, lengths = encode_text(ids[:size])
+            named = {"prompt_ids": data, "prompt_id_lengths": lengths, "keys": keys[:size]}
+            return {**copied, **named}
+
+        return columns
 
     @classmethod
     def from_columns(cls, config: RunConfig, columns: Mapping[str, npt.NDArray[Any]]) -> RunState:

@@ -112,8 +112,8 @@ async def test_a_state_from_columns_is_the_state(calls) -> None:
     async with open_service("sqlite://") as service:
         await lived(service, calls, 7)
         state = loaded(service).state
-        columns = state.columns()
-        again = RunState.from_columns(state.config, decode(encode(columns)))
+        frozen = state.frozen()
+        again = RunState.from_columns(state.config, decode(encode(frozen())))
         assert differences(trimmed(state), trimmed(again)) == []
         # None is as it is in a new run, where its loss would not be seen.
         fresh = RunState(state.config)
@@ -123,10 +123,10 @@ async def test_a_state_from_columns_is_the_state(calls) -> None:
             if not differences(getattr(fresh, name), getattr(again, name))
         ]
         assert same == ["config", "discounts", "_looked_up", "_sorted"]
-        # The columns do not change with the state.
+        # What is frozen does not change with the state.
         await lived(service, calls, 9)
         await service.report(calls.own_report(["prompt-1-é", "new"], [[1.0], [0.0]], 20))
-        late = RunState.from_columns(state.config, decode(encode(columns)))
+        late = RunState.from_columns(state.config, decode(encode(frozen())))
         assert differences(trimmed(late), trimmed(again)) == []
         assert differences(trimmed(state), trimmed(again)) != []
 

@@ -71,8 +71,13 @@ class Visits:
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Return what ``from_columns`` makes the same windows of: the filled slots."""
         filled = self.rollouts[: self._size] > 0
-        kept = [name for name in _COLUMNS if getattr(self, name) is not None]
-        packed = {name: getattr(self, name)[: self._size][filled] for name in kept}
+        at = np.flatnonzero(filled)
+        packed = {}
+        for name in _COLUMNS:
+            column = getattr(self, name)
+            if column is not None:
+                slots = column[: self._size].reshape(-1, *column.shape[2:])
+                packed[name] = slots.take(at, axis=0)
         return {"filled": np.packbits(filled, axis=1), **packed}
 
     @classmethod
