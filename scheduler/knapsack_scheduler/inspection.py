@@ -92,7 +92,12 @@ def _snapshot_faults(reading: Reading) -> list[str]:
         return faults
     newest = LoadedRun.load(reading).state.columns()
     folded = LoadedRun.load(reading, from_oldest=True).state.columns()
-    wrong = [name for name in newest if newest[name].tobytes() != folded[name].tobytes()]
+    wrong = [
+        name
+        for name in newest
+        # Which says the same however much more it remembers.
+        if not name.startswith("revisited.") and newest[name].tobytes() != folded[name].tobytes()
+    ]
     if wrong:
         faults.append(f"its newest snapshot is not what its entries come to: {', '.join(wrong)}")
     return faults
