@@ -105,9 +105,10 @@ class LoadedRun:
                 self.state = RunState.from_columns(self.state.config, columns)
             except (ColumnsDamaged, ValueError, KeyError, TypeError) as error:
                 _LOG.error(
-                    "run %r: snapshot %d cannot be used, an older one is: %s",
+                    "run %r: snapshot %d cannot be used, an older one is: %s: %s",
                     self.row.run_id,
                     mark.seq,
+                    type(error).__name__,
                     error,
                 )
                 continue
