@@ -41,6 +41,8 @@ check: $(VENV)/.check proto-check
 bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/bench_solver.py
 	$(BIN)/python tests/benchmarks/bench_service.py
+	$(BIN)/python tests/benchmarks/bench_report.py
+	$(BIN)/python tests/benchmarks/bench_startup.py
 	$(BIN)/python tests/benchmarks/bench_event_loop.py
 
 proto: $(PROTO_VENV)/.ready
