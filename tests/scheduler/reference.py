@@ -30,7 +30,7 @@ class Call:
     budget: int = 0
     version: int = 0
     rewards: list[tuple[int, float]] = field(default_factory=list)
-    ignored: int = 0
+    ignored: bool = False
     forgotten: bool = False
 
 
@@ -93,7 +93,7 @@ class ReferenceRun:
             "total_rollouts": len(all_outcomes),
             "total_successes": sum(success for _, _, success in all_outcomes),
             "rewinds": len(self.kept("rewind")),
-            "ignored_rollouts": sum(c.ignored for c in self.kept("report")),
+            "ignored_rollouts": sum(len(c.rewards) for c in self.kept("report") if c.ignored),
         }
 
     def statistics(self) -> dict[str, tuple[int, int, int, int, float, float]]:

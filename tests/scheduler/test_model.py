@@ -190,10 +190,10 @@ class Machine(RuleBasedStateMachine):
         rewards = list(zip(owners, request.rewards, strict=True))
         run = self.runs.get(run_id)
         name = request.allocation_id
-        prompts, step, ignored = list(request.prompt_ids), float(request.step), 0
+        prompts, step, ignored = list(request.prompt_ids), float(request.step), False
         if name:
             if (run_id, name) in self.forgotten_allocations:
-                step, ignored = float("-inf"), len(rewards)
+                step, ignored = float("-inf"), True
             elif run is None or not any(c.allocation == name for c in run.kept("allocate")):
                 assert answer == "NOT_FOUND"
                 return
@@ -213,7 +213,8 @@ class Machine(RuleBasedStateMachine):
             assert answer == pb.ReportResponse(ignored_rollouts=len(rewards))
             return
         assert answer == pb.ReportResponse(
-            accepted_rollouts=len(rewards) - ignored, ignored_rollouts=ignored
+            accepted_rollouts=0 if ignored else len(rewards),
+            ignored_rollouts=len(rewards) if ignored else 0,
         )
         self.run(run_id).calls.append(
             Call(
@@ -368,7 +369,7 @@ class Machine(RuleBasedStateMachine):
                 prompt_ids=PROMPTS,
                 num_rewards=[len(g) for g in groups],
                 rewards=[r for g in groups for r in g],
-            )  # fmt: skip
+            )
             for step, groups in parts
         ]
         self.call("import", run_id, messages)
