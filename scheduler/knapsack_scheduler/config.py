@@ -68,6 +68,14 @@ class Settings(BaseSettings):
     max_concurrent_calls: int = Field(
         Limits().concurrent_calls, gt=0, description="calls served at once"
     )
+    max_connections: int = Field(
+        Limits().connections, gt=0, description="open connections of the API"
+    )
+    max_inflight_bytes: int = Field(
+        Limits().inflight_bytes,
+        ge=Limits().message_bytes,
+        description="bytes of requests and answers in memory at once",
+    )
     drain_seconds: float = Field(
         10.0, ge=0, description="how long calls under way may take to end after SIGTERM"
     )

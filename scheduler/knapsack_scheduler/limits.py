@@ -19,6 +19,13 @@ class Limits:
         import_bytes: bytes of one import.
         message_bytes: bytes of one message.
         concurrent_calls: calls served at once.
+        inflight_bytes: bytes of requests and answers in memory at once.
+        imports: streams of outcomes received at once.
+        large_bytes: a call with more bytes than this waits for its turn among large calls.
+        large_calls: large calls worked on at once; fewer than there are worker threads, so
+            that small calls never wait for large ones.
+        connections: open connections of the API.
+        transfer_seconds: within which a message must arrive, or be taken.
     """
 
     prompts: int = 200_000
@@ -30,3 +37,9 @@ class Limits:
     import_bytes: int = 256 * 2**20
     message_bytes: int = 64 * 2**20
     concurrent_calls: int = 1024
+    inflight_bytes: int = 512 * 2**20
+    imports: int = 4
+    large_bytes: int = 2**20
+    large_calls: int = 2
+    connections: int = 4096
+    transfer_seconds: float = 30.0

@@ -1,137 +1,295 @@
-"""The service as gRPC: one method per call, and the one place where errors become status."""
+"""The service as gRPC: the calls, and the one place where errors become status.
+
+Every method takes raw bytes as they come: a call is authenticated before its message is
+read, the message is read when there is room for it, and what cannot be parsed is the
+caller's fault and not an internal error.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeAlias, TypeVar
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError, Message
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
-from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
-from knapsack_scheduler.errors import SchedulerError
-from knapsack_scheduler.events import CallHandled, Events
-from knapsack_scheduler.service import SchedulerService
+from knapsack_scheduler.admission import PATIENCE_SECONDS, Admission, Ticket
+from knapsack_scheduler.errors import InvalidArgument, SchedulerError
+from knapsack_scheduler.events import CallBegun, CallHandled
+from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.logs import REQUEST_ID
+from knapsack_scheduler.pages import page_size
+from knapsack_scheduler.security import EVERYBODY, Caller, TokenGuard
+from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
 
 _LOG = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Guard = Callable[[Any, Context], None]
+SERVICE = pb.DESCRIPTOR.services_by_name["BudgetScheduler"]
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_PROMPT_BYTES = 4 * 1024 + 80
+_RUN_BYTES = 2048
 
 
-class SchedulerServicer(rpc.BudgetSchedulerServicer):
-    """Hands calls to the service; ``guard`` refuses those without a right to them."""
+class SchedulerServicer:
+    """Hands calls to the service.
 
-    def __init__(self, service: SchedulerService, guard: Guard | None = None) -> None:
+    Args:
+        service: what answers.
+        limits: of the server.
+        guard: refuses those without a right to their calls; None for no tokens.
+    """
+
+    def __init__(
+        self, service: SchedulerService, limits: Limits, guard: TokenGuard | None = None
+    ) -> None:
         self._service = service
-        self._events = service.events
+        self._limits = limits
         self._guard = guard
+        self._calls = Admission(limits.inflight_bytes)
+        # Of their own, so that a stream that trickles takes no room from other calls.
+        self._imports = Admission(limits.import_bytes + limits.imports * limits.message_bytes)
+        self._large = asyncio.Semaphore(limits.large_calls)
+        self._work: set[asyncio.Task[Message]] = set()
 
-    async def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.Run:
-        """Answer CreateRun."""
-        return await self._call("CreateRun", request, context, self._service.create_run)
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve the contract's methods on a server."""
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        for method in SERVICE.methods:
+            # On the wire a unary call is a stream of one message. Only what is received
+            # and sent message by message can be kept within bounds.
+            handlers[method.name] = grpc.stream_stream_rpc_method_handler(
+                self._handler(method.name)
+            )
+        generic = grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
+        server.add_generic_rpc_handlers((generic,))
 
-    async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.Run:
-        """Answer GetRun."""
-        return await self._call("GetRun", request, context, self._service.get_run)
+    async def settled(self) -> None:
+        """Wait for work whose callers have gone."""
+        while self._work:
+            await asyncio.wait(self._work)
 
-    async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
-        """Answer ListRuns."""
-        return await self._call("ListRuns", request, context, self._service.list_runs)
+    def _handler(self, method: str) -> Callable[[Any, Any], Any]:
+        if method == "ImportOutcomes":
+            kind: Any = None
+        else:
+            kind = _REQUESTS[method]
 
-    async def DeleteRun(self, request: pb.DeleteRunRequest, context: Any) -> pb.DeleteRunResponse:
-        """Answer DeleteRun."""
-        return await self._call("DeleteRun", request, context, self._service.delete_run)
+        async def handle(_messages: object, context: Any) -> None:
+            call = _Call(method, context, self._service)
+            try:
+                caller = call.caller(self._guard)
+                if kind is None:
+                    await self._import(call, caller)
+                else:
+                    await self._unary(call, caller, kind)
+                call.code = "OK"
+            except SchedulerError as error:
+                call.code, call.message = error.code, str(error)
+                await call.abort()
+            except asyncio.CancelledError:
+                call.code = "CANCELLED"
+                raise
+            except Exception:
+                call.code, call.message = "INTERNAL", "the scheduler failed; its log says why"
+                _LOG.exception("%s failed", method)
+                await call.abort()
+            finally:
+                call.handled()
 
-    async def Allocate(self, request: pb.AllocateRequest, context: Any) -> pb.Allocation:
-        """Answer Allocate."""
-        return await self._call("Allocate", request, context, self._service.allocate)
+        return handle
 
-    async def Extend(self, request: pb.ExtendRequest, context: Any) -> pb.Allocation:
-        """Answer Extend."""
-        return await self._call("Extend", request, context, self._service.extend)
+    async def _unary(self, call: _Call, caller: Caller, kind: type[Message]) -> None:
+        ticket = await self._admitted(self._calls, self._limits.message_bytes, call)
+        task = None
+        try:
+            async with ticket.transfer(
+                self._limits.transfer_seconds, "the request did not arrive whole"
+            ):
+                data = await call.context.read()
+            if data is grpc.aio.EOF:
+                raise InvalidArgument("request", "", "must be one message")
+            request = call.request = _parsed(kind, data)
+            ticket.resize(max(len(data), _answer_bytes(request)))
+            caller.check(getattr(request, "run_id", ""))
+            is_large = len(data) > self._limits.large_bytes or ticket.size >= LARGEST_PAGE_BYTES
+            task = self._begin(self._answer(call.method, request, caller, is_large), ticket)
+            await self._send(call, await asyncio.shield(task), ticket)
+        finally:
+            _leave(ticket, task)
 
-    async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:
-        """Answer Report."""
-        return await self._call("Report", request, context, self._service.report)
+    async def _import(self, call: _Call, caller: Caller) -> None:
+        limits = self._limits
+        ticket = await self._admitted(self._imports, limits.message_bytes, call)
+        task = None
 
-    async def RewindRun(self, request: pb.RewindRunRequest, context: Any) -> pb.Run:
-        """Answer RewindRun."""
-        return await self._call("RewindRun", request, context, self._service.rewind_run)
-
-    async def ListPromptStats(
-        self, request: pb.ListPromptStatsRequest, context: Any
-    ) -> pb.ListPromptStatsResponse:
-        """Answer ListPromptStats."""
-        return await self._call(
-            "ListPromptStats", request, context, self._service.list_prompt_stats
-        )
-
-    async def ImportOutcomes(
-        self, request_iterator: Any, context: Any
-    ) -> pb.ImportOutcomesResponse:
-        """Answer ImportOutcomes."""
-
-        async def guarded() -> Any:
-            async for message in request_iterator:
-                self._check(message, context)
+        async def messages() -> AsyncIterator[pb.ImportOutcomesRequest]:
+            held = 0
+            while True:
+                async with ticket.transfer(
+                    limits.transfer_seconds, "the next message of the stream did not arrive"
+                ):
+                    data = await call.context.read()
+                if data is grpc.aio.EOF:
+                    return
+                message = _parsed(pb.ImportOutcomesRequest, data)
+                if call.request is None:
+                    call.request = message
+                    caller.check(message.run_id)
+                held += len(data)
+                ticket.resize(held + limits.message_bytes)
                 yield message
 
-        return await self._call(
-            "ImportOutcomes", guarded(), context, self._service.import_outcomes, checked=True
-        )
-
-    def _check(self, request: Any, context: Context) -> None:
-        if self._guard is not None:
-            self._guard(request, context)
-
-    async def _call(
-        self,
-        method: str,
-        request: Any,
-        context: Any,
-        handler: Callable[[Any], Awaitable[Answer]],
-        *,
-        checked: bool = False,
-    ) -> Answer:
-        start = time.perf_counter()
-        code, message = "OK", ""
         try:
-            if not checked:
-                self._check(request, context)
-            return await handler(request)
-        except SchedulerError as error:
-            code, message = error.code, str(error)
-            await _abort(context, error.code, message)
-        except asyncio.CancelledError:
-            code = "CANCELLED"
-            raise
-        except Exception:
-            code, message = "INTERNAL", "the scheduler failed; its log says why"
-            _LOG.exception("%s failed", method)
-            await _abort(context, code, message)
+            received = await self._service.receive_outcomes(messages())
+            ticket.resize(received.size)
+            task = self._begin(self._apply(received), ticket)
+            await self._send(call, await asyncio.shield(task), ticket)
         finally:
-            _emit(self._events, method, code, message, request, start)
+            _leave(ticket, task)
+
+    async def _apply(self, received: Any) -> Message:
+        async with self._large:
+            return await self._service.import_received(received)
+
+    async def _admitted(self, admission: Admission, size: int, call: _Call) -> Ticket:
+        left = call.context.time_remaining()
+        patience = PATIENCE_SECONDS if left is None else min(left, PATIENCE_SECONDS)
+        return await admission.admit(size, call.context.peer(), patience)
+
+    def _begin(self, work: Any, ticket: Ticket) -> asyncio.Task[Message]:
+        """Start work that goes on when its caller goes away, and holds its room until then."""
+        task: asyncio.Task[Message] = asyncio.ensure_future(work)
+        self._work.add(task)
+
+        def done(_task: object) -> None:
+            self._work.discard(task)
+            if ticket.abandoned:
+                ticket.close()
+
+        task.add_done_callback(done)
+        return task
+
+    async def _answer(self, method: str, request: Any, caller: Caller, is_large: bool) -> Message:
+        if is_large:
+            async with self._large:
+                return await self._ask(method, request, caller)
+        return await self._ask(method, request, caller)
+
+    async def _ask(self, method: str, request: Any, caller: Caller) -> Message:
+        service = self._service
+        match method:
+            case "CreateRun":
+                return await service.create_run(request)
+            case "GetRun":
+                return await service.get_run(request)
+            case "ListRuns":
+                return await service.list_runs(request, caller.covers)
+            case "DeleteRun":
+                return await service.delete_run(request)
+            case "Allocate":
+                return await service.allocate(request)
+            case "Extend":
+                return await service.extend(request)
+            case "Report":
+                return await service.report(request)
+            case "RewindRun":
+                return await service.rewind_run(request)
+            case "ListPromptStats":
+                return await service.list_prompt_stats(request)
+        raise AssertionError(f"{method} has no handler")
+
+    async def _send(self, call: _Call, answer: Message, ticket: Ticket) -> None:
+        async with ticket.transfer(self._limits.transfer_seconds, "the answer was not taken whole"):
+            await call.context.write(answer.SerializeToString())
 
 
-async def _abort(context: Context, code: str, message: str) -> NoReturn:
-    """End the call with a status; raises, so that no handler goes on."""
-    await context.abort(grpc.StatusCode[code], message)
+def _leave(ticket: Ticket, task: asyncio.Task[Message] | None) -> None:
+    """Give a call's room back, now or when its work is done."""
+    if task is None or task.done():
+        ticket.close()
+    else:
+        ticket.abandoned = True
 
 
-def _emit(events: Events, method: str, code: str, message: str, request: Any, start: float) -> None:
-    events.emit(
-        CallHandled(
-            method,
-            code,
-            time.perf_counter() - start,
-            str(getattr(request, "run_id", "")),
-            str(getattr(request, "request_id", "") or getattr(request, "report_id", "")),
-            message,
+_REQUESTS: dict[str, type[Message]] = {
+    "CreateRun": pb.CreateRunRequest,
+    "GetRun": pb.GetRunRequest,
+    "ListRuns": pb.ListRunsRequest,
+    "DeleteRun": pb.DeleteRunRequest,
+    "Allocate": pb.AllocateRequest,
+    "Extend": pb.ExtendRequest,
+    "Report": pb.ReportRequest,
+    "RewindRun": pb.RewindRunRequest,
+    "ListPromptStats": pb.ListPromptStatsRequest,
+}
+
+
+class _Call:
+    """One call: what is known of it, for its refusal and for its event."""
+
+    def __init__(self, method: str, context: Any, service: SchedulerService) -> None:
+        self.method = method
+        self.context = context
+        self.request: Any = None
+        self.code, self.message = "UNKNOWN", ""
+        self._events = service.events
+        self._start = time.perf_counter()
+        self._metadata = dict(context.invocation_metadata() or ())
+        given = str(self._metadata.get(REQUEST_ID_KEY, ""))
+        self._is_theirs = _REQUEST_ID.fullmatch(given) is not None
+        self._id = given if self._is_theirs else uuid.uuid4().hex[:16]
+        REQUEST_ID.set(self._id)
+        self._events.emit(CallBegun(method, self._id, self._metadata))
+
+    def caller(self, guard: TokenGuard | None) -> Caller:
+        """Return who calls; Unauthenticated for nobody."""
+        return guard.caller(self._metadata) if guard else EVERYBODY
+
+    async def abort(self) -> None:
+        """End the call with its status; raises, so that no handler goes on."""
+        message = self.message
+        if self._is_theirs or self.code in ("INTERNAL", "UNAVAILABLE"):
+            message += f" ({REQUEST_ID_KEY} {self._id})"
+        await self.context.abort(grpc.StatusCode[self.code], message, ((REQUEST_ID_KEY, self._id),))
+
+    def handled(self) -> None:
+        """Tell how it ended."""
+        request = self.request
+        self._events.emit(
+            CallHandled(
+                self.method,
+                self.code,
+                time.perf_counter() - self._start,
+                str(getattr(request, "run_id", "")),
+                str(getattr(request, "request_id", "") or getattr(request, "report_id", "")),
+                self.message,
+                self._id,
+            )
         )
-    )
+
+
+def _parsed(kind: type[Message], data: bytes) -> Any:
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        raise InvalidArgument(
+            "request", f"{len(data)} bytes", f"must be a serialised {kind.DESCRIPTOR.name}"
+        ) from None
+
+
+def _answer_bytes(request: Message) -> int:
+    """Return at most how many bytes the answer to a list call will have; 0 for others."""
+    if isinstance(request, pb.ListPromptStatsRequest):
+        size = page_size(request.page_size, 1000, 100_000)
+        return min(size * _PROMPT_BYTES, LARGEST_PAGE_BYTES)
+    if isinstance(request, pb.ListRunsRequest):
+        return page_size(request.page_size, 100, 1000) * _RUN_BYTES
+    return 0
