@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     )
     max_inflight_bytes: int = Field(
         Limits().inflight_bytes,
-        ge=Limits().message_bytes,
+        ge=Limits().receiving_bytes,
         description="bytes of requests and answers in memory at once",
     )
     drain_seconds: float = Field(

@@ -43,3 +43,8 @@ class Limits:
     large_calls: int = 2
     connections: int = 4096
     transfer_seconds: float = 30.0
+
+    @property
+    def receiving_bytes(self) -> int:
+        """Memory that a message may take while it arrives: as frames, then copied."""
+        return 2 * self.message_bytes

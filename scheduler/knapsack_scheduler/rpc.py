@@ -13,6 +13,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from typing import Any
 
 import grpc
@@ -55,7 +56,7 @@ class SchedulerServicer:
         self._guard = guard
         self._calls = Admission(limits.inflight_bytes)
         # Of their own, so that a stream that trickles takes no room from other calls.
-        self._imports = Admission(limits.import_bytes + limits.imports * limits.message_bytes)
+        self._imports = Admission(limits.import_bytes + limits.imports * limits.receiving_bytes)
         self._large = asyncio.Semaphore(limits.large_calls)
         self._work: set[asyncio.Task[Message]] = set()
 
@@ -93,6 +94,7 @@ class SchedulerServicer:
                 call.code = "OK"
             except SchedulerError as error:
                 call.code, call.message = error.code, str(error)
+                _without_frames(error)
                 await call.abort()
             except asyncio.CancelledError:
                 call.code = "CANCELLED"
@@ -107,7 +109,7 @@ class SchedulerServicer:
         return handle
 
     async def _unary(self, call: _Call, caller: Caller, kind: type[Message]) -> None:
-        ticket = await self._admitted(self._calls, self._limits.message_bytes, call)
+        ticket = await self._admitted(self._calls, call)
         task = None
         try:
             async with ticket.transfer(
@@ -116,18 +118,32 @@ class SchedulerServicer:
                 data = await call.context.read()
             if data is grpc.aio.EOF:
                 raise InvalidArgument("request", "", "must be one message")
-            request = call.request = _parsed(kind, data)
-            ticket.resize(max(len(data), _answer_bytes(request)))
-            caller.check(getattr(request, "run_id", ""))
-            is_large = len(data) > self._limits.large_bytes or ticket.size >= LARGEST_PAGE_BYTES
-            task = self._begin(self._answer(call.method, request, caller, is_large), ticket)
+            ticket.resize(len(data))
+            task = self._begin(self._answer(call, caller, kind, data, ticket), ticket)
+            del data
             await self._send(call, await asyncio.shield(task), ticket)
         finally:
             _leave(ticket, task)
 
+    async def _answer(
+        self, call: _Call, caller: Caller, kind: type[Message], data: bytes, ticket: Ticket
+    ) -> Message:
+        """Return the answer to a request; large ones are parsed only when it is their turn."""
+        large = len(data) > self._limits.large_bytes
+        async with self._large if large else nullcontext():
+            request = call.about(_parsed(kind, data))
+            del data
+            caller.check(getattr(request, "run_id", ""))
+            answer_bytes = _answer_bytes(request)
+            if answer_bytes <= ticket.size:
+                return await self._ask(call.method, request, caller)
+            ticket.resize(answer_bytes)
+            async with self._large if answer_bytes >= LARGEST_PAGE_BYTES else nullcontext():
+                return await self._ask(call.method, request, caller)
+
     async def _import(self, call: _Call, caller: Caller) -> None:
         limits = self._limits
-        ticket = await self._admitted(self._imports, limits.message_bytes, call)
+        ticket = await self._admitted(self._imports, call)
         task = None
 
         async def messages() -> AsyncIterator[pb.ImportOutcomesRequest]:
@@ -140,11 +156,11 @@ class SchedulerServicer:
                 if data is grpc.aio.EOF:
                     return
                 message = _parsed(pb.ImportOutcomesRequest, data)
-                if call.request is None:
-                    call.request = message
+                if held == 0:
+                    call.about(message)
                     caller.check(message.run_id)
                 held += len(data)
-                ticket.resize(held + limits.message_bytes)
+                ticket.resize(held + limits.receiving_bytes)
                 yield message
 
         try:
@@ -159,10 +175,11 @@ class SchedulerServicer:
         async with self._large:
             return await self._service.import_received(received)
 
-    async def _admitted(self, admission: Admission, size: int, call: _Call) -> Ticket:
+    async def _admitted(self, admission: Admission, call: _Call) -> Ticket:
+        """Wait for room to receive a message of any size."""
         left = call.context.time_remaining()
         patience = PATIENCE_SECONDS if left is None else min(left, PATIENCE_SECONDS)
-        return await admission.admit(size, call.context.peer(), patience)
+        return await admission.admit(self._limits.receiving_bytes, call.context.peer(), patience)
 
     def _begin(self, work: Any, ticket: Ticket) -> asyncio.Task[Message]:
         """Start work that goes on when its caller goes away, and holds its room until then."""
@@ -176,12 +193,6 @@ class SchedulerServicer:
 
         task.add_done_callback(done)
         return task
-
-    async def _answer(self, method: str, request: Any, caller: Caller, is_large: bool) -> Message:
-        if is_large:
-            async with self._large:
-                return await self._ask(method, request, caller)
-        return await self._ask(method, request, caller)
 
     async def _ask(self, method: str, request: Any, caller: Caller) -> Message:
         service = self._service
@@ -238,7 +249,7 @@ class _Call:
     def __init__(self, method: str, context: Any, service: SchedulerService) -> None:
         self.method = method
         self.context = context
-        self.request: Any = None
+        self._about = ("", "")
         self.code, self.message = "UNKNOWN", ""
         self._events = service.events
         self._start = time.perf_counter()
@@ -253,6 +264,12 @@ class _Call:
         """Return who calls; Unauthenticated for nobody."""
         return guard.caller(self._metadata) if guard else EVERYBODY
 
+    def about(self, request: Any) -> Any:
+        """Note what the call is about; returns its request."""
+        call_id = getattr(request, "request_id", "") or getattr(request, "report_id", "")
+        self._about = (getattr(request, "run_id", ""), call_id)
+        return request
+
     async def abort(self) -> None:
         """End the call with its status; raises, so that no handler goes on."""
         message = self.message
@@ -262,18 +279,28 @@ class _Call:
 
     def handled(self) -> None:
         """Tell how it ended."""
-        request = self.request
         self._events.emit(
             CallHandled(
                 self.method,
                 self.code,
                 time.perf_counter() - self._start,
-                str(getattr(request, "run_id", "")),
-                str(getattr(request, "request_id", "") or getattr(request, "report_id", "")),
+                *self._about,
                 self.message,
                 self._id,
             )
         )
+
+
+def _without_frames(error: BaseException) -> None:
+    """Let go of the frames that an error passed.
+
+    They hold the request, and tasks among them hold the error: until the garbage collector
+    finds the circle, hundreds of megabytes could hang on a refusal.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        seen.__traceback__ = None
+        seen = seen.__context__
 
 
 def _parsed(kind: type[Message], data: bytes) -> Any:

@@ -1,0 +1,282 @@
+"""Overload and bad neighbours: clear refusals, bounded memory, health throughout.
+
+All of it on loopback, bounded in count and time. The bound on memory is the one that
+OPERATIONS.md states.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import psutil
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
+
+MIB = 2**20
+CODE = grpc.StatusCode
+SIZES = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+def stub_of(channel: Any) -> Any:
+    """Return a stub."""
+    return rpc.BudgetSchedulerStub(channel)  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def health_asked(address: str) -> Iterator[list[bool]]:
+    """Ask for health again and again in a thread; yields the answers, which must all be yes."""
+    answers: list[bool] = []
+    over = threading.Event()
+
+    def ask() -> None:
+        with grpc.insecure_channel(address, SIZES) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            while not over.wait(0.05):
+                try:
+                    answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=15)
+                    answers.append(answer.status == health_pb2.HealthCheckResponse.SERVING)
+                except grpc.RpcError:
+                    answers.append(False)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        over.set()
+        thread.join()
+    assert answers
+    assert all(answers)
+
+
+class Peak:
+    """The largest resident memory of a process while a block runs."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self.bytes = 0
+
+    def _look(self) -> None:
+        while not self._over.wait(0.02):
+            self.bytes = max(self.bytes, self._process.memory_info().rss)
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+async def code_of(call: Any) -> Any:
+    """Return the status of a call."""
+    try:
+        await call
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    return CODE.OK
+
+
+def big_report(run_id: str, number: int, size: int) -> bytes:
+    """Return a request of about ``size`` bytes that is right but for its prompts' number."""
+    message = pb.AllocateRequest(run_id=run_id, request_id=f"big-{number}", total_rollouts=8)
+    message.prompt_ids.extend(["p" * 1000] * (size // 1004))
+    return message.SerializeToString()
+
+
+async def test_190_000_prompts_are_served_and_a_gigabyte_of_ids_is_refused(
+    start_scheduler: Callable[..., Any],
+) -> None:
+    """Beyond the default limit of gRPC's clients calls work; beyond ours they are refused."""
+    scheduler = start_scheduler("--auto-create-runs")
+    async with grpc.aio.insecure_channel(scheduler.addresses["listen"], SIZES) as channel:
+        stub = stub_of(channel)
+        prompts = [f"prompt-{i:012d}" for i in range(190_000)]
+        answer = await stub.Allocate(
+            pb.AllocateRequest(
+                run_id="run", request_id="many", prompt_ids=prompts, total_rollouts=400_000
+            )
+        )
+        assert sum(answer.num_rollouts) == 400_000
+
+        raw = channel.unary_unary(f"/{_SERVICE}/Allocate")
+        with Peak(scheduler.process.pid) as peak, health_asked(scheduler.addresses["health"]):
+            before = psutil.Process(scheduler.process.pid).memory_info().rss
+            data = big_report("run", 0, 128 * MIB)
+            for _ in range(8):
+                assert await code_of(raw(data, timeout=60)) is CODE.RESOURCE_EXHAUSTED
+        assert peak.bytes - before < 200 * MIB
+
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["BudgetScheduler"].full_name
+
+
+async def test_memory_stays_within_its_bound_under_the_largest_calls(
+    start_scheduler: Callable[..., Any],
+) -> None:
+    """Many of the largest messages at once, from many connections: the stated bound holds."""
+    # Inflight and imports as stated, the worst of two large calls being parsed, and the rest.
+    inflight = 128 * MIB
+    scheduler = start_scheduler("--auto-create-runs", f"--max-inflight-bytes={inflight}")
+    pid = scheduler.process.pid
+    before = psutil.Process(pid).memory_info().rss
+    data = big_report("run", 0, 63 * MIB)
+    codes = []
+
+    async def neighbour() -> None:
+        async with grpc.aio.insecure_channel(scheduler.addresses["listen"], SIZES) as channel:
+            raw = channel.unary_unary(f"/{_SERVICE}/Allocate")
+            calls = [asyncio.ensure_future(code_of(raw(data, timeout=60))) for _ in range(3)]
+            codes.extend(await asyncio.gather(*calls))
+
+    with Peak(pid) as peak, health_asked(scheduler.addresses["health"]):
+        await asyncio.gather(*(neighbour() for _ in range(6)))
+    # They hold 66,000 prompts for 8 rollouts; whoever got that far was told so.
+    assert set(codes) <= {CODE.INVALID_ARGUMENT, CODE.RESOURCE_EXHAUSTED}
+    assert CODE.INVALID_ARGUMENT in codes
+    print("grown", (peak.bytes - before) / MIB)
+    assert peak.bytes - before < inflight + 2 * 5 * 64 * MIB
+    async with grpc.aio.insecure_channel(scheduler.addresses["listen"]) as channel:
+        assert await code_of(stub_of(channel).ListRuns(pb.ListRunsRequest(), timeout=20)) is CODE.OK
+
+
+async def test_slow_senders_give_way_to_those_who_wait(
+    start_scheduler: Callable[..., Any], calls: Any
+) -> None:
+    """Calls that begin and never send hold their room for a grace, not for ever."""
+    scheduler = start_scheduler("--auto-create-runs", f"--max-inflight-bytes={128 * MIB}")
+    async with grpc.aio.insecure_channel(scheduler.addresses["listen"], SIZES) as slow:
+        allocate = slow.stream_unary(f"/{_SERVICE}/Allocate")
+        imports = stub_of(slow).ImportOutcomes
+
+        async def never() -> Any:
+            await asyncio.sleep(3600)
+            yield b""
+
+        stuck = [asyncio.ensure_future(code_of(allocate(never()))) for _ in range(4)]
+        stuck += [asyncio.ensure_future(code_of(imports(never()))) for _ in range(8)]
+        for call in stuck:
+            await asyncio.sleep(0)
+            assert not call.done()
+        with health_asked(scheduler.addresses["listen"]):
+            async with grpc.aio.insecure_channel(scheduler.addresses["listen"]) as channel:
+                for _ in range(3):
+                    await stub_of(channel).Allocate(calls.allocate(), timeout=30)
+        done = [call.result() for call in stuck if call.done()]
+        assert CODE.RESOURCE_EXHAUSTED in done
+        for call in stuck:
+            call.cancel()
+        await asyncio.gather(*stuck, return_exceptions=True)
+
+
+async def test_thousands_of_connections_leave_the_others_served(
+    start_scheduler: Callable[..., Any], calls: Any
+) -> None:
+    """Beyond the limit connections are closed; calls of a client that is there go on."""
+    scheduler = start_scheduler("--auto-create-runs", "--max-connections=500")
+    host, port = scheduler.addresses["listen"].rsplit(":", 1)
+    async with grpc.aio.insecure_channel(scheduler.addresses["listen"]) as channel:
+        stub = stub_of(channel)
+        await stub.Allocate(calls.allocate())
+        sockets = []
+        with Peak(scheduler.process.pid) as peak, health_asked(scheduler.addresses["health"]):
+            before = psutil.Process(scheduler.process.pid).memory_info().rss
+            for _ in range(5000):
+                one = socket.socket()
+                one.setblocking(False)
+                one.connect_ex((host, int(port)))
+                sockets.append(one)
+                if len(sockets) % 500 == 0:
+                    await stub.Allocate(calls.allocate(), timeout=30)
+            await stub.Allocate(calls.allocate(), timeout=30)
+            connections = len(psutil.Process(scheduler.process.pid).net_connections())
+        for one in sockets:
+            one.close()
+        print("connections", connections, (peak.bytes - before) / MIB)
+        assert connections < 700
+        assert peak.bytes - before < 100 * MIB
+
+
+async def test_deadlines_of_a_millisecond_and_huge_metadata_harm_nobody(
+    start_scheduler: Callable[..., Any], calls: Any
+) -> None:
+    """Work whose caller has gone is bounded, finished, and answered to a retry."""
+    scheduler = start_scheduler("--auto-create-runs")
+    async with grpc.aio.insecure_channel(scheduler.addresses["listen"], SIZES) as channel:
+        stub = stub_of(channel)
+        requests = [calls.allocate([f"p{i}" for i in range(500)], 4000) for _ in range(200)]
+        with health_asked(scheduler.addresses["health"]):
+            hurried = [code_of(stub.Allocate(r, timeout=0.001)) for r in requests]
+            assert set(await asyncio.gather(*hurried)) <= {CODE.DEADLINE_EXCEEDED, CODE.OK}
+            answers = [await stub.Allocate(r, timeout=30) for r in requests[:5]]
+            metadata = (("x-request-id", "r" * 10_000_000),)
+            code = await code_of(stub.Allocate(calls.allocate(), metadata=metadata, timeout=30))
+            assert code in (CODE.RESOURCE_EXHAUSTED, CODE.UNAVAILABLE, CODE.INTERNAL)
+            assert [await stub.Allocate(r, timeout=30) for r in requests[:5]] == answers
+
+
+async def test_64_trainers_beside_large_calls_all_get_their_answers(
+    start_scheduler: Callable[..., Any],
+) -> None:
+    """Small calls of many runs, next to imports and batches of hundred thousands of prompts."""
+    scheduler = start_scheduler("--auto-create-runs")
+    address = scheduler.addresses["listen"]
+    numbers = itertools.count()
+
+    async def trainer(name: str) -> int:
+        done = 0
+        async with grpc.aio.insecure_channel(address, SIZES) as channel:
+            stub = stub_of(channel)
+            prompts = [f"p{i}" for i in range(64)]
+            for step in range(4):
+                allocation = await stub.Allocate(
+                    pb.AllocateRequest(run_id=name, step=step, request_id=f"s{step}",
+                                       prompt_ids=prompts, total_rollouts=512),
+                    timeout=60,
+                )  # fmt: skip
+                counts = list(allocation.num_rollouts)
+                answer = await stub.Report(
+                    pb.ReportRequest(run_id=name, allocation_id=allocation.allocation_id,
+                                     report_id=f"s{step}", prompt_indices=range(64),
+                                     num_rewards=counts, rewards=[1.0] * 512),
+                    timeout=60,
+                )  # fmt: skip
+                done += answer.accepted_rollouts
+        return done
+
+    async def large(kind: str) -> Any:
+        prompts = [f"prompt-{i:09d}" for i in range(100_000)]
+        async with grpc.aio.insecure_channel(address, SIZES) as channel:
+            stub = stub_of(channel)
+            if kind == "import":
+                part = pb.ImportOutcomesRequest(
+                    run_id="huge", request_id=f"{next(numbers)}", prompt_ids=prompts,
+                    num_rewards=[1] * 100_000, rewards=[1.0] * 100_000,
+                )  # fmt: skip
+                return await code_of(stub.ImportOutcomes(iter([part] * 2), timeout=100))
+            request = pb.AllocateRequest(run_id="vast", request_id=f"{next(numbers)}",
+                                         prompt_ids=prompts, total_rollouts=300_000)  # fmt: skip
+            return await code_of(stub.Allocate(request, timeout=100))
+
+    with health_asked(scheduler.addresses["health"]):
+        heavy = [asyncio.ensure_future(large(k)) for k in ("import", "allocate") * 3]
+        done = await asyncio.gather(*(trainer(f"run-{i}") for i in range(64)))
+        assert await asyncio.gather(*heavy) == [CODE.OK] * 6
+    assert done == [4 * 512] * 64
