@@ -61,10 +61,28 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
     return {**getattr(record, "fields", {}), **call}
 
 
-def configure(level: str, kind: str) -> None:
-    """Send every log of the process to stderr."""
+class _Hidden(logging.Formatter):
+    """Another formatter's lines without a secret, whoever put it there."""
+
+    def __init__(self, formatter: logging.Formatter, secret: tuple[str, str]) -> None:
+        super().__init__()
+        self._formatter = formatter
+        self._secret = secret
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._formatter.format(record).replace(*self._secret)
+
+
+def configure(level: str, kind: str, secret: tuple[str, str]) -> None:
+    """Send every log of the process to stderr.
+
+    Args:
+        level: debug, info, warning or error.
+        kind: json or text.
+        secret: what no line may hold, and what to write in its place.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if kind == "json" else Text())
+    handler.setFormatter(_Hidden(JsonLines() if kind == "json" else Text(), secret))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)

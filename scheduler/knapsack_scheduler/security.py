@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,6 +134,13 @@ def _parse(path: Path, data: bytes) -> list[tuple[bytes, str]]:
     if not tokens:
         raise ConfigError(f"token_file = {str(path)!r}: holds no token; nobody could call")
     return tokens
+
+
+def warn_of_readable(paths: Iterable[Path | None]) -> None:
+    """Log a warning for each file of secrets that every user of the machine may read."""
+    for path in paths:
+        if path is not None and path.is_file() and path.stat().st_mode & stat.S_IROTH:
+            _LOG.warning("%s can be read by every user of this machine; chmod o-r it", path)
 
 
 def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:

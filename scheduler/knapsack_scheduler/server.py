@@ -24,8 +24,8 @@ from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.logs import log_event
 from knapsack_scheduler.metrics import Metrics
 from knapsack_scheduler.rpc import SERVICE, SchedulerServicer
-from knapsack_scheduler.security import TokenGuard, server_credentials
-from knapsack_scheduler.service import SchedulerService
+from knapsack_scheduler.security import TokenGuard, server_credentials, warn_of_readable
+from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
 
 READINESS = ""
 LIVENESS = "liveness"
@@ -58,6 +58,7 @@ class Server:
         self._limits = Limits(
             prompts=settings.max_prompts,
             concurrent_calls=settings.max_concurrent_calls,
+            message_bytes=settings.max_message_bytes,
             inflight_bytes=settings.max_inflight_bytes,
             connections=settings.max_connections,
         )
@@ -77,6 +78,7 @@ class Server:
         """Open the store and every socket; ConfigError says which of them failed."""
         settings = self._settings
         await asyncio.to_thread(self._journal.open)
+        warn_of_readable([settings.token_file, settings.tls_key])
         try:
             self._service = SchedulerService(
                 self._journal,
@@ -101,7 +103,8 @@ class Server:
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", limits.message_bytes),
-                ("grpc.max_send_message_length", limits.message_bytes),
+                # Pages end before they grow larger.
+                ("grpc.max_send_message_length", 2 * LARGEST_PAGE_BYTES),
                 *_CONNECTION_OPTIONS,
                 ("grpc.max_allowed_incoming_connections", limits.connections),
             ],
@@ -135,7 +138,7 @@ class Server:
         page = LivePage()
         for listener in (Metrics(registry), page, log_event):
             self._events.listen(listener)
-        runner = web.AppRunner(admin_app(registry, page, lambda: self._serving))
+        runner = web.AppRunner(admin_app(registry, page, lambda: self._serving, self._guard))
         await runner.setup()
         self._admin = runner
         host, port = host_and_port("admin_listen", self._settings.admin_listen)
