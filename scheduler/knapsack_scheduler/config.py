@@ -84,6 +84,11 @@ class Settings(BaseSettings):
     )
     log_level: str = Field("info", description="debug, info, warning or error")
     log_format: str = Field("json", description="json or text")
+    tracing: bool = Field(
+        False,
+        description="send OpenTelemetry spans where OTEL_EXPORTER_OTLP_ENDPOINT says; needs "
+        "knapsack-rl[otel]",
+    )
     run_defaults: RunDefaults = Field(default_factory=RunDefaults)
 
 

@@ -53,7 +53,20 @@ class CallHandled:
 
 @dataclass(frozen=True, slots=True)
 class BudgetDivided:
-    """An Allocate or Extend was decided (not: answered again)."""
+    """An Allocate or Extend was decided (not: answered again).
+
+    Attributes:
+        run_id: the run.
+        step: the trainer's.
+        wave: 1 for Allocate.
+        prompts: positions of the batch.
+        allocated: rollouts of this wave.
+        unallocated: budget that the bounds could not hold.
+        reasons: of the decision.
+        num_rollouts: of each position.
+        seconds: that the solver took.
+        end_time: when it was done, nanoseconds since 1970.
+    """
 
     run_id: str
     step: int
@@ -64,6 +77,7 @@ class BudgetDivided:
     reasons: Reasons
     num_rollouts: tuple[int, ...]
     seconds: float
+    end_time: int = 0
 
 
 @dataclass(frozen=True, slots=True)

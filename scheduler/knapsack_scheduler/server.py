@@ -15,17 +15,19 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry
 
-from knapsack_scheduler.admin import LivePage, admin_app
+from knapsack_scheduler.admin import admin_app
 from knapsack_scheduler.config import Settings, default_config, host_and_port
 from knapsack_scheduler.errors import ConfigError
 from knapsack_scheduler.events import Events
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.livepage import LivePage
 from knapsack_scheduler.logs import log_event
 from knapsack_scheduler.metrics import Metrics
 from knapsack_scheduler.rpc import SERVICE, SchedulerServicer
 from knapsack_scheduler.security import TokenGuard, server_credentials, warn_of_readable
 from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
+from knapsack_scheduler.tracing import Tracing
 
 READINESS = ""
 LIVENESS = "liveness"
@@ -66,6 +68,7 @@ class Server:
         self._events = Events()
         self._health = health_aio.HealthServicer()
         self._serving = False
+        self._tracing: Tracing | None = None
         self._guard = TokenGuard(settings.token_file) if settings.token_file else None
         self._service: SchedulerService | None = None
         self._servicer: SchedulerServicer | None = None
@@ -138,6 +141,9 @@ class Server:
         page = LivePage()
         for listener in (Metrics(registry), page, log_event):
             self._events.listen(listener)
+        if self._settings.tracing:
+            self._tracing = Tracing.exporting()
+            self._events.listen(self._tracing)
         runner = web.AppRunner(admin_app(registry, page, lambda: self._serving, self._guard))
         await runner.setup()
         self._admin = runner
@@ -169,6 +175,8 @@ class Server:
             await self._probes.stop(0)
         if self._admin:
             await self._admin.cleanup()
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
 
 
 def _bind(

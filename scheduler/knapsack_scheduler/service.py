@@ -168,12 +168,13 @@ class SchedulerService:
         except InfeasibleBudget as error:
             raise InvalidArgument(error.field, error.value, error.allowed) from None
         seconds = time.perf_counter() - start
+        divided = _divided(run, request.step, 1, decision, seconds)
         name = wire.allocation_id(run.row.run_key, run.row.branch, request.request_id)
         answer = wire.allocation_message(name, run.row.run_id, request.step, 1, decision, prior)
         writing.append(
             _entry("allocate", request.request_id, request.step, digest, request, answer)
         )
-        return answer, _divided(run, request.step, 1, decision, seconds)
+        return answer, divided
 
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
         """Spend what an allocation has left."""
@@ -216,13 +217,14 @@ class SchedulerService:
         )
         seconds = time.perf_counter() - start
         wave = allocation.wave + 1
+        divided = _divided(run, allocation.step, wave, decision, seconds)
         answer = wire.allocation_message(
             request.allocation_id, run.row.run_id, allocation.step, wave, decision, prior
         )
         writing.append(
             _entry("extend", request.request_id, allocation.step, digest, request, answer)
         )
-        return answer, _divided(run, allocation.step, wave, decision, seconds)
+        return answer, divided
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
@@ -419,6 +421,7 @@ def _divided(
         decision.reasons,
         tuple(decision.num_rollouts.tolist()),
         seconds,
+        time.time_ns(),
     )
 
 
