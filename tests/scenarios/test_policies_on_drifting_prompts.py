@@ -19,7 +19,14 @@ from knapsack_scheduler.core.posterior import (
     beta_posterior,
     fit_prior,
 )
-from knapsack_scheduler.core.problem import Beliefs, Bounds, Budget, WaveOutcomes, tie_keys
+from knapsack_scheduler.core.problem import (
+    Beliefs,
+    Bounds,
+    Budget,
+    Posterior,
+    WaveOutcomes,
+    tie_keys,
+)
 
 PROMPTS, BATCH, EPOCHS, MEAN = 1536, 128, 5, 8
 DISCOUNTS = Discounts(0.5, 0.999, 32.0)
@@ -38,7 +45,7 @@ class Run:
         prior = fit_prior(self.statistics)
         alpha, beta = beta_posterior(self.visits, rows, step, DISCOUNTS, prior)
         unseen = self.visits.rollouts[rows, 0] == 0
-        return Beliefs(alpha, beta, self.keys[rows], unseen, np.zeros(rows.size))
+        return Beliefs(Posterior(alpha, beta), self.keys[rows], unseen, np.zeros(rows.size))
 
     def learn(self, rows: np.ndarray, step: int, n: np.ndarray, k: np.ndarray) -> None:
         """Record the outcomes of a wave."""

@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser(
         "runs",
         help="list the runs of a scheduler",
-        description="List the runs of a scheduler: one line per experiment.",
+        description="List the runs of a scheduler: one line per experiment. effective: share of "
+        "the groups judged so far whose rewards are not all equal; predicted: the share that "
+        "was predicted of them.",
     )
     _add_connection(runs)
     runs.set_defaults(command=_runs)
@@ -132,12 +134,15 @@ def _runs(arguments: argparse.Namespace) -> int:
             f"{run.known_prompts:,}",
             f"{run.total_rollouts:,}",
             _share(run.total_successes, run.total_rollouts),
+            _percent(run.calibration.effective_group_rate),
+            _percent(run.calibration.predicted_effective_group_rate),
             f"{run.create_time:%Y-%m-%d %H:%M}" if run.create_time else "",
         ]
         for run in runs
     ]
-    heads = ["run", "policy", "objective", "step", "prompts", "rollouts", "success", "created"]
-    print(_table(heads, rows, left={0, 1, 2, 7}) if rows else "no runs")
+    heads = ["run", "policy", "objective", "step", "prompts", "rollouts", "success"]
+    heads += ["effective", "predicted", "created"]
+    print(_table(heads, rows, left={0, 1, 2, 9}) if rows else "no runs")
     return 0
 
 
@@ -227,7 +232,11 @@ def _printable(text: str) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f}%" if whole else "-"
+    return _percent(part / whole if whole else None)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
 
 
 def _count(text: str) -> int:
