@@ -129,7 +129,7 @@ class Admission:
     def resize(self, ticket: Ticket, size: int) -> None:
         """Change what a ticket holds; see ``Ticket.resize``."""
         more = size - ticket.size
-        if more > 0 and (self._waiting or self.used + more > self.capacity):
+        if more > 0 and self.used + more > self.capacity:
             raise ResourceExhausted(
                 f"the server holds {self.used} of {self.capacity} bytes of requests and answers; "
                 "try again later, or with less at once"

@@ -73,7 +73,7 @@ class Settings(BaseSettings):
         Limits().connections, gt=0, description="open connections of the API"
     )
     max_message_bytes: int = Field(
-        Limits().message_bytes, ge=2**20, description="bytes of one request"
+        Limits().message_bytes, ge=16 * 2**20, description="bytes of one request"
     )
     max_inflight_bytes: int = Field(
         Limits().inflight_bytes,

@@ -122,28 +122,37 @@ class SchedulerServicer:
                 data = await call.context.read()
             if data is grpc.aio.EOF:
                 raise InvalidArgument("request", "", "must be one message")
-            ticket.resize(len(data))
-            task = self._begin(self._answer(call, caller, kind, data, ticket), ticket)
+            if len(data) > self._limits.large_bytes:
+                ticket.resize(len(data))
+                work = self._answer_large(call, caller, kind, data)
+            else:
+                request = self._checked(call, caller, kind, data)
+                # Room for the answer is kept of what receiving took, and not asked for anew.
+                ticket.resize(max(len(data), _answer_bytes(request)))
+                work = self._answer(call.method, request, caller)
             del data
+            task = self._begin(work, ticket)
             await self._send(call, await asyncio.shield(task), ticket)
         finally:
             _leave(ticket, task)
 
-    async def _answer(
-        self, call: _Call, caller: Caller, kind: type[Message], data: bytes, ticket: Ticket
+    def _checked(self, call: _Call, caller: Caller, kind: type[Message], data: bytes) -> Any:
+        request = call.about(_parsed(kind, data, self._limits))
+        caller.check(getattr(request, "run_id", ""))
+        return request
+
+    async def _answer_large(
+        self, call: _Call, caller: Caller, kind: type[Message], data: bytes
     ) -> Message:
-        """Return the answer to a request; large ones are parsed only when it is their turn."""
-        large = len(data) > self._limits.large_bytes
-        async with self._large if large else nullcontext():
-            request = call.about(_parsed(kind, data, self._limits))
+        """Return the answer to a large request, which is parsed when it is its turn."""
+        async with self._large:
+            request = self._checked(call, caller, kind, data)
             del data
-            caller.check(getattr(request, "run_id", ""))
-            answer_bytes = _answer_bytes(request)
-            if answer_bytes <= ticket.size:
-                return await self._ask(call.method, request, caller)
-            ticket.resize(answer_bytes)
-            async with self._large if answer_bytes >= LARGEST_PAGE_BYTES else nullcontext():
-                return await self._ask(call.method, request, caller)
+            return await self._ask(call.method, request, caller)
+
+    async def _answer(self, method: str, request: Any, caller: Caller) -> Message:
+        async with self._large if _answer_bytes(request) >= LARGEST_PAGE_BYTES else nullcontext():
+            return await self._ask(method, request, caller)
 
     async def _import(self, call: _Call, caller: Caller) -> None:
         limits = self._limits

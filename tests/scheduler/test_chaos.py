@@ -137,15 +137,18 @@ def test_every_acknowledged_rollout_is_counted_once_after_many_kills(tmp_path: P
     """kill -9 while it starts, decides, commits or answers; clients only ever repeat."""
     scheduler = WarmScheduler(tmp_path)
     try:
-        asyncio.run(chaos(scheduler))
+        asyncio.run(chaos(scheduler, KILLS, seed=7))
         assert (tmp_path / "log").read_text() == ""
     finally:
         scheduler.close()
 
 
-async def chaos(scheduler: WarmScheduler) -> None:
-    """Kill and start again under load, then compare what is stored with what was answered."""
-    draw, load = random.Random(7), Load()
+async def chaos(scheduler: WarmScheduler, kills: int, seed: int) -> int:
+    """Kill and start again under load, then compare what is stored with what was answered.
+
+    Returns how many rollouts were acknowledged.
+    """
+    draw, load = random.Random(seed), Load()
     scheduler.start()
     await asyncio.to_thread(scheduler.serving)
     async with grpc.aio.insecure_channel(scheduler.address, OPTIONS) as channel:
@@ -160,7 +163,7 @@ async def chaos(scheduler: WarmScheduler) -> None:
                         raise
 
         async def kill() -> None:
-            for _ in range(KILLS):
+            for _ in range(kills):
                 # Mostly amid the load; now and then before it has come up.
                 for _ in range(draw.randrange(4)):
                     await asyncio.wait_for(load.progress.acquire(), 60)
@@ -183,7 +186,8 @@ async def chaos(scheduler: WarmScheduler) -> None:
                 for p, n in zip(page.prompt_ids, page.total_rollouts, strict=True)
             }
     assert counted == {key: n for key, n in load.acknowledged.items() if n}
-    assert load.acknowledged.total() > KILLS
+    assert load.acknowledged.total() > kills
+    return load.acknowledged.total()
 
 
 class FaultyJournal(Journal):
