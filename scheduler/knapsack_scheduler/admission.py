@@ -120,9 +120,9 @@ class Admission:
     def _leave(self, peer: str, size: int, turn: asyncio.Future[None]) -> None:
         if turn.done() and not turn.cancelled():
             self.used -= size
-        else:
-            self._waiting[peer].remove((size, turn))
-            if not self._waiting[peer]:
+        elif (size, turn) in (queue := self._waiting.get(peer, deque())):
+            queue.remove((size, turn))
+            if not queue:
                 del self._waiting[peer]
         self._let_in()
 
@@ -159,6 +159,7 @@ class Admission:
             self._waiting.move_to_end(peer)
             if not queue:
                 del self._waiting[peer]
+            # Its caller may have gone, and not have been told so yet.
             if not turn.done():
                 self.used += size
                 turn.set_result(None)

@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -26,6 +26,7 @@ from knapsack_scheduler.errors import InvalidArgument, ResourceExhausted, Schedu
 from knapsack_scheduler.events import CallBegun, CallHandled
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.logs import REQUEST_ID
+from knapsack_scheduler.memory import give_back
 from knapsack_scheduler.pages import page_size
 from knapsack_scheduler.security import EVERYBODY, Caller, TokenGuard
 from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
@@ -69,10 +70,13 @@ class SchedulerServicer:
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for method in SERVICE.methods:
             # On the wire a unary call is a stream of one message. Only what is received
-            # and sent message by message can be kept within bounds.
-            handlers[method.name] = grpc.stream_stream_rpc_method_handler(
-                self._handler(method.name)
+            # message by message can be kept within bounds; pages are sent so too.
+            as_stream = (
+                grpc.stream_stream_rpc_method_handler
+                if method.name in _PAGED
+                else grpc.stream_unary_rpc_method_handler
             )
+            handlers[method.name] = as_stream(self._handler(method.name))
         generic = grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
         server.add_generic_rpc_handlers((generic,))
 
@@ -82,20 +86,16 @@ class SchedulerServicer:
             await asyncio.wait(self._work)
 
     def _handler(self, method: str) -> Callable[[Any, Any], Any]:
-        if method == "ImportOutcomes":
-            kind: Any = None
-        else:
-            kind = _REQUESTS[method]
-
-        async def handle(_messages: object, context: Any) -> None:
+        async def handle(_messages: object, context: Any) -> bytes | None:
             call = _Call(method, context, self._service)
             try:
                 caller = call.caller(self._guard)
-                if kind is None:
-                    await self._import(call, caller)
+                if method == "ImportOutcomes":
+                    answer: bytes | None = await self._import(call, caller)
                 else:
-                    await self._unary(call, caller, kind)
+                    answer = await self._unary(call, caller, _REQUESTS[method])
                 call.code = "OK"
+                return answer
             except SchedulerError as error:
                 call.code, call.message = error.code, str(error)
                 _without_frames(error)
@@ -112,7 +112,7 @@ class SchedulerServicer:
 
         return handle
 
-    async def _unary(self, call: _Call, caller: Caller, kind: type[Message]) -> None:
+    async def _unary(self, call: _Call, caller: Caller, kind: type[Message]) -> bytes | None:
         ticket = await self._admitted(self._calls, call)
         task = None
         try:
@@ -122,7 +122,8 @@ class SchedulerServicer:
                 data = await call.context.read()
             if data is grpc.aio.EOF:
                 raise InvalidArgument("request", "", "must be one message")
-            if len(data) > self._limits.large_bytes:
+            large = len(data) > self._limits.large_bytes
+            if large:
                 ticket.resize(len(data))
                 work = self._answer_large(call, caller, kind, data)
             else:
@@ -131,8 +132,15 @@ class SchedulerServicer:
                 ticket.resize(max(len(data), _answer_bytes(request)))
                 work = self._answer(call.method, request, caller)
             del data
-            task = self._begin(work, ticket)
-            await self._send(call, await asyncio.shield(task), ticket)
+            task = self._begin(work, ticket, large=large)
+            answer = (await asyncio.shield(task)).SerializeToString()
+            if call.method not in _PAGED:
+                return answer
+            async with ticket.transfer(
+                self._limits.transfer_seconds, "the answer was not taken whole"
+            ):
+                await call.context.write(answer)
+            return None
         finally:
             _leave(ticket, task)
 
@@ -154,7 +162,7 @@ class SchedulerServicer:
         async with self._large if _answer_bytes(request) >= LARGEST_PAGE_BYTES else nullcontext():
             return await self._ask(method, request, caller)
 
-    async def _import(self, call: _Call, caller: Caller) -> None:
+    async def _import(self, call: _Call, caller: Caller) -> bytes:
         limits = self._limits
         ticket = await self._admitted(self._imports, call)
         task = None
@@ -184,8 +192,8 @@ class SchedulerServicer:
         try:
             received = await self._service.receive_outcomes(messages())
             ticket.resize(_IMPORT_FACTOR * received.size)
-            task = self._begin(self._apply(received), ticket)
-            await self._send(call, await asyncio.shield(task), ticket)
+            task = self._begin(self._apply(received), ticket, large=True)
+            return (await asyncio.shield(task)).SerializeToString()
         finally:
             _leave(ticket, task)
 
@@ -199,7 +207,7 @@ class SchedulerServicer:
         patience = PATIENCE_SECONDS if left is None else min(left, PATIENCE_SECONDS)
         return await admission.admit(self._limits.receiving_bytes, call.context.peer(), patience)
 
-    def _begin(self, work: Any, ticket: Ticket) -> asyncio.Task[Message]:
+    def _begin(self, work: Any, ticket: Ticket, *, large: bool = False) -> asyncio.Task[Message]:
         """Start work that goes on when its caller goes away, and holds its room until then."""
         task: asyncio.Task[Message] = asyncio.ensure_future(work)
         self._work.add(task)
@@ -208,6 +216,8 @@ class SchedulerServicer:
             self._work.discard(task)
             if ticket.abandoned:
                 ticket.close()
+            if large:
+                asyncio.get_running_loop().run_in_executor(None, give_back)
 
         task.add_done_callback(done)
         return task
@@ -235,10 +245,6 @@ class SchedulerServicer:
                 return await service.list_prompt_stats(request)
         raise AssertionError(f"{method} has no handler")
 
-    async def _send(self, call: _Call, answer: Message, ticket: Ticket) -> None:
-        async with ticket.transfer(self._limits.transfer_seconds, "the answer was not taken whole"):
-            await call.context.write(answer.SerializeToString())
-
 
 def _leave(ticket: Ticket, task: asyncio.Task[Message] | None) -> None:
     """Give a call's room back, now or when its work is done."""
@@ -248,6 +254,7 @@ def _leave(ticket: Ticket, task: asyncio.Task[Message] | None) -> None:
         ticket.abandoned = True
 
 
+_PAGED = ("ListRuns", "ListPromptStats")
 _REQUESTS: dict[str, type[Message]] = {
     "CreateRun": pb.CreateRunRequest,
     "GetRun": pb.GetRunRequest,
@@ -288,12 +295,14 @@ class _Call:
         self._about = (getattr(request, "run_id", ""), call_id)
         return request
 
-    async def abort(self) -> None:
+    async def abort(self) -> NoReturn:
         """End the call with its status; raises, so that no handler goes on."""
         message = self.message
         if self._is_theirs or self.code in ("INTERNAL", "UNAVAILABLE"):
             message += f" ({REQUEST_ID_KEY} {self._id})"
-        await self.context.abort(grpc.StatusCode[self.code], message, ((REQUEST_ID_KEY, self._id),))
+        trailer = ((REQUEST_ID_KEY, self._id),)
+        await self.context.abort(grpc.StatusCode[self.code], message, trailer)
+        raise AssertionError("unreachable: abort raises")
 
     def handled(self) -> None:
         """Tell how it ended."""

@@ -92,6 +92,8 @@ async def code_of(call: Any) -> Any:
     try:
         await call
     except grpc.aio.AioRpcError as error:
+        if error.code() is CODE.INTERNAL:
+            raise AssertionError(error.details()) from error
         return error.code()
     return CODE.OK
 
