@@ -13,6 +13,7 @@ import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -22,7 +23,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
+from knapsack_scheduler.journal.journal import Journal, Writing
 from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.rpc import SchedulerServicer
+from knapsack_scheduler.service import SchedulerService
 
 MIB = 2**20
 CODE = grpc.StatusCode
@@ -321,3 +325,55 @@ async def test_64_trainers_beside_large_calls_all_get_their_answers(
         done = await asyncio.gather(*(trainer(f"run-{i}") for i in range(64)))
         assert await asyncio.gather(*heavy) == [CODE.OK] * 6
     assert done == [4 * 512] * 64
+
+
+class StalledJournal(Journal):
+    """A journal in which transactions on runs named slow do not begin until told to."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.stalled = threading.Semaphore(0)
+        self.go_on = threading.Event()
+
+    @contextlib.contextmanager
+    def writing(self, run_id: str) -> Iterator[Writing]:
+        """Hold a run."""
+        if run_id.startswith("slow"):
+            self.stalled.release()
+            assert self.go_on.wait(60)
+        with super().writing(run_id) as writing:
+            yield writing
+
+
+async def test_large_calls_that_stall_leave_threads_for_small_ones(
+    tmp_path: Path, calls: Any
+) -> None:
+    """Of six large calls of six runs two are worked on; small calls of others are answered."""
+    journal = StalledJournal(f"sqlite:///{tmp_path / 'stats.db'}")
+    journal.open()
+    service = SchedulerService(journal, auto_create_runs=True)
+    servicer = SchedulerServicer(service, Limits())
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 * MIB)])
+    servicer.add_to(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    prompts = [f"{i:0100d}" for i in range(12_000)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", SIZES) as channel:
+        stub = stub_of(channel)
+        large = []
+        for number in range(6):
+            calls.run_id = f"slow-{number}"
+            large.append(asyncio.ensure_future(stub.Allocate(calls.allocate(prompts, 24_000))))
+        for _ in range(Limits().large_calls):
+            await asyncio.to_thread(journal.stalled.acquire, timeout=60)
+        calls.run_id = "quick"
+        for _ in range(5):
+            await stub.Allocate(calls.allocate(), timeout=60)
+        assert not any(call.done() for call in large)
+        journal.go_on.set()
+        for call in large:
+            assert (await call).allocated_rollouts == 24_000
+    await server.stop(None)
+    await servicer.settled()
+    service.close()
+    journal.close()
