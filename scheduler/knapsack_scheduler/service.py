@@ -155,7 +155,7 @@ class SchedulerService:
         wire.check_bounds(bounds, self._limits)
         wire.check_policy(request, bounds, state.config.policy)
         budget = wire.budget_of(request)
-        beliefs, prior = state.beliefs(ids)
+        beliefs, prior = state.beliefs(ids, request.step)
         if budget.total_tokens and not budget.total_rollouts and not beliefs.expected_tokens.any():
             raise InvalidArgument(
                 "total_tokens",
@@ -217,7 +217,7 @@ class SchedulerService:
                 "Report its rollouts first, or set keep_outstanding to count them as running"
             )
         ids = tuple(state.prompt_ids[row] for row in allocation.rows.tolist())
-        beliefs, prior = state.beliefs(ids)
+        beliefs, prior = state.beliefs(ids, allocation.step)
         budget = allocation.budget
         tokens = budget.total_tokens if beliefs.expected_tokens.any() else 0
         start = time.perf_counter()

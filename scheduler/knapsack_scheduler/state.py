@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from knapsack_scheduler.core.calibration import Calibration
+from knapsack_scheduler.core.drift import PROMPTS as DRIFT_PROMPTS
+from knapsack_scheduler.core.drift import Drift
 from knapsack_scheduler.core.evidence import (
     IMPORT_STEP_OFFSET,
     GroupOutcomes,
@@ -27,8 +29,8 @@ from knapsack_scheduler.core.posterior import (
     Discounts,
     Prior,
     PriorStatistics,
-    beta_posterior,
     fit_prior,
+    newest_drift,
     posterior,
 )
 from knapsack_scheduler.core.problem import (
@@ -43,6 +45,7 @@ from knapsack_scheduler.core.problem import (
     WaveOutcomes,
     tie_keys,
 )
+from knapsack_scheduler.core.recency import Revisited
 from knapsack_scheduler.core.rewardlevels import RewardLevels, counted_by_level, relevel
 from knapsack_scheduler.facts import (
     AllocationExtended,
@@ -164,6 +167,8 @@ class RunState:
         self._rows: dict[str, int] = {}
         self._looked_up: tuple[tuple[str, ...], int, IntArray] = ((), 0, np.zeros(0, np.int64))
         self._visits = Visits()
+        self._revisited = Revisited()
+        self._drift: Drift | None = Drift()
         self._prior_statistics = PriorStatistics()
         self._sums = np.zeros((_SUMS, 0), np.int64)
         self._keys = np.zeros(0, np.uint64)
@@ -201,8 +206,13 @@ class RunState:
         self._looked_up = (prompt_ids, len(self.prompt_ids), rows)
         return rows.copy()
 
-    def beliefs(self, prompt_ids: tuple[str, ...]) -> tuple[Beliefs, Prior]:
-        """Return what is believed of each position's prompt, and the run's prior."""
+    def beliefs(self, prompt_ids: tuple[str, ...], step: int) -> tuple[Beliefs, Prior]:
+        """Return what is believed of each position's prompt, and the run's prior.
+
+        Args:
+            prompt_ids: of the batch.
+            step: that is decided for; see ``core.posterior.posterior``.
+        """
         rows = self.rows_of(prompt_ids)
         prior = fit_prior(self._prior_statistics)
         known = rows >= 0
@@ -214,18 +224,27 @@ class RunState:
         unseen = ~known
         unseen[known] = self._sums[_ROLLOUTS, rows[known]] == 0
         recent = recent_outcomes(self._visits, rows) if self.config.policy == "paper" else None
-        believed = self._posterior(rows, prior)
+        believed = self._posterior(rows, step, prior)
         return Beliefs(believed, keys, unseen, self._expected_tokens(rows), recent), prior
 
-    def _posterior(self, rows: IntArray, prior: Prior) -> Posterior:
+    def _posterior(self, rows: IntArray, step: int | None, prior: Prior) -> Posterior:
         return posterior(
             self._visits,
             rows,
+            step,
             self.last_policy_version,
             self.discounts,
             prior,
             self.reward_levels,
+            self.drift(prior),
         )
+
+    def drift(self, prior: Prior) -> Drift:
+        """Return how success rates moved up to the newest visits; ``prior`` is the run's."""
+        if self._drift is None:
+            rows = self._revisited.newest(DRIFT_PROMPTS, self._visits, self._keys)
+            self._drift = newest_drift(self._visits, rows, self.discounts, prior)
+        return self._drift
 
     def _expected_tokens(self, rows: IntArray) -> FloatArray:
         if self._token_rollouts == 0:
@@ -264,7 +283,7 @@ class RunState:
         count = rows.size
         chances = fact.chances
         if chances is None:
-            believed = self._posterior(rows, fit_prior(self._prior_statistics))
+            believed = self._posterior(rows, fact.step, fit_prior(self._prior_statistics))
             chances = effective_chances(believed, Begun.nothing(count), fact.num_rollouts)
         allocation = OpenAllocation(
             fact.step,
@@ -289,7 +308,8 @@ class RunState:
         chances = fact.chances
         if chances is None:
             rows = allocation.rows.astype(np.int64)
-            believed = self._posterior(rows, fit_prior(self._prior_statistics))
+            prior = fit_prior(self._prior_statistics)
+            believed = self._posterior(rows, allocation.step, prior)
             begun = begun_groups(allocation.outcomes(self.reward_levels), fact.keep_outstanding)
             chances = effective_chances(believed, begun, fact.num_rollouts)
         allocation.predict(fact.num_rollouts, chances)
@@ -370,6 +390,8 @@ class RunState:
         before = self._newest(unique)
         merge_visits(self._visits, unique, step, policy_version, rollouts, successes, by_level)
         self._prior_statistics = self._prior_statistics.moved(*before, *self._newest(unique))
+        self._revisited.add(unique, self._visits)
+        self._drift = None
         sums = self._sums
         first = int(np.count_nonzero(sums[_ROLLOUTS, unique] == 0))
         if first:
@@ -420,9 +442,7 @@ class RunState:
     def stats_of(self, rows: IntArray) -> PromptColumns:
         """Return the statistics of prompts with an outcome."""
         prior = fit_prior(self._prior_statistics)
-        alpha, beta = beta_posterior(
-            self._visits, rows, self.last_policy_version, self.discounts, prior
-        )
+        believed = self._posterior(rows, None, prior)
         sums = self._sums[:, rows]
         with_tokens = np.maximum(sums[_TOKEN_ROLLOUTS], 1)
         return PromptColumns(
@@ -430,8 +450,8 @@ class RunState:
             sums[_SUCCESSES],
             sums[_LAST_STEP],
             sums[_LAST_VERSION],
-            alpha,
-            beta,
+            believed.alpha,
+            believed.beta,
             sums[_TOKENS] / with_tokens,
         )
 

@@ -1,4 +1,4 @@
-"""The command line: what a scheduler knows of runs and prompts, and the demo."""
+"""The command line: what a scheduler knows of runs and prompts, the demo, and the lab."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -30,12 +31,60 @@ _SORTS: dict[str, Callable[[PromptStats], tuple[Any, ...]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _WholeCommand:
+    """A command of another package, loaded only when it is asked for.
+
+    Attributes:
+        noun: what it is called in a sentence.
+        help: its line in the list of commands.
+        extra: of this distribution that installs what it needs.
+        load: imports it; takes arguments, returns an exit code.
+    """
+
+    noun: str
+    help: str
+    extra: str
+    load: Callable[[], Callable[[list[str]], int | None]]
+
+
+def _load_demo() -> Callable[[list[str]], int | None]:
+    from knapsack_trainer_client.demo.main import run
+
+    return run
+
+
+def _load_simulate() -> Callable[[list[str]], int | None]:
+    from knapsack_scheduler.lab.simulate_command import main
+
+    return main
+
+
+def _load_replay() -> Callable[[list[str]], int | None]:
+    from knapsack_scheduler.lab.replay_command import main
+
+    return main
+
+
+_WHOLE_COMMANDS = {
+    "demo": _WholeCommand(
+        "the demo", "train a small model, uniform against knapsack", "demo", _load_demo
+    ),
+    "simulate": _WholeCommand(
+        "the simulation", "what each policy wins on simulated prompts", "lab", _load_simulate
+    ),
+    "replay": _WholeCommand(
+        "the replay", "what each policy would have done in a run you have", "lab", _load_replay
+    ),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, or 2 after one line of error."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["demo"]:
-        # The demo reads its own arguments, --help among them.
-        return _demo(argv[1:])
+    if argv and argv[0] in _WHOLE_COMMANDS:
+        # These read their own arguments, --help among them.
+        return _whole_command(_WHOLE_COMMANDS[argv[0]], argv[1:])
     # Read when the first channel is made; its lines would stand among those of the command.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     arguments = _parser().parse_args(argv)
@@ -57,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="knapsack-rl",
-        description="Look into a budget scheduler, or see the demo.",
+        description="Look into a budget scheduler, see the demo, or see what the policies would "
+        "do in a simulation or on a log of your own.",
         epilog="Each command has its own --help.",
     )
     parser.add_argument("--version", action="version", version=version("knapsack-rl"))
@@ -111,11 +161,10 @@ def _parser() -> argparse.ArgumentParser:
         help="most prompts to show; 0 for all (default: %(default)s)",
     )
     stats.set_defaults(command=_stats)
-    commands.add_parser(
-        "demo",
-        help="train a small model, uniform against knapsack (needs knapsack-rl[demo])",
-        add_help=False,
-    )
+    for name, command in _WHOLE_COMMANDS.items():
+        commands.add_parser(
+            name, help=f"{command.help} (needs knapsack-rl[{command.extra}])", add_help=False
+        )
     return parser
 
 
@@ -202,13 +251,16 @@ def _stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _demo(argv: Sequence[str]) -> int:
+def _whole_command(command: _WholeCommand, argv: Sequence[str]) -> int:
     try:
-        from knapsack_trainer_client.demo.main import run
+        main = command.load()
     except ImportError as error:
-        return _failed(f"the demo needs more packages: pip install 'knapsack-rl[demo]' ({error})")
+        return _failed(
+            f"{command.noun} needs more packages: pip install 'knapsack-rl[{command.extra}]' "
+            f"({error})"
+        )
     try:
-        return int(run(list(argv)) or 0)
+        return int(main(list(argv)) or 0)
     except (KnapsackError, OSError) as error:
         return _failed(str(error))
     except KeyboardInterrupt:
