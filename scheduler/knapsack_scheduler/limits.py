@@ -21,7 +21,7 @@ class Limits:
         message_bytes: bytes of one message.
         concurrent_calls: calls served at once.
         inflight_bytes: bytes of requests and answers in memory at once.
-        imports: streams of outcomes received at once.
+        imports: streams of outcomes received or applied at once.
         large_bytes: a call with more bytes than this waits for its turn among large calls.
         large_calls: large calls worked on at once; fewer than there are worker threads, so
             that small calls never wait for large ones.
@@ -35,7 +35,7 @@ class Limits:
     group_rollouts: int = 100_000
     step: int = 2**53
     import_rollouts: int = 10_000_000
-    import_bytes: int = 128 * 2**20
+    import_bytes: int = 64 * 2**20
     import_message_bytes: int = 8 * 2**20
     message_bytes: int = 64 * 2**20
     concurrent_calls: int = 1024
@@ -61,6 +61,5 @@ class Limits:
         return (
             self.inflight_bytes
             + 40 * self.message_bytes
-            + 3 * self.import_bytes
-            + self.imports * self.receiving_bytes
+            + self.imports * (3 * self.import_bytes + self.receiving_bytes)
         )

@@ -30,6 +30,7 @@ from knapsack_scheduler.memory import give_back
 from knapsack_scheduler.pages import page_size
 from knapsack_scheduler.security import EVERYBODY, Caller, TokenGuard
 from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
+from knapsack_scheduler.wire import ImportStream
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,9 +60,8 @@ class SchedulerServicer:
         self._guard = guard
         self._calls = Admission(limits.inflight_bytes)
         # Of their own, so that a stream that trickles takes no room from other calls.
-        self._imports = Admission(
-            _IMPORT_FACTOR * limits.import_bytes + limits.imports * limits.receiving_bytes
-        )
+        self._import_bytes = _IMPORT_FACTOR * limits.import_bytes + limits.receiving_bytes
+        self._imports = Admission(limits.imports * self._import_bytes)
         self._large = asyncio.Semaphore(limits.large_calls)
         self._work: set[asyncio.Task[Message]] = set()
 
@@ -113,7 +113,7 @@ class SchedulerServicer:
         return handle
 
     async def _unary(self, call: _Call, caller: Caller, kind: type[Message]) -> bytes | None:
-        ticket = await self._admitted(self._calls, call)
+        ticket = await self._admitted(self._calls, self._limits.receiving_bytes, call)
         task = None
         try:
             async with ticket.transfer(
@@ -164,11 +164,11 @@ class SchedulerServicer:
 
     async def _import(self, call: _Call, caller: Caller) -> bytes:
         limits = self._limits
-        ticket = await self._admitted(self._imports, call)
+        ticket = await self._admitted(self._imports, self._import_bytes, call)
         task = None
 
         async def messages() -> AsyncIterator[pb.ImportOutcomesRequest]:
-            held = 0
+            is_first = True
             while True:
                 async with ticket.transfer(
                     limits.transfer_seconds, "the next message of the stream did not arrive"
@@ -182,30 +182,29 @@ class SchedulerServicer:
                         f"this one has {len(data)}; send more messages in the stream"
                     )
                 message = _parsed(pb.ImportOutcomesRequest, data, limits)
-                if held == 0:
+                if is_first:
+                    is_first = False
                     call.about(message)
                     caller.check(message.run_id)
-                held += _IMPORT_FACTOR * len(data)
-                ticket.resize(held + limits.receiving_bytes)
                 yield message
 
         try:
             received = await self._service.receive_outcomes(messages())
             ticket.resize(_IMPORT_FACTOR * received.size)
-            task = self._begin(self._apply(received), ticket, large=True)
+            large = received.size > limits.large_bytes
+            task = self._begin(self._apply(received, large), ticket, large=large)
             return (await asyncio.shield(task)).SerializeToString()
         finally:
             _leave(ticket, task)
 
-    async def _apply(self, received: Any) -> Message:
-        async with self._large:
+    async def _apply(self, received: ImportStream, large: bool) -> Message:
+        async with self._large if large else nullcontext():
             return await self._service.import_received(received)
 
-    async def _admitted(self, admission: Admission, call: _Call) -> Ticket:
-        """Wait for room to receive a message of any size."""
+    async def _admitted(self, admission: Admission, size: int, call: _Call) -> Ticket:
         left = call.context.time_remaining()
         patience = PATIENCE_SECONDS if left is None else min(left, PATIENCE_SECONDS)
-        return await admission.admit(self._limits.receiving_bytes, call.context.peer(), patience)
+        return await admission.admit(size, call.context.peer(), patience)
 
     def _begin(self, work: Any, ticket: Ticket, *, large: bool = False) -> asyncio.Task[Message]:
         """Start work that goes on when its caller goes away, and holds its room until then."""
