@@ -215,10 +215,11 @@ def as_json(settings: Settings) -> str:
 
 
 def secret_of(store: str) -> tuple[str, str]:
-    """Return the password in a store's URL and what to show in its place.
+    """Return the password in a store's URL, as it stands there, and what to show in its place.
 
-    Where there is none, both are a text that stands nowhere.
+    With its colon and its @, so that a short password is not cut out of other words. Where
+    there is none, both are a text that stands nowhere.
     """
     before, at, _ = store.rpartition("@")
     password = before.split("://", 1)[-1].partition(":")[2]
-    return (password, "***") if at and password else ("\x00", "\x00")
+    return (f":{password}@", ":***@") if at and password else ("\x00", "\x00")
