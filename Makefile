@@ -44,6 +44,8 @@ check: $(VENV)/.check proto-check
 bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/bench_solver.py
 	$(BIN)/python tests/benchmarks/bench_service.py
+	$(BIN)/python tests/benchmarks/bench_report.py
+	$(BIN)/python tests/benchmarks/bench_startup.py
 	$(BIN)/python tests/benchmarks/bench_event_loop.py
 
 # Asks pypi.org for advisories, which a mirror of packages does not have; so it is no part of

@@ -7,8 +7,11 @@ folds the journal anew without what it forgets; nothing is ever taken back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +59,7 @@ from knapsack_scheduler.facts import (
     Rewards,
     Rewound,
 )
+from knapsack_scheduler.journal.columns import decode_text, encode_text
 from knapsack_scheduler.runconfig import RunConfig
 
 TOKEN_SHRINKAGE = 4
@@ -155,7 +159,6 @@ class RunState:
         )
         self.prompt_ids: list[str] = []
         self.allocations: dict[str, OpenAllocation] = {}
-        self.abandoned: set[str] = set()
         self.last_step = -1
         self.last_policy_version = 0
         self.known_prompts = 0
@@ -190,11 +193,6 @@ class RunState:
             case Rewound():
                 raise AssertionError("a rewind is a new fold of the journal")
         return Counted()
-
-    def abandon(self, fact: Fact) -> None:
-        """Remember of a forgotten fact what must be: the name of its allocation."""
-        if isinstance(fact, AllocationMade):
-            self.abandoned.add(fact.allocation_id)
 
     def rows_of(self, prompt_ids: tuple[str, ...]) -> IntArray:
         """Return the row of each prompt, int64[M]; -1 where there is none."""
@@ -288,7 +286,7 @@ class RunState:
         allocation = OpenAllocation(
             fact.step,
             rows.astype(np.int32),
-            fact.bounds,
+            Bounds(_slim(fact.bounds.minimum), _slim(fact.bounds.maximum)),
             fact.budget,
             1,
             fact.num_rollouts.astype(np.int32),
@@ -430,6 +428,67 @@ class RunState:
             self._visits.successes[rows, 0].astype(np.int64),
         )
 
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """Return all that there is to the state as columns, for ``from_columns``.
+
+        A field that is not in here, in ``Visits`` or in ``_POSITION_COLUMNS`` is lost
+        with the process.
+        """
+        return self.frozen()()
+
+    def frozen(self) -> Callable[[], dict[str, npt.NDArray[Any]]]:
+        """Return a function that makes ``columns()`` of the state as it is now, later on.
+
+        What changes is copied here; what is only ever appended to is read there.
+        """
+        size, ids, keys = len(self.prompt_ids), self.prompt_ids, self._keys
+        scalars = {name: getattr(self, name) for name in _SCALARS}
+        scalars["_prior_statistics"] = asdict(self._prior_statistics)
+        scalars["levels_kept"] = self.reward_levels.kept
+        copied = {
+            "scalars": _text_column(json.dumps(scalars)),
+            "sums": self._sums[:, :size].copy(),
+            "levels.values": self.reward_levels.values,
+            "levels.rollouts": self.reward_levels.rollouts,
+            **{
+                f"calibration.{each.name}": getattr(self.calibration, each.name)
+                for each in fields(Calibration)
+            },
+            **_named("visits", self._visits.columns()),
+            **_named("revisited", self._revisited.columns()),
+            **_allocation_columns(self.allocations),
+        }
+
+        def columns() -> dict[str, npt.NDArray[Any]]:
+            data, lengths = encode_text(ids[:size])
+            named = {"prompt_ids": data, "prompt_id_lengths": lengths, "keys": keys[:size]}
+            return {**copied, **named}
+
+        return columns
+
+    @classmethod
+    def from_columns(cls, config: RunConfig, columns: Mapping[str, npt.NDArray[Any]]) -> RunState:
+        """Return the state of ``columns()``."""
+        state = cls(config)
+        scalars = json.loads(columns["scalars"].tobytes())
+        prior, kept = scalars.pop("_prior_statistics"), scalars.pop("levels_kept")
+        state.__dict__.update(scalars)
+        state._prior_statistics = PriorStatistics(**prior)
+        state.reward_levels = RewardLevels(
+            config.success_threshold, columns["levels.values"], columns["levels.rollouts"], kept
+        )
+        state.calibration = Calibration(
+            *(columns[f"calibration.{each.name}"] for each in fields(Calibration))
+        )
+        state.prompt_ids = decode_text(columns["prompt_ids"], columns["prompt_id_lengths"])
+        state._rows = dict(zip(state.prompt_ids, range(len(state.prompt_ids)), strict=True))
+        state._sums, state._keys = columns["sums"], columns["keys"]
+        state._visits = Visits.from_columns(_of_name("visits", columns))
+        state._revisited = Revisited.from_columns(_of_name("revisited", columns))
+        state._drift = None
+        state.allocations = _allocations_of(columns)
+        return state
+
     def sorted_prompts(self) -> list[tuple[str, int]]:
         """Return (prompt id, row) of every prompt with an outcome, in the order of ids."""
         if self._sorted is None:
@@ -487,3 +546,88 @@ def _deliver(allocation: OpenAllocation, outcomes: GroupOutcomes) -> Counted:
         effective_groups=int(np.count_nonzero(now_mixed & ~mixed)),
         effective_rollouts=int(allocation.delivered[now_mixed].sum()) - in_effective,
     )
+
+
+_SCALARS = (
+    "last_step",
+    "last_policy_version",
+    "known_prompts",
+    "total_rollouts",
+    "total_successes",
+    "ignored_rollouts",
+    "_token_sum",
+    "_token_rollouts",
+)
+_POSITION_COLUMNS = {
+    "rows": np.int32,
+    "allocated": np.int32,
+    "delivered": np.int32,
+    "successes": np.int32,
+    "low": np.float32,
+    "high": np.float32,
+    "chance": np.float32,
+    "awaited": np.int32,
+}
+
+
+def _named(name: str, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    return {f"{name}.{each}": column for each, column in columns.items()}
+
+
+def _of_name(name: str, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    start = f"{name}."
+    return {each.removeprefix(start): c for each, c in columns.items() if each.startswith(start)}
+
+
+def _slim(bound: IntArray) -> IntArray:
+    """Return the same numbers, in no memory if they are all equal."""
+    if bound.size and (bound == bound[0]).all():
+        return np.broadcast_to(bound[:1].copy(), bound.shape)
+    return bound
+
+
+def _allocation_columns(allocations: Mapping[str, OpenAllocation]) -> dict[str, npt.NDArray[Any]]:
+    each = list(allocations.values())
+    names, lengths = encode_text(list(allocations))
+    columns: dict[str, npt.NDArray[Any]] = {
+        "allocations": names,
+        "allocation_lengths": lengths,
+        "allocation.size": np.array([a.rows.size for a in each], np.int64),
+        "allocation.step": np.array([a.step for a in each], np.int64),
+        "allocation.wave": np.array([a.wave for a in each], np.int64),
+        "allocation.budgets": _text_column(json.dumps([asdict(a.budget) for a in each])),
+        "allocation.minimum": _joined([a.bounds.minimum for a in each], np.int64),
+        "allocation.maximum": _joined([a.bounds.maximum for a in each], np.int64),
+    }
+    for name, dtype in _POSITION_COLUMNS.items():
+        columns[f"allocation.{name}"] = _joined([getattr(a, name) for a in each], dtype)
+    return columns
+
+
+def _allocations_of(columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, OpenAllocation]:
+    names = decode_text(columns["allocations"], columns["allocation_lengths"])
+    ends = np.cumsum(columns["allocation.size"])
+    cut = {
+        name: np.split(columns[f"allocation.{name}"], ends[:-1])
+        for name in ("minimum", "maximum", *_POSITION_COLUMNS)
+    }
+    budgets = json.loads(columns["allocation.budgets"].tobytes())
+    return {
+        name: OpenAllocation(
+            step=int(columns["allocation.step"][at]),
+            wave=int(columns["allocation.wave"][at]),
+            bounds=Bounds(_slim(cut["minimum"][at]), _slim(cut["maximum"][at])),
+            budget=Budget(**budgets[at]),
+            # Copies: a view would keep the columns of all of them in memory.
+            **{column: cut[column][at].copy() for column in _POSITION_COLUMNS},
+        )
+        for at, name in enumerate(names)
+    }
+
+
+def _joined(arrays: list[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
+
+
+def _text_column(text: str) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(text.encode(), np.uint8)

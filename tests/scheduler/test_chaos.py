@@ -27,7 +27,8 @@ import pytest
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
 from knapsack_scheduler.errors import StoreUnavailable
-from knapsack_scheduler.journal.journal import Journal, Writing
+from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.transaction import Writing
 from knapsack_scheduler.service import SchedulerService
 
 KILLS = int(os.environ.get("CHAOS_KILLS", "200"))

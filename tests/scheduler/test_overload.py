@@ -23,7 +23,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
-from knapsack_scheduler.journal.journal import Journal, Writing
+from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.transaction import Writing
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.rpc import SchedulerServicer
 from knapsack_scheduler.service import SchedulerService

@@ -6,7 +6,11 @@ visit was at which step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from knapsack_scheduler.core.evidence import Visits
 from knapsack_scheduler.core.problem import IntArray, KeyArray
@@ -26,6 +30,24 @@ class Revisited:
         rows, newest = rows[revisited], step[revisited, 0]
         for at in np.unique(newest).tolist():
             self._by_step.setdefault(at, []).append(rows[newest == at])
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what ``from_columns`` makes the same of."""
+        parts = {step: np.concatenate(rows) for step, rows in self._by_step.items()}
+        return {
+            "step": np.array(list(parts), np.int64),
+            "size": np.array([rows.size for rows in parts.values()], np.int64),
+            "rows": np.concatenate([np.zeros(0, np.int64), *parts.values()]),
+        }
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, npt.NDArray[Any]]) -> Revisited:
+        """Return that of ``columns()``."""
+        revisited = cls()
+        rows = np.split(columns["rows"], np.cumsum(columns["size"])[:-1])
+        steps = columns["step"].tolist()
+        revisited._by_step = {step: [rows[at]] for at, step in enumerate(steps)}
+        return revisited
 
     def newest(self, count: int, visits: Visits, keys: KeyArray) -> IntArray:
         """Return the rows whose newest visit is newest, in the order of their keys.
