@@ -17,7 +17,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 try:
     from pydantic.fields import FieldInfo
 
-    from knapsack_scheduler.config import ENVIRONMENT, Settings, as_json, load_settings
+    from knapsack_scheduler.config import ENVIRONMENT, Settings, as_json, load_settings, secret_of
     from knapsack_scheduler.errors import ConfigError, SchedulerError
 except ModuleNotFoundError as error:
     sys.exit(
@@ -30,11 +30,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     command = options.command
     flags = {key: value for key, value in vars(options).items() if key in Settings.model_fields}
+    hidden = secret_of("")
     try:
         settings = load_settings(flags, options.config)
+        hidden = secret_of(settings.store)
         sys.exit(command(settings, options))
     except (ConfigError, SchedulerError) as error:
-        print(f"knapsack-scheduler: {error}", file=sys.stderr)
+        print(f"knapsack-scheduler: {str(error).replace(*hidden)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _serve(settings: Settings, _options: argparse.Namespace) -> int:
     from knapsack_scheduler import logs, server
 
-    logs.configure(settings.log_level, settings.log_format)
+    logs.configure(settings.log_level, settings.log_format, secret_of(settings.store))
     asyncio.run(server.serve(settings))
     return 0
 

@@ -7,6 +7,7 @@ SchedulerError
 ├── AlreadyExists        an id used again with other content
 ├── FailedPrecondition   a call out of order
 ├── ResourceExhausted    a limit of the server
+│   └── TooSlow          a caller that did not send or receive in time
 ├── Unauthenticated      no token, or an unknown one
 ├── PermissionDenied     a token for other runs
 └── Unavailable          the call may work later, elsewhere
@@ -73,6 +74,10 @@ class ResourceExhausted(SchedulerError):
     """A limit of the server is reached."""
 
     code = "RESOURCE_EXHAUSTED"
+
+
+class TooSlow(ResourceExhausted):
+    """The other side was too slow to send its request or to take its answer."""
 
 
 class Unauthenticated(SchedulerError):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 import numpy as np
 from google.protobuf.message import Message
@@ -47,7 +48,7 @@ from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.runs import Runs
 from knapsack_scheduler.state import OpenAllocation
 
-_PAGE_BYTES = 32 * 2**20
+LARGEST_PAGE_BYTES = 32 * 2**20
 """A page of statistics ends before it outgrows a message."""
 
 
@@ -109,19 +110,27 @@ class SchedulerService:
             run_id, lambda run, _reading: wire.run_message(run.row, run.state)
         )
 
-    async def list_runs(self, request: pb.ListRunsRequest) -> pb.ListRunsResponse:
-        """Return a page of runs."""
+    async def list_runs(
+        self, request: pb.ListRunsRequest, may_see: Callable[[str], bool] = lambda _run_id: True
+    ) -> pb.ListRunsResponse:
+        """Return a page of the runs that the caller may see."""
         size = pages.page_size(request.page_size, 100, 1000)
         after = pages.key_before(request.page_token)
-        rows = await self._runs.in_thread(lambda: self._journal.list_runs(after, size + 1))
+        names: list[str] = []
+        while True:
+            rows = await self._runs.in_thread(partial(self._journal.list_runs, after, size + 1))
+            names += [row.run_id for row in rows if may_see(row.run_id)]
+            if len(rows) <= size or len(names) > size:
+                break
+            after = rows[-1].run_id
         answer = pb.ListRunsResponse()
-        for row in rows[:size]:
+        for name in names[:size]:
             try:
-                answer.runs.append(await self.get_run(pb.GetRunRequest(run_id=row.run_id)))
+                answer.runs.append(await self.get_run(pb.GetRunRequest(run_id=name)))
             except NotFound:
                 continue  # Deleted since.
-        if len(rows) > size:
-            answer.next_page_token = pages.token_after(rows[size - 1].run_id)
+        if len(names) > size:
+            answer.next_page_token = pages.token_after(names[size - 1])
         return answer
 
     async def delete_run(self, request: pb.DeleteRunRequest) -> pb.DeleteRunResponse:
@@ -174,6 +183,7 @@ class SchedulerService:
         except InfeasibleBudget as error:
             raise InvalidArgument(error.field, error.value, error.allowed) from None
         seconds = time.perf_counter() - start
+        divided = _divided(run, request.step, 1, decision, seconds)
         name = wire.allocation_id(run.row.identity, run.row.branch, request.request_id)
         answer = wire.allocation_message(name, run.row.run_id, request.step, 1, decision, prior)
         writing.append(
@@ -188,7 +198,7 @@ class SchedulerService:
             decision.num_rollouts,
             decision.chances,
         )
-        return answer, _divided(run, request.step, 1, decision, seconds)
+        return answer, divided
 
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
         """Spend what an allocation has left."""
@@ -231,6 +241,7 @@ class SchedulerService:
         )
         seconds = time.perf_counter() - start
         wave = allocation.wave + 1
+        divided = _divided(run, allocation.step, wave, decision, seconds)
         answer = wire.allocation_message(
             request.allocation_id, run.row.run_id, allocation.step, wave, decision, prior
         )
@@ -244,7 +255,7 @@ class SchedulerService:
             request.keep_outstanding,
             decision.chances,
         )
-        return answer, _divided(run, allocation.step, wave, decision, seconds)
+        return answer, divided
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
@@ -346,9 +357,19 @@ class SchedulerService:
         self, requests: AsyncIterator[pb.ImportOutcomesRequest]
     ) -> pb.ImportOutcomesResponse:
         """Add the outcomes of an earlier run."""
+        return await self.import_received(await self.receive_outcomes(requests))
+
+    async def receive_outcomes(
+        self, requests: AsyncIterator[pb.ImportOutcomesRequest]
+    ) -> wire.ImportStream:
+        """Return the messages of an import, checked as they arrive; adds nothing yet."""
         stream = wire.ImportStream(self._limits)
         async for message in requests:
             stream.add(message)
+        return stream
+
+    async def import_received(self, stream: wire.ImportStream) -> pb.ImportOutcomesResponse:
+        """Add the outcomes of a whole stream."""
         payload = await self._runs.in_thread(stream.payload)
         (answer, run), counted = await self._runs.alone(
             stream.run_id,
@@ -450,6 +471,7 @@ def _divided(
         decision.reasons,
         decision.num_rollouts,
         seconds,
+        time.time_ns(),
     )
 
 
@@ -459,7 +481,7 @@ def _stats_page(run: LoadedRun, after: str, size: int) -> pb.ListPromptStatsResp
     page = known[start : start + size]
     # UTF-8 takes up to 4 bytes a character, the columns less than 80 a row.
     sizes = np.cumsum([4 * len(p) + 80 for p, _ in page])
-    size = max(int(np.searchsorted(sizes, _PAGE_BYTES, side="right")), 1)
+    size = max(int(np.searchsorted(sizes, LARGEST_PAGE_BYTES, side="right")), 1)
     page = page[:size]
     rows = np.fromiter((row for _, row in page), np.int64, len(page))
     answer = wire.stats_message([p for p, _ in page], run.state.stats_of(rows))

@@ -24,6 +24,7 @@ from knapsack_scheduler.core.posterior import Prior
 from knapsack_scheduler.core.problem import Bounds, Budget, Decision, FloatArray
 from knapsack_scheduler.errors import InvalidArgument, ResourceExhausted
 from knapsack_scheduler.facts import (
+    ALWAYS,
     AllocationExtended,
     AllocationMade,
     Fact,
@@ -429,7 +430,8 @@ def fact_of(entry: Entry, state: RunState) -> Fact:
                 tuple(report.prompt_ids),
                 report.policy_version,
                 rewards_of(report, positions),
-                pb.ReportResponse.FromString(entry.answer).ignored_rollouts > 0,
+                # Not told by the answer: a late report may hold no rollout.
+                ignored=entry.step == ALWAYS,
             )
         case "import":
             return imported_of(entry.payload, Limits())
