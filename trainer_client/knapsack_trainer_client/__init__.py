@@ -21,6 +21,7 @@ from knapsack_trainer_client.errors import (
     RunConfigConflict,
     SchedulerUnavailable,
     WeightUpdateFailed,
+    WrongGroups,
 )
 from knapsack_trainer_client.groups import group_advantages, loss_weights, repeat_by_allocation
 from knapsack_trainer_client.nouns import (
@@ -41,6 +42,7 @@ from knapsack_trainer_client.rollouts import (
 )
 from knapsack_trainer_client.sync import BudgetClient
 from knapsack_trainer_client.telemetry import ClientStats
+from knapsack_trainer_client.verify import verify_groups
 
 __all__ = [
     "TLS",
@@ -68,7 +70,9 @@ __all__ = [
     "RunConfigConflict",
     "SchedulerUnavailable",
     "WeightUpdateFailed",
+    "WrongGroups",
     "group_advantages",
     "loss_weights",
     "repeat_by_allocation",
+    "verify_groups",
 ]
