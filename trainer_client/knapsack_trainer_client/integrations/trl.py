@@ -14,6 +14,7 @@ loss's normaliser stay what they are. For TRL 1.0 to 1.16.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ class _Batch:
         sizes: rows of each group.
         allocation: in the main process; None in the others.
         is_fallback: the scheduler did not answer.
+        owners: group of each of this process's rows.
         by_function: rewards of all processes' rows, once they are there.
         lengths: completion tokens of all processes' rows.
     """
@@ -68,6 +70,7 @@ class _Batch:
     sizes: list[int]
     allocation: Allocation | None
     is_fallback: bool
+    owners: list[int] = field(default_factory=list)
     by_function: Any = None
     lengths: list[int] = field(default_factory=list)
 
@@ -179,8 +182,8 @@ class BudgetedMixin:
         check_ids(group_ids, [row.get("prompt") for row in uniques], column)
         batch = self._allocate(group_ids, len(ids))
         whole = [at for at, n in enumerate(batch.sizes) for _ in range(n)]
-        mine = whole[rank * count : (rank + 1) * count]
-        return [dict(uniques[at]) for at in mine], batch
+        batch.owners = whole[rank * count : (rank + 1) * count]
+        return [dict(uniques[at]) for at in batch.owners], batch
 
     def _allocate(self: Any, ids: list[str], total: int) -> _Batch:
         allocation, error = None, None
@@ -206,6 +209,8 @@ class BudgetedMixin:
 
     def _settle(self: Any, batch: _Batch, output: dict[str, Any]) -> None:
         """Put the groups' advantages where TRL's are, and report the rewards."""
+        if self.rollout_func is not None:
+            _check_rollouts(self, batch.owners, output)
         scored = _score(self, batch.by_function)
         found = self.accelerator.gather(output["advantages"])
         _check_formula(scored, found, self.num_generations)
@@ -315,6 +320,27 @@ def _generate_row_by_row(trainer: Any) -> None:
     trainer.vllm_generation.generate = for_rows
 
 
+def _check_rollouts(trainer: Any, owners: Sequence[int], output: Mapping[str, Any]) -> None:
+    """Stop where a ``rollout_func`` generated ``num_generations`` rollouts a prompt.
+
+    Raises:
+        WrongGroups: rows of one group have different prompts, and those of equal groups do not.
+    """
+    prompts = [
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)
+    ]
+    first, size = trainer.accelerator.process_index * len(prompts), trainer.num_generations
+    blocks = [(first + row) // size for row in range(len(prompts))]
+    if len(set(zip(blocks, prompts, strict=True))) == len(set(blocks)) and len(
+        set(zip(owners, prompts, strict=True))
+    ) > len(set(owners)):
+        raise WrongGroups(
+            f"rollout_func made {size} rollouts of every {size}-th prompt; it must make one of "
+            "each prompt that it is given, in their order."
+        )
+
+
 def _score(trainer: Any, by_function: Any) -> ScoredRollouts:
     weights = trainer.reward_weights.to(by_function.device)
     rewards = (by_function * weights.unsqueeze(0)).nansum(dim=1)
@@ -331,8 +357,8 @@ def _score(trainer: Any, by_function: Any) -> ScoredRollouts:
 def _check_formula(scored: ScoredRollouts, found: Any, size: int) -> None:
     """Stop where TRL's own advantages are not those of its formula in equal groups.
 
-    Where float32 says nothing, in groups whose spread is small beside their rewards, there
-    is nothing to compare; and TRL before 1.8 takes a row without a reward for a failure.
+    Left out are groups of which float32 says nothing, their spread being small beside their
+    rewards, and those with rows without a reward, which TRL before 1.8 takes for failures.
 
     Raises:
         WrongGroups: says which advantage was not as it should be.
@@ -343,10 +369,12 @@ def _check_formula(scored: ScoredRollouts, found: Any, size: int) -> None:
             f"advantages of shape {tuple(found.shape)} where one per rollout ({len(rewards)}) "
             "was expected; a subclass that makes others must come before BudgetedMixin."
         )
-    columns = [rewards, *zip(*scored.by_function, strict=True)]
+    separate = scored.aggregation == "normalize_then_sum"
+    columns = list(zip(*scored.by_function, strict=True)) if separate else [rewards]
     groups = range(0, len(rewards), size)
     telling = [all(_is_telling(c[at : at + size]) for c in columns) for at in groups]
-    if scored.aggregation == "normalize_then_sum" and not all(telling):
+    # There one group's rounding, or its rows without a reward, reach all the others.
+    if (separate or scored.scale_rewards == "batch") and not all(telling):
         return
     expected = scored.advantages([size] * len(groups))
     for row, (a, b) in enumerate(zip(found.tolist(), expected, strict=True)):
@@ -361,7 +389,7 @@ def _check_formula(scored: ScoredRollouts, found: Any, size: int) -> None:
 
 
 def _is_telling(rewards: Sequence[float]) -> bool:
-    largest = max(map(abs, rewards))
-    spread = max(rewards) - min(rewards)
-    # A NaN makes both comparisons false.
+    if any(map(math.isnan, rewards)):
+        return False
+    largest, spread = max(map(abs, rewards)), max(rewards) - min(rewards)
     return spread > _TELLING_SPREAD * largest or (spread == 0.0 and largest <= 1.0)
