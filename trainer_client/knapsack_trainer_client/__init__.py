@@ -9,6 +9,7 @@
 Loads the standard library, grpc and protobuf, and nothing else.
 """
 
+from knapsack_trainer_client.batches import BudgetedBatch, budgeted_batches
 from knapsack_trainer_client.client import AsyncBudgetClient
 from knapsack_trainer_client.errors import (
     AccessDenied,
@@ -40,6 +41,7 @@ from knapsack_trainer_client.rollouts import (
     RolloutClient,
     RolloutGroups,
 )
+from knapsack_trainer_client.stream import PlannedPrompt, PromptStream, StreamState
 from knapsack_trainer_client.sync import BudgetClient
 from knapsack_trainer_client.telemetry import ClientStats
 from knapsack_trainer_client.verify import verify_groups
@@ -52,6 +54,7 @@ __all__ = [
     "AsyncBudgetClient",
     "AsyncRolloutClient",
     "BudgetClient",
+    "BudgetedBatch",
     "ClientMisuse",
     "ClientStats",
     "ExtraMissing",
@@ -60,7 +63,9 @@ __all__ = [
     "InvalidRequest",
     "KnapsackError",
     "Limits",
+    "PlannedPrompt",
     "PromptStats",
+    "PromptStream",
     "ReportReceipt",
     "Rollout",
     "RolloutClient",
@@ -69,8 +74,10 @@ __all__ = [
     "RunConfig",
     "RunConfigConflict",
     "SchedulerUnavailable",
+    "StreamState",
     "WeightUpdateFailed",
     "WrongGroups",
+    "budgeted_batches",
     "group_advantages",
     "loss_weights",
     "repeat_by_allocation",
