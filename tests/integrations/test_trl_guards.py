@@ -76,16 +76,16 @@ def test_mixin_wants_a_grpo_trainer() -> None:
         Other()
 
 
-def test_constant_ids_are_refused(scheduler: Any, tmp_path: Path) -> None:
+def test_constant_ids_are_refused(shared_scheduler: Any, tmp_path: Path) -> None:
     """A column that says the same of different prompts would be one prompt's statistics."""
     data = Dataset.from_list([row | {"id": 0} for row in rows()])
-    trainer = new_trainer(tmp_path, scheduler.address, data=data)
+    trainer = new_trainer(tmp_path, shared_scheduler.address, data=data, run_name="constant")
 
     with pytest.raises(InvalidRequest, match="must tell prompts apart; all of a batch are '0'"):
         trainer.train()
 
 
-def test_equal_groups_of_unequal_rows_are_found(scheduler: Any, tmp_path: Path) -> None:
+def test_equal_groups_of_unequal_rows_are_found(shared_scheduler: Any, tmp_path: Path) -> None:
     """Rows relaid without new advantages: TRL reshapes without an error, verify_groups stops."""
     found: list[str] = []
 
@@ -99,7 +99,9 @@ def test_equal_groups_of_unequal_rows_are_found(scheduler: Any, tmp_path: Path) 
             super()._settle(batch, output)
             verify_groups(output["advantages"], rewards, batch.sizes, epsilon=1e-4)
 
-    trainer = new_trainer(tmp_path, scheduler.address, trainer=Naive, max_steps=10)
+    trainer = new_trainer(
+        tmp_path, shared_scheduler.address, trainer=Naive, max_steps=10, run_name="naive-rows"
+    )
 
     trainer.train()
 
@@ -107,7 +109,7 @@ def test_equal_groups_of_unequal_rows_are_found(scheduler: Any, tmp_path: Path) 
     assert all(f"equal groups of {GROUP}" in message for message in found)
 
 
-def test_unknown_formula_stops_the_run(scheduler: Any, tmp_path: Path) -> None:
+def test_unknown_formula_stops_the_run(shared_scheduler: Any, tmp_path: Path) -> None:
     """A subclass below the mixin whose advantages are not TRL's is not silently overruled."""
 
     class Ranked(GRPOTrainer):
@@ -121,12 +123,12 @@ def test_unknown_formula_stops_the_run(scheduler: Any, tmp_path: Path) -> None:
         pass
 
     with pytest.raises(WrongGroups, match="formula that is not known here"):
-        new_trainer(tmp_path, scheduler.address, trainer=Below, max_steps=10).train()
+        new_trainer(tmp_path, shared_scheduler.address, trainer=Below, run_name="below").train()
 
     class Above(Ranked, Recording):
         pass
 
-    trainer = new_trainer(tmp_path, scheduler.address, trainer=Above, run_name="above")
+    trainer = new_trainer(tmp_path, shared_scheduler.address, trainer=Above, run_name="above")
     trainer.train()
     expected = [
         (a > 0) - (a < 0)
@@ -136,7 +138,7 @@ def test_unknown_formula_stops_the_run(scheduler: Any, tmp_path: Path) -> None:
     assert sorted(trainer.trained) == sorted(expected)
 
 
-def test_rollouts_of_every_nth_prompt_are_found(scheduler: Any, tmp_path: Path) -> None:
+def test_rollouts_of_every_nth_prompt_are_found(shared_scheduler: Any, tmp_path: Path) -> None:
     """A rollout_func that makes num_generations of a prompt would fill other groups' rows."""
 
     def one_each(prompts: list[str], trainer: Any) -> dict[str, Any]:
@@ -148,13 +150,13 @@ def test_rollouts_of_every_nth_prompt_are_found(scheduler: Any, tmp_path: Path) 
         return one_each([p for p in prompts[::GROUP] for _ in range(GROUP)], trainer)
 
     arguments = {"rollout_func": one_each, "run_id": "right"}
-    right = new_trainer(tmp_path, scheduler.address, more=arguments, max_steps=6)
+    right = new_trainer(tmp_path, shared_scheduler.address, more=arguments, max_steps=6)
     right.train()
     assert any(len(set(map(len, groups_of(b["ids"])))) > 1 for b in right.batches)
 
     arguments = {"rollout_func": naive, "run_id": "naive"}
     with pytest.raises(WrongGroups, match=f"rollout_func made {GROUP} rollouts of every"):
-        new_trainer(tmp_path, scheduler.address, more=arguments, max_steps=6).train()
+        new_trainer(tmp_path, shared_scheduler.address, more=arguments, max_steps=6).train()
 
 
 def test_embedded_scheduler_and_a_new_beginning(tmp_path: Path) -> None:
@@ -177,11 +179,13 @@ def test_embedded_scheduler_and_a_new_beginning(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "knapsack.db").exists()
 
 
-def test_success_threshold_reaches_the_run(scheduler: Any, tmp_path: Path) -> None:
+def test_success_threshold_reaches_the_run(shared_scheduler: Any, tmp_path: Path) -> None:
     """The run is created with the config given; integers can name prompts."""
     data = Dataset.from_list([row | {"id": i} for i, row in enumerate(rows())])
     more = {"run_config": {"success_threshold": -1.0}, "run_id": "all"}
-    trainer = new_trainer(tmp_path, scheduler.address, GRPOMixed, data=data, more=more, max_steps=2)
+    trainer = new_trainer(
+        tmp_path, shared_scheduler.address, GRPOMixed, data=data, more=more, max_steps=2
+    )
 
     trainer.train()
 
@@ -195,15 +199,16 @@ class GRPOMixed(BudgetedMixin, GRPOTrainer):
     """A user's own class."""
 
 
-def test_columns_survive_removal_and_streaming(scheduler: Any, tmp_path: Path) -> None:
+def test_columns_survive_removal_and_streaming(shared_scheduler: Any, tmp_path: Path) -> None:
     """The id column is kept where unused columns are removed, and streams have one too."""
     trainer = new_trainer(
         tmp_path,
-        scheduler.address,
+        shared_scheduler.address,
         GRPOMixed,
         reward_funcs=length,
         remove_unused_columns=True,
         max_steps=2,
+        run_name="removed",
     )
     trainer.train()
     names = {s.prompt_id for s in trainer._budget.prompt_stats()}
@@ -211,11 +216,13 @@ def test_columns_survive_removal_and_streaming(scheduler: Any, tmp_path: Path) -
     assert names
 
 
-def test_iterable_datasets(scheduler: Any, tmp_path: Path) -> None:
+def test_iterable_datasets(shared_scheduler: Any, tmp_path: Path) -> None:
     """A stream of prompts is divided like a list of them."""
     stream = Dataset.from_list(rows(8)).to_iterable_dataset()
     try:
-        trainer = new_trainer(tmp_path, scheduler.address, data=stream, max_steps=4)
+        trainer = new_trainer(
+            tmp_path, shared_scheduler.address, data=stream, max_steps=4, run_name="stream"
+        )
     except NotImplementedError:
         pytest.skip("this TRL takes no iterable datasets")
 
@@ -243,7 +250,7 @@ def test_vllm_server_is_asked_for_one_rollout_a_row() -> None:
     assert asked == [GROUP, 1]
 
 
-def test_wrong_batches_are_found(scheduler: Any, tmp_path: Path) -> None:
+def test_wrong_batches_are_found(shared_scheduler: Any, tmp_path: Path) -> None:
     """Rows that are not groups of equal prompts have another sampler's order."""
 
     class Shuffled(GRPOMixed):
@@ -251,15 +258,17 @@ def test_wrong_batches_are_found(scheduler: Any, tmp_path: Path) -> None:
             return super()._generate_and_score_completions(inputs[1:] + inputs[:1])
 
     with pytest.raises(WrongGroups, match="not made of groups of num_generations = 4"):
-        new_trainer(tmp_path, scheduler.address, Shuffled).train()
+        new_trainer(tmp_path, shared_scheduler.address, Shuffled, run_name="shuffled").train()
 
 
-def test_infinite_reward_is_named(scheduler: Any, tmp_path: Path) -> None:
+def test_infinite_reward_is_named(shared_scheduler: Any, tmp_path: Path) -> None:
     """An infinite reward stops the run by its row."""
 
     def infinite(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [float("inf")] + [0.0] * (len(completion_ids) - 1)
 
     with pytest.raises(InvalidRequest, match=r"rewards\[0\]\[0\] = inf"):
-        new_trainer(tmp_path, scheduler.address, reward_funcs=infinite).train()
+        new_trainer(
+            tmp_path, shared_scheduler.address, reward_funcs=infinite, run_name="infinite"
+        ).train()
     assert torch.get_num_threads() == 1

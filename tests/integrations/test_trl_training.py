@@ -134,11 +134,12 @@ def test_every_scale_and_aggregation(
     ids=["accumulated", "long-batches", "iterations", "short-batches"],
 )
 def test_accumulation_and_iterations(
-    options: dict[str, Any], batches: int, steps: list[int], scheduler: Any, tmp_path: Path
+    options: dict[str, Any], batches: int, steps: list[int], shared_scheduler: Any, tmp_path: Path
 ) -> None:
     """One allocation for each generation batch, however many gradients are taken of it."""
     data = Dataset.from_list(rows(8))
-    trainer = new_trainer(tmp_path, scheduler.address, data=data, max_steps=4, **options)
+    options = options | {"max_steps": 4, "run_name": f"batches-{len(steps)}-{options}"}
+    trainer = new_trainer(tmp_path, shared_scheduler.address, data=data, **options)
 
     trainer.train()
 
@@ -153,7 +154,7 @@ def test_accumulation_and_iterations(
 
 
 def test_logged_fractions_and_tables_are_those_of_the_groups(
-    scheduler: Any, tmp_path: Path
+    shared_scheduler: Any, tmp_path: Path
 ) -> None:
     """frac_reward_zero_std and the completions table say what was trained on."""
     tables: list[list[float]] = []
@@ -163,7 +164,9 @@ def test_logged_fractions_and_tables_are_those_of_the_groups(
             tables.append(list(self._logs["advantages"]))
             super().log(*args, **kwargs)
 
-    trainer = new_trainer(tmp_path, scheduler.address, trainer=Tabled, max_steps=8)
+    trainer = new_trainer(
+        tmp_path, shared_scheduler.address, trainer=Tabled, max_steps=8, run_name="tables"
+    )
 
     trainer.train()
 
@@ -181,7 +184,7 @@ def test_logged_fractions_and_tables_are_those_of_the_groups(
         assert table == pytest.approx(batch["advantages"], abs=1e-6)
 
 
-def test_evaluation_is_left_alone(scheduler: Any, tmp_path: Path) -> None:
+def test_evaluation_is_left_alone(shared_scheduler: Any, tmp_path: Path) -> None:
     """Evaluation allocates and reports nothing and keeps its equal groups."""
     evaluated: list[tuple[list[str], list[float]]] = []
 
@@ -195,13 +198,14 @@ def test_evaluation_is_left_alone(scheduler: Any, tmp_path: Path) -> None:
 
     trainer = new_trainer(
         tmp_path,
-        scheduler.address,
+        shared_scheduler.address,
         trainer=Evaluated,
         more={"eval_dataset": Dataset.from_list(rows())},
         eval_strategy="steps",
         eval_steps=3,
         num_generations_eval=2,
         per_device_eval_batch_size=4,
+        run_name="evaluated",
     )
 
     trainer.train()
@@ -239,16 +243,13 @@ def seen(folder: Path, rank: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_share_the_groups(scheduler: Any, tmp_path: Path) -> None:
+def test_two_processes_share_the_groups(shared_scheduler: Any, tmp_path: Path) -> None:
     """With DDP a group may lie in two processes; each has its own rows' advantages by hand."""
     folder = tmp_path / "ddp"
     folder.mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    asked = {
-        "address": scheduler.address,
-        "folder": str(folder),
-        "options": {"per_device_train_batch_size": 6, "num_generations": 4, "max_steps": 5},
-    }
+    options = {"per_device_train_batch_size": 6, "max_steps": 5, "run_name": "ddp"}
+    asked = {"address": shared_scheduler.address, "folder": str(folder), "options": options}
     run_script(asked, [*launcher, "--nproc-per-node=2"])
 
     ranks = [seen(folder, rank) for rank in range(2)]
@@ -271,36 +272,39 @@ def test_two_processes_share_the_groups(scheduler: Any, tmp_path: Path) -> None:
         made = [a for batch in rank["batches"] for a in batch["advantages"]]
         assert sorted(rank["trained"]) == sorted(made)
     assert ranks[0]["log"][-2]["knapsack/largest_group"] > GROUP
-    with BudgetClient(scheduler.address, "run") as client:
+    with BudgetClient(shared_scheduler.address, "ddp") as client:
         assert client.run().total_rollouts == 5 * 12
 
 
 @pytest.mark.timeout(400)
-def test_resumed_is_the_same_as_uninterrupted(scheduler: Any, tmp_path: Path) -> None:
+def test_resumed_is_the_same_as_uninterrupted(shared_scheduler: Any, tmp_path: Path) -> None:
     """Killed after the checkpoint and resumed from it, it allocates as if nothing had been."""
     # Across epochs TRL resumes with another order of prompts unless it does not shuffle.
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "shuffle_dataset": False}
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    for folder in (straight, broken):
-        folder.mkdir()
-    asked = {"address": scheduler.address, "folder": str(straight)}
-    run_script(asked | {"options": options | {"run_name": "straight"}})
-    asked = {"address": scheduler.address, "folder": str(broken)}
+    straight = new_trainer(
+        tmp_path / "straight",
+        shared_scheduler.address,
+        **options | {"run_name": "straight", "save_strategy": "no"},
+    )
+    straight.train()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    asked = {"address": shared_scheduler.address, "folder": str(broken)}
     again = asked | {"options": options | {"run_name": "broken"}}
 
     assert run_script(again | {"kill_at": 6}) == -9
-    with BudgetClient(scheduler.address, "broken") as client:
+    with BudgetClient(shared_scheduler.address, "broken") as client:
         assert client.run().last_step == 5
     run_script(again | {"resume": True})
 
-    whole, resumed = seen(straight)["batches"], seen(broken)["batches"]
+    whole, resumed = straight.batches, seen(broken)["batches"]
     assert [batch["step"] for batch in resumed] == [4, 5, 6, 7]
     assert [batch["ids"] for batch in resumed] == [batch["ids"] for batch in whole[4:]]
     assert [batch["advantages"] for batch in resumed] == [b["advantages"] for b in whole[4:]]
     assert any(len(set(map(len, groups_of(batch["ids"])))) > 1 for batch in resumed)
     with (
-        BudgetClient(scheduler.address, "broken") as client,
-        BudgetClient(scheduler.address, "straight") as other,
+        BudgetClient(shared_scheduler.address, "broken") as client,
+        BudgetClient(shared_scheduler.address, "straight") as other,
     ):
         assert client.run().rewinds == 2
         assert client.prompt_stats() == other.prompt_stats()
