@@ -54,6 +54,7 @@ check: $(VENV)/.check proto-check
 bench: $(VENV)/.test
 	$(BIN)/python tests/benchmarks/bench_solver.py
 	$(BIN)/python tests/benchmarks/bench_service.py
+	$(BIN)/python tests/benchmarks/bench_event_loop.py
 
 proto: $(PROTO_VENV)/.ready
 	.ci/generate-stubs $(PROTO_VENV)/bin/python proto

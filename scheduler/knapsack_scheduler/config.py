@@ -35,6 +35,7 @@ class RunDefaults(BaseModel):
     visit_discount: float = _DEFAULT.visit_discount
     version_discount: float = _DEFAULT.version_discount
     evidence_cap: float = _DEFAULT.evidence_cap
+    reward_levels: bool = _DEFAULT.reward_levels
 
 
 class Settings(BaseSettings):

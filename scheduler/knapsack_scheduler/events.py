@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from knapsack_scheduler.core.problem import Reasons
+from knapsack_scheduler.core.problem import IntArray, Reasons
 from knapsack_scheduler.state import Counted
 
 
@@ -45,7 +45,7 @@ class BudgetDivided:
     allocated: int
     unallocated: int
     reasons: Reasons
-    num_rollouts: tuple[int, ...]
+    num_rollouts: IntArray
     seconds: float
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from knapsack_scheduler.core.problem import Bounds, Budget, IntArray
+from knapsack_scheduler.core.problem import Bounds, Budget, FloatArray, IntArray
 
 ALWAYS = -(2**62)
 """Step of entries that no rewind forgets."""
@@ -18,7 +18,12 @@ ALWAYS = -(2**62)
 
 @dataclass(frozen=True, slots=True)
 class AllocationMade:
-    """A batch got its first wave."""
+    """A batch got its first wave.
+
+    Attributes:
+        chances: that each group comes out effective, as it was decided; None where that
+            has to be computed from the state before, which gives the same.
+    """
 
     allocation_id: str
     step: int
@@ -26,15 +31,23 @@ class AllocationMade:
     bounds: Bounds
     budget: Budget
     num_rollouts: IntArray
+    chances: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AllocationExtended:
-    """A batch got a further wave."""
+    """A batch got a further wave.
+
+    Attributes:
+        keep_outstanding: rollouts not delivered yet were taken as under way.
+        chances: as of ``AllocationMade``.
+    """
 
     allocation_id: str
     step: int
     num_rollouts: IntArray
+    keep_outstanding: bool = False
+    chances: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from knapsack_scheduler.bulk_histogram import BulkHistogram
 from knapsack_scheduler.events import (
     BudgetDivided,
     CallHandled,
@@ -70,8 +71,23 @@ class Metrics:
         self.effective_rollouts = counter(
             "effective_rollouts_total", "Rollouts in groups whose rewards are not all equal.", run
         )
-        self.group_size = histogram(
-            "group_wave_rollouts", "Rollouts given to a group in one wave.", run, _GROUP_SIZES
+        self.judged_groups = counter(
+            "judged_groups_total", "Groups of which a predicted chance was judged.", run
+        )
+        self.judged_effective = counter(
+            "judged_effective_groups_total", "Judged groups that came out effective.", run
+        )
+        self.judged_predicted = counter(
+            "judged_predicted_effective_groups_total",
+            "Sum of the predicted chances of the judged groups.",
+            run,
+        )
+        self.group_size = BulkHistogram(
+            "knapsack_scheduler_group_wave_rollouts",
+            "Rollouts given to a group in one wave.",
+            "run_id",
+            _GROUP_SIZES,
+            registry,
         )
         self.rewinds = counter("rewinds_total", "Rewinds.", run)
         self.group_rate = gauge(
@@ -97,7 +113,8 @@ class Metrics:
         self._by_run = [
             *(self.solve_seconds, self.allocated, self.unallocated, self.reported, self.ignored),
             *(self.imported, self.groups, self.effective_groups, self.effective_rollouts),
-            *(self.group_size, self.rewinds, self.group_rate, self.rollout_rate, self.value),
+            *(self.judged_groups, self.judged_effective, self.judged_predicted),
+            *(self.rewinds, self.group_rate, self.rollout_rate, self.value),
             *(self.uniform_value, self.unseen, self.known, self.step, self.policy_version),
         ]
         self._runs: set[str] = set()
@@ -132,9 +149,7 @@ class Metrics:
         self.solve_seconds.labels(run).observe(event.seconds)
         self.allocated.labels(run).inc(event.allocated)
         self.unallocated.labels(run).inc(max(event.unallocated, 0))
-        given = self.group_size.labels(run)
-        for rollouts in event.num_rollouts:
-            given.observe(rollouts)
+        self.group_size.observe(run, event.num_rollouts)
         self.group_rate.labels(run).set(reasons.effective_group_rate)
         self.rollout_rate.labels(run).set(reasons.effective_rollout_rate)
         self.value.labels(run).set(reasons.value)
@@ -153,6 +168,9 @@ class Metrics:
         self.groups.labels(run).inc(counted.groups)
         self.effective_groups.labels(run).inc(counted.effective_groups)
         self.effective_rollouts.labels(run).inc(counted.effective_rollouts)
+        self.judged_groups.labels(run).inc(counted.judged_groups)
+        self.judged_effective.labels(run).inc(counted.judged_effective_groups)
+        self.judged_predicted.labels(run).inc(counted.predicted_effective_groups)
         if counted.accepted:
             self.policy_version.labels(run).set(event.policy_version)
 
@@ -161,3 +179,4 @@ class Metrics:
             self._runs.discard(run_id)
             for metric in self._by_run:
                 metric.remove_by_labels({"run_id": run_id})
+            self.group_size.remove(run_id)

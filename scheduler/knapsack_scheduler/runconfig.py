@@ -17,6 +17,9 @@ class RunConfig:
         visit_discount: weight left to evidence per later visit, in (0, 1].
         version_discount: weight left to evidence per policy version, in (0, 1].
         evidence_cap: most rollouts that a prompt's evidence may weigh, above 0.
+        reward_levels: whether a group is effective is judged by the different rewards
+            of the run, up to ``rewardlevels.MOST_LEVELS`` of them; else by success and
+            failure alone.
     """
 
     policy: str = "posterior"
@@ -27,3 +30,4 @@ class RunConfig:
     visit_discount: float = 0.5
     version_discount: float = 0.999
     evidence_cap: float = 32.0
+    reward_levels: bool = True

@@ -27,7 +27,7 @@ from knapsack_scheduler.errors import (
     StoreUnavailable,
 )
 from knapsack_scheduler.events import Committed, Events
-from knapsack_scheduler.facts import ALWAYS
+from knapsack_scheduler.facts import ALWAYS, Fact
 from knapsack_scheduler.journal.journal import Entry, Journal, RunRow, Writing
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.state import Counted, RunState
@@ -36,10 +36,18 @@ Answer = TypeVar("Answer")
 
 
 class LoadedRun:
-    """One run's state and how far it has read the journal."""
+    """One run's state and how far it has read the journal.
+
+    Attributes:
+        row: the run as stored.
+        state: what its journal folds to.
+        decided: what the entry about to be appended says, where its maker knows; it is
+            then not read from the entry again.
+    """
 
     def __init__(self, row: RunRow) -> None:
         self.row = row
+        self.decided: Fact | None = None
         self.state = RunState(wire.parse_config(pb.RunConfig.FromString(row.config)))
         self._seq = 0
         self._calls: dict[tuple[str, str], tuple[int, bytes]] = {}
@@ -82,7 +90,8 @@ class LoadedRun:
         """Take in an entry that is committed; returns what it changed."""
         counted = Counted()
         if entry.kind != "rewind":
-            counted = self.state.fold(wire.fact_of(entry, self.state))
+            counted = self.state.fold(self.decided or wire.fact_of(entry, self.state))
+        self.decided = None
         if entry.key:
             self._calls[entry.kind, entry.key] = (entry.seq, entry.digest)
         self._seq = entry.seq

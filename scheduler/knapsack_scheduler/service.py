@@ -30,7 +30,13 @@ from knapsack_scheduler.events import (
     RunRemoved,
     RunRewound,
 )
-from knapsack_scheduler.facts import ALWAYS
+from knapsack_scheduler.facts import (
+    ALWAYS,
+    AllocationExtended,
+    AllocationMade,
+    OutcomesReported,
+    Rewards,
+)
 from knapsack_scheduler.journal.journal import Entry, Journal, Writing
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.runconfig import RunConfig
@@ -164,6 +170,15 @@ class SchedulerService:
         writing.append(
             _entry("allocate", request.request_id, request.step, digest, request, answer)
         )
+        run.decided = AllocationMade(
+            name,
+            request.step,
+            ids,
+            bounds,
+            wire.budget_of(request),
+            decision.num_rollouts,
+            decision.chances,
+        )
         return answer, _divided(run, request.step, 1, decision, seconds)
 
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
@@ -202,7 +217,7 @@ class SchedulerService:
             beliefs,
             allocation.bounds,
             Budget(budget.total_rollouts, tokens, request.wave_fraction, True),
-            allocation.outcomes(),
+            allocation.outcomes(state.reward_levels),
             request.keep_outstanding,
         )
         seconds = time.perf_counter() - start
@@ -213,14 +228,21 @@ class SchedulerService:
         writing.append(
             _entry("extend", request.request_id, allocation.step, digest, request, answer)
         )
+        run.decided = AllocationExtended(
+            request.allocation_id,
+            allocation.step,
+            decision.num_rollouts,
+            request.keep_outstanding,
+            decision.chances,
+        )
         return answer, _divided(run, allocation.step, wave, decision, seconds)
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
-        await self._runs.in_thread(lambda: wire.check_report(request, self._limits))
+        rewards = await self._runs.in_thread(lambda: wire.check_report(request, self._limits))
         (answer, step, known), counted = await self._runs.alone(
             request.run_id,
-            lambda run, writing: self._report(request, run, writing),
+            lambda run, writing: self._report(request, rewards, run, writing),
             create=not request.allocation_id,
         )
         if counted.accepted or counted.ignored:
@@ -232,7 +254,7 @@ class SchedulerService:
         return answer
 
     def _report(
-        self, request: pb.ReportRequest, run: LoadedRun, writing: Writing
+        self, request: pb.ReportRequest, rewards: Rewards, run: LoadedRun, writing: Writing
     ) -> tuple[pb.ReportResponse, int, LoadedRun]:
         digest = wire.digest_of(request)
         before = run.answered(writing, "report", request.report_id, digest)
@@ -242,18 +264,27 @@ class SchedulerService:
         if not request.allocation_id and run.has_forgotten(request.report_id, digest):
             # Nothing is recorded: its id is free for a report of the step done anew.
             return pb.ReportResponse(ignored_rollouts=count), request.step, run
-        if request.allocation_id in run.state.abandoned:
+        ignored = request.allocation_id in run.state.abandoned
+        if ignored:
             answer = pb.ReportResponse(ignored_rollouts=count)
             step = ALWAYS
         elif request.allocation_id:
             allocation = _allocation(run, request.allocation_id)
-            _check_report(request, allocation)
+            _check_report(request, rewards, allocation)
             answer = pb.ReportResponse(accepted_rollouts=count)
             step = allocation.step
         else:
             answer = pb.ReportResponse(accepted_rollouts=count)
             step = request.step
         writing.append(_entry("report", request.report_id, step, digest, request, answer))
+        run.decided = OutcomesReported(
+            request.allocation_id,
+            step,
+            tuple(request.prompt_ids),
+            request.policy_version,
+            rewards,
+            ignored,
+        )
         return answer, step, run
 
     async def rewind_run(self, request: pb.RewindRunRequest) -> pb.Run:
@@ -365,15 +396,16 @@ def _allocation(run: LoadedRun, name: str) -> OpenAllocation:
     raise NotFound(f"allocation_id = {name!r}: {reason} in run {run.row.run_id!r}")
 
 
-def _check_report(request: pb.ReportRequest, allocation: OpenAllocation) -> None:
+def _check_report(request: pb.ReportRequest, rewards: Rewards, allocation: OpenAllocation) -> None:
     """Refuse rewards for positions that do not exist and more than were allocated."""
     if request.step not in (0, allocation.step):
         raise InvalidArgument(
             "step", request.step, f"must be the allocation's, {allocation.step}, or not set"
         )
     positions = allocation.rows.size
-    owner = wire.rewards_of(request, positions).owner
-    delivered = allocation.delivered + np.bincount(owner, minlength=positions)
+    if max(request.prompt_indices, default=0) >= positions:
+        wire.rewards_of(request, positions)
+    delivered = allocation.delivered + np.bincount(rewards.owner, minlength=positions)
     over = delivered > allocation.allocated
     if over.any():
         at = int(np.argmax(over))
@@ -398,7 +430,7 @@ def _divided(
         decision.allocated,
         decision.unallocated,
         decision.reasons,
-        tuple(decision.num_rollouts.tolist()),
+        decision.num_rollouts,
         seconds,
     )
 

@@ -7,11 +7,13 @@ folds the journal anew without what it forgets; nothing is ever taken back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
 
+from knapsack_scheduler.core.calibration import Calibration
 from knapsack_scheduler.core.evidence import (
     IMPORT_STEP_OFFSET,
     GroupOutcomes,
@@ -20,23 +22,28 @@ from knapsack_scheduler.core.evidence import (
     merge_visits,
 )
 from knapsack_scheduler.core.paper import recent_outcomes
+from knapsack_scheduler.core.policy import begun_groups, effective_chances
 from knapsack_scheduler.core.posterior import (
     Discounts,
     Prior,
     PriorStatistics,
     beta_posterior,
     fit_prior,
+    posterior,
 )
 from knapsack_scheduler.core.problem import (
+    Begun,
     Beliefs,
     BoolArray,
     Bounds,
     Budget,
     FloatArray,
     IntArray,
+    Posterior,
     WaveOutcomes,
     tie_keys,
 )
+from knapsack_scheduler.core.rewardlevels import RewardLevels, counted_by_level, relevel
 from knapsack_scheduler.facts import (
     AllocationExtended,
     AllocationMade,
@@ -64,6 +71,10 @@ class OpenAllocation:
         wave: the newest.
         allocated, delivered, successes: int32[M], all waves so far.
         low, high: lowest and highest reward at each position, float32[M].
+        chance: that the group is effective when ``awaited`` rollouts of it came, as
+            predicted by the newest wave, float32[M]; NaN where nothing is predicted, or
+            has been judged.
+        awaited: int32[M].
     """
 
     step: int
@@ -76,20 +87,34 @@ class OpenAllocation:
     successes: npt.NDArray[np.int32]
     low: npt.NDArray[np.float32]
     high: npt.NDArray[np.float32]
+    chance: npt.NDArray[np.float32]
+    awaited: npt.NDArray[np.int32]
 
     @property
     def mixed(self) -> BoolArray:
         """Positions whose rewards are not all equal, bool[M]."""
         return self.low < self.high
 
-    def outcomes(self) -> WaveOutcomes:
-        """Return what became of the waves so far."""
+    def outcomes(self, levels: RewardLevels) -> WaveOutcomes:
+        """Return what became of the waves so far; ``levels`` are those of the run."""
+        mixed = self.mixed
+        level = None
+        if levels.plural:
+            alike = (self.delivered > 0) & ~mixed
+            level = np.where(alike, levels.index(np.where(alike, self.low, 0.0)), -1)
         return WaveOutcomes(
             self.allocated.astype(np.int64),
             self.delivered.astype(np.int64),
             self.successes.astype(np.int64),
-            self.mixed,
+            mixed,
+            level,
         )
+
+    def predict(self, new: IntArray, chances: FloatArray) -> None:
+        """Await ``new`` rollouts at each position, and what they are said to lead to."""
+        predicted = (new > 0) & ~self.mixed
+        self.chance = np.where(predicted, chances, np.nan).astype(np.float32)
+        self.awaited = self.delivered + new.astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +127,9 @@ class Counted:
         groups: positions that had their first rollout.
         effective_groups: positions whose rewards became unequal.
         effective_rollouts: rollouts that came to lie in groups with unequal rewards.
+        judged_groups: groups whose rollouts have all come, of which a chance was predicted.
+        judged_effective_groups: those of them that are effective.
+        predicted_effective_groups: the sum of their chances.
     """
 
     accepted: int = 0
@@ -109,6 +137,9 @@ class Counted:
     groups: int = 0
     effective_groups: int = 0
     effective_rollouts: int = 0
+    judged_groups: int = 0
+    judged_effective_groups: int = 0
+    predicted_effective_groups: float = 0.0
 
 
 class RunState:
@@ -128,7 +159,10 @@ class RunState:
         self.total_rollouts = 0
         self.total_successes = 0
         self.ignored_rollouts = 0
+        self.reward_levels = RewardLevels.none_yet(config.success_threshold, config.reward_levels)
+        self.calibration = Calibration.nothing()
         self._rows: dict[str, int] = {}
+        self._looked_up: tuple[tuple[str, ...], int, IntArray] = ((), 0, np.zeros(0, np.int64))
         self._visits = Visits()
         self._prior_statistics = PriorStatistics()
         self._sums = np.zeros((_SUMS, 0), np.int64)
@@ -143,9 +177,7 @@ class RunState:
             case AllocationMade():
                 self._open(fact)
             case AllocationExtended():
-                allocation = self.allocations[fact.allocation_id]
-                allocation.allocated += fact.num_rollouts.astype(np.int32)
-                allocation.wave += 1
+                self._extend(fact)
             case OutcomesReported():
                 return self._report(fact)
             case OutcomesImported():
@@ -161,16 +193,18 @@ class RunState:
 
     def rows_of(self, prompt_ids: tuple[str, ...]) -> IntArray:
         """Return the row of each prompt, int64[M]; -1 where there is none."""
-        find = self._rows.get
-        return np.fromiter((find(p, -1) for p in prompt_ids), np.int64, len(prompt_ids))
+        # A decision looks its batch up, and then its fold does.
+        if prompt_ids is self._looked_up[0] and len(self.prompt_ids) == self._looked_up[1]:
+            return self._looked_up[2].copy()
+        found = map(self._rows.get, prompt_ids, repeat(-1))
+        rows = np.fromiter(found, np.int64, len(prompt_ids))
+        self._looked_up = (prompt_ids, len(self.prompt_ids), rows)
+        return rows.copy()
 
     def beliefs(self, prompt_ids: tuple[str, ...]) -> tuple[Beliefs, Prior]:
         """Return what is believed of each position's prompt, and the run's prior."""
         rows = self.rows_of(prompt_ids)
         prior = fit_prior(self._prior_statistics)
-        alpha, beta = beta_posterior(
-            self._visits, rows, self.last_policy_version, self.discounts, prior
-        )
         known = rows >= 0
         keys = np.zeros(rows.shape, np.uint64)
         keys[known] = self._keys[rows[known]]
@@ -180,7 +214,18 @@ class RunState:
         unseen = ~known
         unseen[known] = self._sums[_ROLLOUTS, rows[known]] == 0
         recent = recent_outcomes(self._visits, rows) if self.config.policy == "paper" else None
-        return Beliefs(alpha, beta, keys, unseen, self._expected_tokens(rows), recent), prior
+        believed = self._posterior(rows, prior)
+        return Beliefs(believed, keys, unseen, self._expected_tokens(rows), recent), prior
+
+    def _posterior(self, rows: IntArray, prior: Prior) -> Posterior:
+        return posterior(
+            self._visits,
+            rows,
+            self.last_policy_version,
+            self.discounts,
+            prior,
+            self.reward_levels,
+        )
 
     def _expected_tokens(self, rows: IntArray) -> FloatArray:
         if self._token_rollouts == 0:
@@ -217,7 +262,11 @@ class RunState:
     def _open(self, fact: AllocationMade) -> None:
         rows = self._add_prompts(fact.prompt_ids)
         count = rows.size
-        self.allocations[fact.allocation_id] = OpenAllocation(
+        chances = fact.chances
+        if chances is None:
+            believed = self._posterior(rows, fit_prior(self._prior_statistics))
+            chances = effective_chances(believed, Begun.nothing(count), fact.num_rollouts)
+        allocation = OpenAllocation(
             fact.step,
             rows.astype(np.int32),
             fact.bounds,
@@ -228,8 +277,24 @@ class RunState:
             np.zeros(count, np.int32),
             np.full(count, np.inf, np.float32),
             np.full(count, -np.inf, np.float32),
+            np.full(count, np.nan, np.float32),
+            np.zeros(count, np.int32),
         )
+        allocation.predict(fact.num_rollouts, chances)
+        self.allocations[fact.allocation_id] = allocation
         self.last_step = max(self.last_step, fact.step)
+
+    def _extend(self, fact: AllocationExtended) -> None:
+        allocation = self.allocations[fact.allocation_id]
+        chances = fact.chances
+        if chances is None:
+            rows = allocation.rows.astype(np.int64)
+            believed = self._posterior(rows, fit_prior(self._prior_statistics))
+            begun = begun_groups(allocation.outcomes(self.reward_levels), fact.keep_outstanding)
+            chances = effective_chances(believed, begun, fact.num_rollouts)
+        allocation.predict(fact.num_rollouts, chances)
+        allocation.allocated += fact.num_rollouts.astype(np.int32)
+        allocation.wave += 1
 
     def _report(self, fact: OutcomesReported) -> Counted:
         if fact.ignored:
@@ -245,13 +310,31 @@ class RunState:
         outcomes = self._outcomes(fact.rewards, rows.size)
         self._learn(rows, outcomes, fact.rewards, fact.step, fact.policy_version)
         if allocation is not None:
-            return _deliver(allocation, outcomes)
+            counted = _deliver(allocation, outcomes)
+            return self._judge(allocation, counted)
         mixed = outcomes.reward_min < outcomes.reward_max
         return Counted(
             accepted=int(outcomes.rollouts.sum()),
             groups=int(np.count_nonzero(outcomes.rollouts)),
             effective_groups=int(np.count_nonzero(mixed)),
             effective_rollouts=int(outcomes.rollouts[mixed].sum()),
+        )
+
+    def _judge(self, allocation: OpenAllocation, counted: Counted) -> Counted:
+        """Compare what was predicted of groups that are now complete with what came."""
+        complete = ~np.isnan(allocation.chance) & (allocation.delivered >= allocation.awaited)
+        if not complete.any():
+            return counted
+        chance = allocation.chance[complete]
+        effective = allocation.mixed[complete]
+        rollouts = allocation.delivered[complete].astype(np.int64)
+        self.calibration = self.calibration.with_groups(chance, rollouts, effective)
+        allocation.chance[complete] = np.nan
+        return replace(
+            counted,
+            judged_groups=int(chance.size),
+            judged_effective_groups=int(np.count_nonzero(effective)),
+            predicted_effective_groups=float(chance.sum(dtype=np.float64)),
         )
 
     def _import(self, fact: OutcomesImported) -> Counted:
@@ -283,8 +366,9 @@ class RunState:
         successes = np.zeros(unique.size, np.int64)
         np.add.at(rollouts, place, outcomes.rollouts[some])
         np.add.at(successes, place, outcomes.successes[some])
+        by_level = self._levelled(rewards, rows, unique)
         before = self._newest(unique)
-        merge_visits(self._visits, unique, step, policy_version, rollouts, successes)
+        merge_visits(self._visits, unique, step, policy_version, rollouts, successes, by_level)
         self._prior_statistics = self._prior_statistics.moved(*before, *self._newest(unique))
         sums = self._sums
         first = int(np.count_nonzero(sums[_ROLLOUTS, unique] == 0))
@@ -306,6 +390,17 @@ class RunState:
             np.add.at(sums[_TOKEN_ROLLOUTS], of, 1)
             self._token_sum += int(rewards.tokens.sum())
             self._token_rollouts += int(rewards.tokens.size)
+
+    def _levelled(self, rewards: Rewards, rows: IntArray, unique: IntArray) -> IntArray | None:
+        """Take in the levels of rewards; return rollouts by level of each of ``unique``."""
+        levels = self.reward_levels.with_rewards(rewards.rewards)
+        relevel(self._visits, self.reward_levels, levels)
+        self.reward_levels = levels
+        if self._visits.by_level is None:
+            return None
+        owner = np.searchsorted(unique, rows[rewards.owner])
+        level = levels.index(rewards.rewards)
+        return counted_by_level(owner, level, unique.size, levels.values.size)
 
     def _newest(self, rows: IntArray) -> tuple[IntArray, IntArray]:
         return (

@@ -17,6 +17,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import validation
+from knapsack_scheduler.core.calibration import Calibration
 from knapsack_scheduler.core.catalogue import OBJECTIVES
 from knapsack_scheduler.core.policy import POLICIES
 from knapsack_scheduler.core.posterior import Prior
@@ -79,6 +80,7 @@ def parse_config(message: pb.RunConfig) -> RunConfig:
         visit_discount=validation.discount("config.visit_discount", given("visit_discount")),
         version_discount=validation.discount("config.version_discount", given("version_discount")),
         evidence_cap=validation.finite("config.evidence_cap", given("evidence_cap")),
+        reward_levels=bool(given("reward_levels")),
     )
     if config.evidence_cap <= 0:
         raise InvalidArgument("config.evidence_cap", config.evidence_cap, "must be above 0")
@@ -102,6 +104,7 @@ def config_message(config: RunConfig) -> pb.RunConfig:
         visit_discount=config.visit_discount,
         version_discount=config.version_discount,
         evidence_cap=config.evidence_cap,
+        reward_levels=config.reward_levels,
     )
 
 
@@ -119,6 +122,19 @@ def run_message(row: RunRow, state: RunState) -> pb.Run:
         total_successes=state.total_successes,
         rewinds=row.branch,
         ignored_rollouts=state.ignored_rollouts,
+        reward_levels=state.reward_levels.values.tolist(),
+        calibration=_calibration_message(state.calibration),
+    )
+
+
+def _calibration_message(calibration: Calibration) -> pb.Calibration:
+    return pb.Calibration(
+        groups=calibration.groups.tolist(),
+        effective_groups=calibration.effective.tolist(),
+        predicted_effective_groups=calibration.predicted.tolist(),
+        rollouts=calibration.rollouts.tolist(),
+        effective_rollouts=calibration.effective_rollouts.tolist(),
+        predicted_effective_rollouts=calibration.predicted_rollouts.tolist(),
     )
 
 
@@ -259,8 +275,8 @@ def allocation_message(
     )
 
 
-def check_report(request: pb.ReportRequest, limits: Limits) -> None:
-    """Check the fields of a report, positions in an allocation apart."""
+def check_report(request: pb.ReportRequest, limits: Limits) -> Rewards:
+    """Return the rewards of a report whose fields are all right, its allocation apart."""
     validation.name("run_id", request.run_id)
     validation.name("report_id", request.report_id)
     validation.within("policy_version", request.policy_version, 0, limits.step)
@@ -271,8 +287,7 @@ def check_report(request: pb.ReportRequest, limits: Limits) -> None:
         )
     if not request.allocation_id:
         ids = validation.prompts("prompt_ids", request.prompt_ids, limits)
-        rewards_of(request, len(ids))
-        return
+        return rewards_of(request, len(ids))
     validation.name("allocation_id", request.allocation_id)
     if request.prompt_ids:
         raise InvalidArgument(
@@ -280,7 +295,7 @@ def check_report(request: pb.ReportRequest, limits: Limits) -> None:
             f"{len(request.prompt_ids)} prompts",
             "must be empty when allocation_id is set",
         )
-    rewards_of(request, validation.LARGEST_INT32)
+    return rewards_of(request, validation.LARGEST_INT32)
 
 
 def rewards_of(request: pb.ReportRequest, positions: int) -> Rewards:
@@ -397,7 +412,10 @@ def fact_of(entry: Entry, state: RunState) -> Fact:
         case "extend":
             answer = pb.Allocation.FromString(entry.answer)
             return AllocationExtended(
-                answer.allocation_id, answer.step, np.asarray(answer.num_rollouts, np.int64)
+                answer.allocation_id,
+                answer.step,
+                np.asarray(answer.num_rollouts, np.int64),
+                pb.ExtendRequest.FromString(entry.payload).keep_outstanding,
             )
         case "report":
             report = pb.ReportRequest.FromString(entry.payload)

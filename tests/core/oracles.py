@@ -20,14 +20,17 @@ def value(num_rollouts: int, p: float, objective: str) -> float:
     return weight * sum(p ** (n - 1) + q ** (n - 1) for n in range(1, num_rollouts))
 
 
+def rising(x: Fraction, n: int) -> Fraction:
+    """Return x (x + 1) .. (x + n - 1) exactly."""
+    product = Fraction(1)
+    for t in range(n):
+        product *= x + t
+    return product
+
+
 def beta_moment(a: Fraction, b: Fraction, x: int, y: int) -> Fraction:
     """Return E[p^x q^y] of Beta(a, b) exactly."""
-    moment = Fraction(1)
-    for t in range(x):
-        moment *= (a + t) / (a + b + t)
-    for t in range(y):
-        moment *= (b + t) / (a + b + x + t)
-    return moment
+    return rising(a, x) * rising(b, y) / rising(a + b, x + y)
 
 
 def posterior_value(num_rollouts: int, alpha: float, beta: float, objective: str) -> float:

@@ -18,6 +18,7 @@ from knapsack_scheduler.core.objective import (
     point_marginals,
     posterior_marginals,
 )
+from knapsack_scheduler.core.problem import Begun, Posterior
 
 from oracles import EXPONENTS, beta_moment, posterior_value, value
 
@@ -73,7 +74,8 @@ def test_posterior_gains_never_rise_and_add_up_to_the_value(a: float, b: float, 
 @settings(max_examples=150, deadline=None)
 def test_closed_form_is_the_exact_expectation(a: float, b: float, n: int, name: str) -> None:
     """The value reported agrees with rational arithmetic."""
-    closed = expected_values(OBJECTIVES[name], np.array([a]), np.array([b]), np.array([n]))
+    posterior = Posterior(np.array([a]), np.array([b]))
+    closed = expected_values(OBJECTIVES[name], posterior, Begun.nothing(1), np.array([n]))
 
     scale = float(beta_moment(Fraction(a), Fraction(b), *EXPONENTS[name]))
     assert closed[0] == pytest.approx(posterior_value(n, a, b, name), rel=1e-9, abs=1e-9 * scale)
@@ -86,15 +88,13 @@ def test_gains_of_begun_groups_are_conditional_expectations(name: str, outstandi
     i, j = EXPONENTS[name]
     alpha = np.array([0.7, 4.7, 1.5, 0.5])
     beta = np.array([4.4, 0.4, 3.5, 0.5])
-    marginals = conditional_marginals(
-        OBJECTIVES[name],
-        alpha,
-        beta,
+    begun = Begun(
         delivered=np.array([4, 4, 4, 0]),
         successes=np.array([0, 4, 1, 0]),
         mixed=np.array([False, False, True, False]),
         outstanding=np.full(4, outstanding),
     )
+    marginals = conditional_marginals(OBJECTIVES[name], Posterior(alpha, beta), begun)
 
     for k in range(1, 20):
         first = marginals.advanced(np.full(4, k - 1)).first
@@ -113,16 +113,16 @@ def test_gains_of_begun_groups_are_conditional_expectations(name: str, outstandi
 def test_values_of_begun_groups_are_what_their_gains_add_up_to() -> None:
     """The value of a begun group is that of what it has plus the gains of what it gets."""
     alpha, beta = np.array([0.7, 4.7, 1.5]), np.array([4.4, 0.4, 3.5])
-    begun = {
-        "delivered": np.array([4, 4, 4]),
-        "successes": np.array([0, 4, 2]),
-        "mixed": np.array([False, False, True]),
-    }
+    posterior = Posterior(alpha, beta)
+    begun = Begun(
+        delivered=np.array([4, 4, 4]),
+        successes=np.array([0, 4, 2]),
+        mixed=np.array([False, False, True]),
+        outstanding=np.zeros(3, np.int64),
+    )
     for name, objective in OBJECTIVES.items():
-        marginals = conditional_marginals(
-            objective, alpha, beta, **begun, outstanding=np.zeros(3, np.int64)
-        )
-        before = expected_values(objective, alpha, beta, np.zeros(3, np.int64), **begun)
-        after = expected_values(objective, alpha, beta, np.full(3, 9), **begun)
+        marginals = conditional_marginals(objective, posterior, begun)
+        before = expected_values(objective, posterior, begun, np.zeros(3, np.int64))
+        after = expected_values(objective, posterior, begun, np.full(3, 9))
         gained = sum(marginals.advanced(np.full(3, k)).first for k in range(9))
         assert after - before == pytest.approx(gained, rel=1e-11, abs=1e-14), name

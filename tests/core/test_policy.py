@@ -17,6 +17,7 @@ from knapsack_scheduler.core.problem import (
     Budget,
     Decision,
     InfeasibleBudget,
+    Posterior,
     WaveOutcomes,
     tie_keys,
 )
@@ -28,8 +29,7 @@ def beliefs(alpha: list[float], beta: list[float], tokens: float = 0.0) -> Belie
     """Return the beliefs of prompts p0, p1 .. with these posteriors."""
     count = len(alpha)
     return Beliefs(
-        np.array(alpha, float),
-        np.array(beta, float),
+        Posterior(np.array(alpha, float), np.array(beta, float)),
         tie_keys([f"p{k}" for k in range(count)]),
         np.zeros(count, bool),
         np.full(count, tokens),
@@ -84,7 +84,7 @@ def test_posterior_beats_uniform_and_reports_what_it_expects() -> None:
     def expected(counts: list[int], name: str) -> list[float]:
         return [
             posterior_value(n, a, b, name)
-            for n, a, b in zip(counts, BELIEFS.alpha, BELIEFS.beta, strict=True)
+            for n, a, b in zip(counts, BELIEFS.posterior.alpha, BELIEFS.posterior.beta, strict=True)
         ]
 
     counts = decision.num_rollouts.tolist()
@@ -188,11 +188,9 @@ def test_second_wave_is_the_best_division_of_what_is_left(
             for n, more in zip(delivered, counts, strict=True)
         )
 
-    choices = [
-        counts
-        for counts in product(range(min(left, 9) + 1), repeat=len(groups))
-        if sum(counts) == decision.allocated and allowed(counts)
-    ]
+    some = product(range(min(left, 9) + 1), repeat=len(groups) - 1)
+    divisions = [(*counts, decision.allocated - sum(counts)) for counts in some]
+    choices = [counts for counts in divisions if min(counts) >= 0 and allowed(counts)]
     assert tuple(decision.num_rollouts.tolist()) in choices
     assert decision.allocated in (left, left - 1)
     assert worth(tuple(decision.num_rollouts.tolist())) == pytest.approx(
@@ -200,11 +198,14 @@ def test_second_wave_is_the_best_division_of_what_is_left(
     )
 
 
+NODES = np.polynomial.legendre.leggauss(400)
+
+
 def posterior_value_given(
     further: int, alpha: float, beta: float, delivered: int, successes: int, mixed: bool
 ) -> float:
     """Return the expected paper value of a begun group after further rollouts, by quadrature."""
-    nodes, weights = np.polynomial.legendre.leggauss(400)
+    nodes, weights = NODES
     # Substituting p = sin^2 removes the singularities of the density at 0 and 1.
     angle = (nodes + 1) * np.pi / 4
     p, q = np.sin(angle) ** 2, np.cos(angle) ** 2

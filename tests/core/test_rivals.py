@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from knapsack_scheduler import solve, solve_posterior
 from knapsack_scheduler.core.catalogue import OBJECTIVES, find_objective
+from knapsack_scheduler.core.problem import Begun, Posterior
 from knapsack_scheduler.core.table import solve_table
 
 RIVALS = ["deviation", "gvm", "hora", "coba", "cero"]
@@ -66,8 +67,7 @@ def test_values_are_sums_of_gains(name: str, a: float, b: float, n: int) -> None
     """The value of a group is what its second and further rollouts gain."""
     rule = OBJECTIVES[name]
     alpha, beta = np.array([a]), np.array([b])
-    none = np.zeros(1, np.int64)
-    value = rule.values(alpha, beta, np.array([n]), none, none, none.astype(bool))
+    value = rule.values(Posterior(alpha, beta), Begun.nothing(1), np.array([n]))
     marginals = rule.expected(alpha, beta)
     total = 0.0
     for t in range(n - 1):
@@ -98,11 +98,11 @@ def test_the_division_is_the_best_one_of_the_rule(name: str) -> None:
         count = int(rng.integers(2, 12))
         alpha, beta = rng.gamma(1.0, 3.0, count) + 0.1, rng.gamma(1.0, 3.0, count) + 0.1
         total = int(rng.integers(2 * count, 20 * count))
-        none = np.zeros(count, np.int64)
+        new = Begun.nothing(count)
         rule = find_objective(name)
         table = np.full((count, 21), -np.inf)
         for n in range(2, 21):
-            table[:, n] = rule.values(alpha, beta, np.full(count, n), none, none, none.astype(bool))
+            table[:, n] = rule.values(Posterior(alpha, beta), new, np.full(count, n))
         answer = solve_posterior(alpha, beta, total, 2, 20, name)
         worth = table[np.arange(count), answer].sum()
         assert answer.sum() == total
@@ -130,10 +130,8 @@ def test_horas_groups_with_a_success_still_hope() -> None:
     """Of a group begun, the next rollouts gain E[p], E[p q], E[p q q]."""
     rule = OBJECTIVES["hora"]
     a, b = 2.5, 4.0
-    none = np.zeros(1, np.int64)
-    marginals = rule.conditional(
-        np.array([a]), np.array([b]), np.array([3]), np.array([1]), np.array([True]), none
-    )
+    begun = Begun(np.array([3]), np.array([1]), np.array([True]), np.array([0]))
+    marginals = rule.conditional(Posterior(np.array([a]), np.array([b])), begun)
     gains = [float(marginals.advanced(np.array([t])).first[0]) for t in range(3)]
     total = a + b
     assert gains == pytest.approx(

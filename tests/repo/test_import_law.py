@@ -18,8 +18,10 @@ COMPONENTS = {
     "knapsack_trainer_client": ROOT / "trainer_client/knapsack_trainer_client",
 }
 CORE = COMPONENTS["knapsack_scheduler"] / "core"
-# The client's in-process mode and the demo may import the scheduler, inside functions.
+# The client's in-process mode, the demo and the commands of the lab may import the
+# scheduler, inside functions.
 LAZY = {
+    "trainer_client/knapsack_trainer_client/cli.py",
     "trainer_client/knapsack_trainer_client/embedded.py",
     "trainer_client/knapsack_trainer_client/demo",
 }

@@ -41,6 +41,8 @@ def test_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None:
         assert f"{package}/py.typed" in names
     assert "knapsack_proto/v1/scheduler.proto" in names
     assert "knapsack_proto/v1/scheduler_pb2.pyi" in names
+    assert "knapsack_scheduler/lab/scenarios/base.toml" in names
+    assert "knapsack_scheduler/lab/report.html.j2" in names
     assert any("journal" in name and "versions" in name for name in names)
 
 

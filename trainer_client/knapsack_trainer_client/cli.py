@@ -1,4 +1,4 @@
-"""The command line: what a scheduler knows of runs and prompts, and the demo."""
+"""The command line: what a scheduler knows of runs and prompts, the demo, and the lab."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -28,12 +29,60 @@ _SORTS: dict[str, Callable[[PromptStats], tuple[Any, ...]]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _WholeCommand:
+    """A command of another package, loaded only when it is asked for.
+
+    Attributes:
+        noun: what it is called in a sentence.
+        help: its line in the list of commands.
+        extra: of this distribution that installs what it needs.
+        load: imports it; takes arguments, returns an exit code.
+    """
+
+    noun: str
+    help: str
+    extra: str
+    load: Callable[[], Callable[[list[str]], int | None]]
+
+
+def _load_demo() -> Callable[[list[str]], int | None]:
+    from knapsack_trainer_client.demo.main import run
+
+    return run
+
+
+def _load_simulate() -> Callable[[list[str]], int | None]:
+    from knapsack_scheduler.lab.simulate_command import main
+
+    return main
+
+
+def _load_replay() -> Callable[[list[str]], int | None]:
+    from knapsack_scheduler.lab.replay_command import main
+
+    return main
+
+
+_WHOLE_COMMANDS = {
+    "demo": _WholeCommand(
+        "the demo", "train a small model, uniform against knapsack", "demo", _load_demo
+    ),
+    "simulate": _WholeCommand(
+        "the simulation", "what each policy wins on simulated prompts", "lab", _load_simulate
+    ),
+    "replay": _WholeCommand(
+        "the replay", "what each policy would have done in a run you have", "lab", _load_replay
+    ),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code: 0, or 2 after one line of error."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["demo"]:
-        # The demo reads its own arguments, --help among them.
-        return _demo(argv[1:])
+    if argv and argv[0] in _WHOLE_COMMANDS:
+        # These read their own arguments, --help among them.
+        return _whole_command(_WHOLE_COMMANDS[argv[0]], argv[1:])
     # Read when the first channel is made; its lines would stand among those of the command.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     arguments = _parser().parse_args(argv)
@@ -55,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="knapsack-rl",
-        description="Look into a budget scheduler, or see the demo.",
+        description="Look into a budget scheduler, see the demo, or see what the policies would "
+        "do in a simulation or on a log of your own.",
         epilog="Each command has its own --help.",
     )
     parser.add_argument("--version", action="version", version=version("knapsack-rl"))
@@ -63,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser(
         "runs",
         help="list the runs of a scheduler",
-        description="List the runs of a scheduler: one line per experiment.",
+        description="List the runs of a scheduler: one line per experiment. effective: share of "
+        "the groups judged so far whose rewards are not all equal; predicted: the share that "
+        "was predicted of them.",
     )
     _add_connection(runs)
     runs.set_defaults(command=_runs)
@@ -90,11 +142,10 @@ def _parser() -> argparse.ArgumentParser:
         help="most prompts to show; 0 for all (default: %(default)s)",
     )
     stats.set_defaults(command=_stats)
-    commands.add_parser(
-        "demo",
-        help="train a small model, uniform against knapsack (needs knapsack-rl[demo])",
-        add_help=False,
-    )
+    for name, command in _WHOLE_COMMANDS.items():
+        commands.add_parser(
+            name, help=f"{command.help} (needs knapsack-rl[{command.extra}])", add_help=False
+        )
     return parser
 
 
@@ -132,12 +183,15 @@ def _runs(arguments: argparse.Namespace) -> int:
             f"{run.known_prompts:,}",
             f"{run.total_rollouts:,}",
             _share(run.total_successes, run.total_rollouts),
+            _percent(run.calibration.effective_group_rate),
+            _percent(run.calibration.predicted_effective_group_rate),
             f"{run.create_time:%Y-%m-%d %H:%M}" if run.create_time else "",
         ]
         for run in runs
     ]
-    heads = ["run", "policy", "objective", "step", "prompts", "rollouts", "success", "created"]
-    print(_table(heads, rows, left={0, 1, 2, 7}) if rows else "no runs")
+    heads = ["run", "policy", "objective", "step", "prompts", "rollouts", "success"]
+    heads += ["effective", "predicted", "created"]
+    print(_table(heads, rows, left={0, 1, 2, 9}) if rows else "no runs")
     return 0
 
 
@@ -164,13 +218,16 @@ def _stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _demo(argv: Sequence[str]) -> int:
+def _whole_command(command: _WholeCommand, argv: Sequence[str]) -> int:
     try:
-        from knapsack_trainer_client.demo.main import run
+        main = command.load()
     except ImportError as error:
-        return _failed(f"the demo needs more packages: pip install 'knapsack-rl[demo]' ({error})")
+        return _failed(
+            f"{command.noun} needs more packages: pip install 'knapsack-rl[{command.extra}]' "
+            f"({error})"
+        )
     try:
-        return int(run(list(argv)) or 0)
+        return int(main(list(argv)) or 0)
     except (KnapsackError, OSError) as error:
         return _failed(str(error))
     except KeyboardInterrupt:
@@ -227,7 +284,11 @@ def _printable(text: str) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.1f}%" if whole else "-"
+    return _percent(part / whole if whole else None)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"
 
 
 def _count(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from knapsack_trainer_client.errors import refused
@@ -119,6 +120,8 @@ class RunConfig:
         visit_discount: weight, in (0, 1], left to evidence per later visit; default 0.5.
         version_discount: the same per policy version; default 0.999.
         evidence_cap: most rollouts that a prompt's evidence may weigh; default 32.
+        reward_levels: groups are judged by the different rewards of the run, up to 16 of
+            them, and not by success and failure alone; default True.
     """
 
     policy: str | None = None
@@ -129,6 +132,55 @@ class RunConfig:
     visit_discount: float | None = None
     version_discount: float | None = None
     evidence_cap: float | None = None
+    reward_levels: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How often groups came out effective, against what was predicted.
+
+    In each wave a prediction is made for every group that is given rollouts and is not
+    effective already; it is judged when all of them have been reported.
+
+    Attributes:
+        groups: groups judged, by predicted chance: ten numbers, for chances from 0 to
+            0.1, 0.1 to 0.2, .. 0.9 to 1.
+        effective_groups: those that came out effective.
+        predicted_effective_groups: the sum of their chances.
+        rollouts, effective_rollouts, predicted_effective_rollouts: the same, counting
+            the rollouts of the groups.
+    """
+
+    groups: tuple[int, ...] = ()
+    effective_groups: tuple[int, ...] = ()
+    predicted_effective_groups: tuple[float, ...] = ()
+    rollouts: tuple[int, ...] = ()
+    effective_rollouts: tuple[int, ...] = ()
+    predicted_effective_rollouts: tuple[float, ...] = ()
+
+    @property
+    def effective_group_rate(self) -> float | None:
+        """Share of the judged groups that are effective; None if none was judged."""
+        return _rate(self.effective_groups, self.groups)
+
+    @property
+    def predicted_effective_group_rate(self) -> float | None:
+        """The share that was predicted; None if no group was judged."""
+        return _rate(self.predicted_effective_groups, self.groups)
+
+    @property
+    def effective_rollout_rate(self) -> float | None:
+        """Share of their rollouts that lie in effective groups; None if there are none."""
+        return _rate(self.effective_rollouts, self.rollouts)
+
+    @property
+    def predicted_effective_rollout_rate(self) -> float | None:
+        """The share that was predicted; None if there are none."""
+        return _rate(self.predicted_effective_rollouts, self.rollouts)
+
+
+def _rate(part: Sequence[float], whole: Sequence[int]) -> float | None:
+    return sum(part) / sum(whole) if sum(whole) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +198,9 @@ class Run:
         total_successes: those of them that were successes.
         rewinds: how often it was rewound.
         ignored_rollouts: rollouts of allocations that a rewind had forgotten.
+        reward_levels: the different rewards seen, ascending; empty if none, too many or
+            not asked for.
+        calibration: predicted against realised effective groups.
     """
 
     run_id: str
@@ -158,6 +213,8 @@ class Run:
     total_successes: int
     rewinds: int
     ignored_rollouts: int
+    reward_levels: tuple[float, ...] = ()
+    calibration: Calibration = field(default_factory=Calibration, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

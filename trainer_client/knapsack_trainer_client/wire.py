@@ -11,6 +11,7 @@ from knapsack_trainer_client.arguments import AllocationAsk
 from knapsack_trainer_client.nouns import (
     Allocation,
     AllocationSummary,
+    Calibration,
     PromptStats,
     ReportReceipt,
     Run,
@@ -235,6 +236,10 @@ def to_run(message: pb.Run) -> Run:
         total_successes=message.total_successes,
         rewinds=message.rewinds,
         ignored_rollouts=message.ignored_rollouts,
+        reward_levels=tuple(message.reward_levels),
+        calibration=Calibration(
+            **{f.name: tuple(getattr(message.calibration, f.name)) for f in fields(Calibration)}
+        ),
     )
 
 

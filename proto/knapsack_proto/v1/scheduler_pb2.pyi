@@ -10,7 +10,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RunConfig(_message.Message):
-    __slots__ = ("policy", "objective", "success_threshold", "min_rollouts", "max_rollouts", "visit_discount", "version_discount", "evidence_cap")
+    __slots__ = ("policy", "objective", "success_threshold", "min_rollouts", "max_rollouts", "visit_discount", "version_discount", "evidence_cap", "reward_levels")
     POLICY_FIELD_NUMBER: _ClassVar[int]
     OBJECTIVE_FIELD_NUMBER: _ClassVar[int]
     SUCCESS_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,7 @@ class RunConfig(_message.Message):
     VISIT_DISCOUNT_FIELD_NUMBER: _ClassVar[int]
     VERSION_DISCOUNT_FIELD_NUMBER: _ClassVar[int]
     EVIDENCE_CAP_FIELD_NUMBER: _ClassVar[int]
+    REWARD_LEVELS_FIELD_NUMBER: _ClassVar[int]
     policy: str
     objective: str
     success_threshold: float
@@ -27,10 +28,11 @@ class RunConfig(_message.Message):
     visit_discount: float
     version_discount: float
     evidence_cap: float
-    def __init__(self, policy: _Optional[str] = ..., objective: _Optional[str] = ..., success_threshold: _Optional[float] = ..., min_rollouts: _Optional[int] = ..., max_rollouts: _Optional[int] = ..., visit_discount: _Optional[float] = ..., version_discount: _Optional[float] = ..., evidence_cap: _Optional[float] = ...) -> None: ...
+    reward_levels: bool
+    def __init__(self, policy: _Optional[str] = ..., objective: _Optional[str] = ..., success_threshold: _Optional[float] = ..., min_rollouts: _Optional[int] = ..., max_rollouts: _Optional[int] = ..., visit_discount: _Optional[float] = ..., version_discount: _Optional[float] = ..., evidence_cap: _Optional[float] = ..., reward_levels: bool = ...) -> None: ...
 
 class Run(_message.Message):
-    __slots__ = ("run_id", "config", "create_time", "last_step", "last_policy_version", "known_prompts", "total_rollouts", "total_successes", "rewinds", "ignored_rollouts")
+    __slots__ = ("run_id", "config", "create_time", "last_step", "last_policy_version", "known_prompts", "total_rollouts", "total_successes", "rewinds", "ignored_rollouts", "reward_levels", "calibration")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +43,8 @@ class Run(_message.Message):
     TOTAL_SUCCESSES_FIELD_NUMBER: _ClassVar[int]
     REWINDS_FIELD_NUMBER: _ClassVar[int]
     IGNORED_ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    REWARD_LEVELS_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     config: RunConfig
     create_time: _timestamp_pb2.Timestamp
@@ -51,7 +55,25 @@ class Run(_message.Message):
     total_successes: int
     rewinds: int
     ignored_rollouts: int
-    def __init__(self, run_id: _Optional[str] = ..., config: _Optional[_Union[RunConfig, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_step: _Optional[int] = ..., last_policy_version: _Optional[int] = ..., known_prompts: _Optional[int] = ..., total_rollouts: _Optional[int] = ..., total_successes: _Optional[int] = ..., rewinds: _Optional[int] = ..., ignored_rollouts: _Optional[int] = ...) -> None: ...
+    reward_levels: _containers.RepeatedScalarFieldContainer[float]
+    calibration: Calibration
+    def __init__(self, run_id: _Optional[str] = ..., config: _Optional[_Union[RunConfig, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_step: _Optional[int] = ..., last_policy_version: _Optional[int] = ..., known_prompts: _Optional[int] = ..., total_rollouts: _Optional[int] = ..., total_successes: _Optional[int] = ..., rewinds: _Optional[int] = ..., ignored_rollouts: _Optional[int] = ..., reward_levels: _Optional[_Iterable[float]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ...) -> None: ...
+
+class Calibration(_message.Message):
+    __slots__ = ("groups", "effective_groups", "predicted_effective_groups", "rollouts", "effective_rollouts", "predicted_effective_rollouts")
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    EFFECTIVE_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_EFFECTIVE_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    EFFECTIVE_ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_EFFECTIVE_ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedScalarFieldContainer[int]
+    effective_groups: _containers.RepeatedScalarFieldContainer[int]
+    predicted_effective_groups: _containers.RepeatedScalarFieldContainer[float]
+    rollouts: _containers.RepeatedScalarFieldContainer[int]
+    effective_rollouts: _containers.RepeatedScalarFieldContainer[int]
+    predicted_effective_rollouts: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, groups: _Optional[_Iterable[int]] = ..., effective_groups: _Optional[_Iterable[int]] = ..., predicted_effective_groups: _Optional[_Iterable[float]] = ..., rollouts: _Optional[_Iterable[int]] = ..., effective_rollouts: _Optional[_Iterable[int]] = ..., predicted_effective_rollouts: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class CreateRunRequest(_message.Message):
     __slots__ = ("run_id", "config")

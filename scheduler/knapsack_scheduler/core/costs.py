@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from knapsack_scheduler.core.chains import Marginals
 from knapsack_scheduler.core.knapsack import divide
-from knapsack_scheduler.core.objective import Marginals
 from knapsack_scheduler.core.problem import (
     BoolArray,
     FloatArray,

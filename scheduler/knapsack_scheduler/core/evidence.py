@@ -9,7 +9,7 @@ reports arrive, nor on how they were cut into parts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +36,11 @@ class Visits:
         policy_version: int64[P, WINDOW].
         rollouts: int32[P, WINDOW]; 0 marks an empty slot.
         successes: int32[P, WINDOW].
+        by_level: rollouts of each reward level, int32[P, WINDOW, K]; None while
+            successes and failures have one level each, or when levels are not kept.
     """
 
-    __slots__ = ("_size", "policy_version", "rollouts", "step", "successes")
+    __slots__ = ("_size", "by_level", "policy_version", "rollouts", "step", "successes")
 
     def __init__(self, rows: int = 0) -> None:
         self._size = 0
@@ -46,6 +48,7 @@ class Visits:
         self.policy_version: npt.NDArray[np.int64] = np.empty((0, WINDOW), np.int64)
         self.rollouts: npt.NDArray[np.int32] = np.empty((0, WINDOW), np.int32)
         self.successes: npt.NDArray[np.int32] = np.empty((0, WINDOW), np.int32)
+        self.by_level: npt.NDArray[np.int32] | None = None
         self.grow(rows)
 
     def __len__(self) -> int:
@@ -60,11 +63,13 @@ class Visits:
             self.policy_version = _resized(self.policy_version, capacity, 0)
             self.rollouts = _resized(self.rollouts, capacity, 0)
             self.successes = _resized(self.successes, capacity, 0)
+            if self.by_level is not None:
+                self.by_level = _resized(self.by_level, capacity, 0)
         self._size = max(self._size, rows)
 
 
 def _resized(column: npt.NDArray[_Item], rows: int, fill: int) -> npt.NDArray[_Item]:
-    bigger = np.full((rows, WINDOW), fill, column.dtype)
+    bigger = np.full((rows, *column.shape[1:]), fill, column.dtype)
     bigger[: column.shape[0]] = column
     return bigger
 
@@ -76,6 +81,7 @@ def merge_visits(
     policy_version: int,
     rollouts: npt.NDArray[np.integer],
     successes: npt.NDArray[np.integer],
+    by_level: npt.NDArray[np.integer] | None = None,
 ) -> None:
     """Add the outcomes of one (step, policy_version) to the windows of ``rows``.
 
@@ -89,10 +95,17 @@ def merge_visits(
         policy_version: version that generated the rollouts.
         rollouts: [n], 0 or more; rows with 0 are left as they are.
         successes: [n], at most ``rollouts``.
+        by_level: rollouts of each level, [n, K]; where ``visits`` keeps them.
     """
+    counts: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.integer]]] = [
+        (visits.rollouts, np.asarray(rollouts)),
+        (visits.successes, np.asarray(successes)),
+    ]
+    if visits.by_level is not None and by_level is not None:
+        counts.append((visits.by_level, by_level))
     some = np.asarray(rollouts) > 0
     if not some.all():
-        rows, rollouts, successes = rows[some], rollouts[some], successes[some]
+        rows, counts = rows[some], [(column, added[some]) for column, added in counts]
     if rows.size == 0:
         return
     steps = visits.step[rows]
@@ -104,7 +117,7 @@ def merge_visits(
     if not inside.all():
         rows, place = rows[inside], place[inside]
         steps, versions, filled = steps[inside], versions[inside], filled[inside]
-        rollouts, successes = rollouts[inside], successes[inside]
+        counts = [(column, added[inside]) for column, added in counts]
         if rows.size == 0:
             return
     at = np.arange(rows.size)
@@ -112,8 +125,8 @@ def merge_visits(
     same &= versions[at, place] == policy_version
 
     hit, hit_place = rows[same], place[same]
-    visits.rollouts[hit, hit_place] += np.asarray(rollouts)[same].astype(np.int32)
-    visits.successes[hit, hit_place] += np.asarray(successes)[same].astype(np.int32)
+    for column, added in counts:
+        column[hit, hit_place] += added[same].astype(np.int32)
 
     new = ~same
     if not new.any():
@@ -123,14 +136,13 @@ def merge_visits(
     # Slots behind the place move one back; the last one falls out.
     slot = np.arange(WINDOW)
     source = np.where(slot > place[:, None], slot - 1, slot)
-    values = (
+    values: list[tuple[npt.NDArray[Any], int | npt.NDArray[np.integer]]] = [
         (visits.step, step),
         (visits.policy_version, policy_version),
-        (visits.rollouts, np.asarray(rollouts)[new]),
-        (visits.successes, np.asarray(successes)[new]),
-    )
+        *((column, added[new]) for column, added in counts),
+    ]
     for column, value in values:
-        moved = np.take_along_axis(column[rows], source, axis=1)
+        moved = column[rows[:, None], source]
         moved[at, place] = value
         column[rows] = moved
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from knapsack_scheduler.core.objective import Marginals
+from knapsack_scheduler.core.chains import Marginals
 from knapsack_scheduler.core.problem import (
     BoolArray,
     FloatArray,

@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from knapsack_scheduler.core.catalogue import find_objective
+from knapsack_scheduler.core.chains import Marginals
 from knapsack_scheduler.core.costs import divide_within
 from knapsack_scheduler.core.knapsack import divide
-from knapsack_scheduler.core.objective import EFFECTIVE, Marginals, Rule
+from knapsack_scheduler.core.objective import EFFECTIVE, Rule
 from knapsack_scheduler.core.paper import paper_sizes
 from knapsack_scheduler.core.problem import (
+    Begun,
     Beliefs,
     BoolArray,
     Bounds,
@@ -27,6 +29,7 @@ from knapsack_scheduler.core.problem import (
     FloatArray,
     InfeasibleBudget,
     IntArray,
+    Posterior,
     Reasons,
     WaveOutcomes,
 )
@@ -67,7 +70,7 @@ def plan_allocation(
                 f"must be at least {least_tokens:.0f}, the expected tokens of min_rollouts",
             )
         tokens = least_tokens
-    begun = _Begun.nothing(forced.shape[0])
+    begun = Begun.nothing(forced.shape[0])
     wanted = _Wanted(wave, tokens if budget.total_tokens else None, total, budget.allow_partial)
     return _plan(policy, objective, beliefs, bounds, begun, forced, wanted, budget)
 
@@ -99,9 +102,7 @@ def plan_extension(
     Raises:
         ValueError: an unknown policy or objective.
     """
-    missing = np.maximum(outcomes.allocated - outcomes.delivered, 0)
-    outstanding = missing if keep_outstanding else np.zeros_like(missing)
-    begun = _Begun(outcomes.delivered, outcomes.successes, outcomes.mixed, outstanding)
+    begun = begun_groups(outcomes, keep_outstanding)
     budget = replace(budget, allow_partial=True)
     total = _held_total(bounds, budget)
     left = max(total - int(begun.size.sum()), 0)
@@ -119,24 +120,16 @@ def plan_extension(
     return _plan(policy, objective, beliefs, bounds, begun, forced, wanted, budget)
 
 
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """What the earlier waves left at each position: see ``conditional_marginals``."""
-
-    delivered: IntArray
-    successes: IntArray
-    mixed: BoolArray
-    outstanding: IntArray
-
-    @classmethod
-    def nothing(cls, count: int) -> _Begun:
-        zero = np.zeros(count, np.int64)
-        return cls(zero, zero, np.zeros(count, np.bool_), zero)
-
-    @property
-    def size(self) -> IntArray:
-        """Rollouts of each group that need not be given again, int64[M]."""
-        return self.delivered + self.outstanding
+def begun_groups(outcomes: WaveOutcomes, keep_outstanding: bool) -> Begun:
+    """Return what groups have before their next wave; see ``plan_extension``."""
+    missing = np.maximum(outcomes.allocated - outcomes.delivered, 0)
+    return Begun(
+        outcomes.delivered,
+        outcomes.successes,
+        outcomes.mixed,
+        missing if keep_outstanding else np.zeros_like(missing),
+        outcomes.level,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +179,7 @@ def _plan(
     objective_name: str,
     beliefs: Beliefs,
     bounds: Bounds,
-    begun: _Begun,
+    begun: Begun,
     forced: IntArray,
     wanted: _Wanted,
     budget: Budget,
@@ -217,13 +210,14 @@ def _plan(
     if wanted.tokens is None:
         left = max(budget.total_rollouts - int(begun.size.sum()), 0)
         unallocated = left - allocated - remaining
-    best = given
+    chances = effective_chances(beliefs.posterior, begun, new)
+    reasons = _reasons(policy, objective, beliefs, begun, forced, given, chances, problem, price)
+    bound = reasons.value + slack
     if policy != "posterior" and wanted.tokens is None:
         best, _ = problem.exactly(beliefs, int(given.sum()), wanted)
-    reasons = _reasons(policy, objective, beliefs, begun, forced, given, problem, price)
-    bound = _value(objective, beliefs, begun, forced + best) + slack
+        bound = _value(objective, beliefs, begun, forced + best)
     reasons = replace(reasons, value_upper_bound=max(bound, reasons.value))
-    return Decision(new, allocated, remaining, unallocated, reasons)
+    return Decision(new, allocated, remaining, unallocated, chances, reasons)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,16 +272,9 @@ class _Problem:
 
 
 def _problem(
-    objective: Rule, beliefs: Beliefs, bounds: Bounds, begun: _Begun, forced: IntArray
+    objective: Rule, beliefs: Beliefs, bounds: Bounds, begun: Begun, forced: IntArray
 ) -> _Problem:
-    marginals = objective.conditional(
-        beliefs.alpha,
-        beliefs.beta,
-        begun.delivered,
-        begun.successes,
-        begun.mixed,
-        begun.outstanding,
-    )
+    marginals = objective.conditional(beliefs.posterior, begun)
     fresh = begun.size == 0
     # Marginals of a new group begin at its second rollout, those of others at the next.
     marginals = marginals.advanced(np.where(fresh, np.maximum(forced - 1, 0), forced))
@@ -299,43 +286,43 @@ def _problem(
     return _Problem(marginals, size, room, pairs if pairs.any() else None)
 
 
-def _value(objective: Rule, beliefs: Beliefs, begun: _Begun, new: IntArray) -> float:
-    return float(_group_values(objective, beliefs, begun, new).sum())
+def effective_chances(posterior: Posterior, begun: Begun, new: IntArray) -> FloatArray:
+    """Return the chance that each whole group is effective once ``new`` rollouts came.
+
+    Args:
+        posterior: of the outcomes, at the time of the decision.
+        begun: what the groups had before.
+        new: rollouts given to each, int64[M].
+    """
+    return EFFECTIVE.values(posterior, begun, begun.outstanding + new)
 
 
-def _group_values(objective: Rule, beliefs: Beliefs, begun: _Begun, new: IntArray) -> FloatArray:
-    return objective.values(
-        beliefs.alpha,
-        beliefs.beta,
-        begun.outstanding + new,
-        begun.delivered,
-        begun.successes,
-        begun.mixed,
-    )
+def _value(objective: Rule, beliefs: Beliefs, begun: Begun, new: IntArray) -> float:
+    return float(objective.values(beliefs.posterior, begun, begun.outstanding + new).sum())
 
 
 def _reasons(
     policy: str,
     objective: Rule,
     beliefs: Beliefs,
-    begun: _Begun,
+    begun: Begun,
     forced: IntArray,
     given: IntArray,
+    chances: FloatArray,
     problem: _Problem,
     price: float,
 ) -> Reasons:
     new = forced + given
     sizes = begun.size + new
     groups = max(int(np.count_nonzero(sizes)), 1)
-    effective = _group_values(EFFECTIVE, beliefs, begun, new)
     level = fill_lowest(
         problem.size, problem.size + problem.room, int(given.sum()), beliefs.tie_keys
     )
     return Reasons(
         policy=policy,
         objective=objective.name,
-        effective_group_rate=float(effective.sum()) / groups,
-        effective_rollout_rate=float((effective * sizes).sum()) / max(int(sizes.sum()), 1),
+        effective_group_rate=float(chances.sum()) / groups,
+        effective_rollout_rate=float((chances * sizes).sum()) / max(int(sizes.sum()), 1),
         value=_value(objective, beliefs, begun, new),
         uniform_value=_value(objective, beliefs, begun, forced + level),
         value_upper_bound=0.0,

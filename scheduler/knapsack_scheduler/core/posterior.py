@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from knapsack_scheduler.core.evidence import Visits
-from knapsack_scheduler.core.problem import FloatArray, IntArray
+from knapsack_scheduler.core.problem import FloatArray, IntArray, Levels, Posterior
+from knapsack_scheduler.core.rewardlevels import RewardLevels
 
 _FIXED_POINT = 2**40
 """Scale of the exact integer sums of success rates."""
@@ -153,25 +154,79 @@ def beta_posterior(
     seen = np.flatnonzero(rows >= 0)
     alpha = np.full(rows.shape, prior.alpha)
     beta = np.full(rows.shape, prior.beta)
-    if seen.size == 0:
-        return alpha, beta
-    picked = rows[seen]
+    if seen.size:
+        picked = rows[seen]
+        weight, shrink = _weights(visits, picked, newest_policy_version, discounts)
+        successes = _row_sum(weight * visits.successes[picked])
+        total = _row_sum(weight * visits.rollouts[picked])
+        alpha[seen] += shrink * successes
+        beta[seen] += shrink * (total - successes)
+    return alpha, beta
+
+
+def posterior(
+    visits: Visits,
+    rows: IntArray,
+    newest_policy_version: int,
+    discounts: Discounts,
+    prior: Prior,
+    reward_levels: RewardLevels,
+) -> Posterior:
+    """Return what is believed of the outcomes of each row, with levels if there are more than two.
+
+    The prior of a class is divided among its levels as the rollouts of the run are. A
+    class of which no level was seen counts as one level.
+
+    Args:
+        visits, rows, newest_policy_version, discounts, prior: as in ``beta_posterior``.
+        reward_levels: of the run.
+    """
+    if not reward_levels.plural or visits.by_level is None:
+        return Posterior(*beta_posterior(visits, rows, newest_policy_version, discounts, prior))
+    success = reward_levels.success
+    columns = np.empty((rows.size, success.size))
+    for good in (False, True):
+        of_class = np.flatnonzero(success == good)
+        rollouts = reward_levels.rollouts[of_class] + 1.0
+        columns[:, of_class] = (prior.alpha if good else prior.beta) * (rollouts / rollouts.sum())
+    seen = np.flatnonzero(rows >= 0)
+    if seen.size:
+        picked = rows[seen]
+        weight, shrink = _weights(visits, picked, newest_policy_version, discounts)
+        counts = visits.by_level[picked]
+        for level in range(success.size):
+            columns[seen, level] += shrink * _row_sum(weight * counts[:, :, level])
+    unseen = [(prior.beta, False), (prior.alpha, True)]
+    for mass, good in unseen:
+        if not (success == good).any():
+            columns = np.column_stack([columns, np.full(rows.size, mass)])
+            success = np.append(success, good)
+    # Added level by level, so that no level weighs more than its class by a rounding.
+    alpha, beta = np.zeros(rows.size), np.zeros(rows.size)
+    for level, good in enumerate(success.tolist()):
+        if good:
+            alpha += columns[:, level]
+        else:
+            beta += columns[:, level]
+    return Posterior(alpha, beta, Levels(columns, success))
+
+
+def _weights(
+    visits: Visits, picked: IntArray, newest_policy_version: int, discounts: Discounts
+) -> tuple[FloatArray, FloatArray]:
+    """Return the weight of each visit, [n, WINDOW], and what the cap leaves of all, [n]."""
     step = visits.step[picked]
     rollouts = visits.rollouts[picked]
-    filled = rollouts > 0
     age = np.zeros(step.shape, np.int64)
     age[:, 1:] = np.cumsum(step[:, 1:] != step[:, :-1], axis=1)
     distance = np.maximum(newest_policy_version - visits.policy_version[picked], 0)
     weight = _power(discounts.visit, age) * _power(discounts.version, distance)
-    weight[~filled] = 0.0
-    successes = _row_sum(weight * visits.successes[picked])
+    weight[rollouts == 0] = 0.0
     total = _row_sum(weight * rollouts)
     over = total > discounts.cap
     shrink = np.ones(total.shape)
     shrink[over] = discounts.cap / total[over]
-    alpha[seen] += shrink * successes
-    beta[seen] += shrink * (total - successes)
-    return alpha, beta
+    return weight, shrink
 
 
 def _row_sum(columns: FloatArray) -> FloatArray:
@@ -184,10 +239,20 @@ def _row_sum(columns: FloatArray) -> FloatArray:
 
 def _power(base: float, exponents: IntArray) -> FloatArray:
     """Return base ** exponents by squaring: only multiplications, so reproducible."""
-    result = np.ones(exponents.shape)
-    if base == 1.0:
-        return result
+    if base == 1.0 or exponents.size == 0:
+        return np.ones(exponents.shape)
     left = np.minimum(exponents, _MAX_EXPONENT)
+    most = int(left.max())
+    if most < left.size:
+        # Fewer powers than exponents: the same bits, looked up.
+        powers: FloatArray = _squared(base, np.arange(most + 1))[left]
+        return powers
+    return _squared(base, left)
+
+
+def _squared(base: float, exponents: IntArray) -> FloatArray:
+    result = np.ones(exponents.shape)
+    left = exponents
     factor = base
     while left.any():
         odd = (left & 1).astype(bool)

@@ -93,11 +93,71 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class Levels:
+    """Which rewards a rollout may get, where there are more than two.
+
+    Attributes:
+        concentration: of the Dirichlet posterior of the levels' shares, float64[M, K],
+            >= 0; over the levels that are successes they sum to alpha, over the others to
+            beta, added in the order of the levels.
+        success: bool[K], True for levels that are successes.
+    """
+
+    concentration: FloatArray
+    success: BoolArray
+
+
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """What is believed of the outcomes of a rollout on each prompt.
+
+    Attributes:
+        alpha, beta: Beta posterior of the success rate, float64[M], finite, > 0.
+        levels: shares of the reward levels; None where a reward is one of two.
+    """
+
+    alpha: FloatArray
+    beta: FloatArray
+    levels: Levels | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What each group has before new rollouts are given to it.
+
+    Attributes:
+        delivered: rollouts whose rewards are known, int64[M].
+        successes: those that succeeded, int64[M].
+        mixed: bool[M], True where the known rewards are not all equal.
+        outstanding: rollouts under way, int64[M].
+        level: index of the one level that was seen, int64[M]; -1 where there is none.
+            None where rewards have no levels.
+    """
+
+    delivered: IntArray
+    successes: IntArray
+    mixed: BoolArray
+    outstanding: IntArray
+    level: IntArray | None = None
+
+    @classmethod
+    def nothing(cls, count: int) -> Begun:
+        """Return that of ``count`` new groups."""
+        zero = np.zeros(count, np.int64)
+        return cls(zero, zero, np.zeros(count, np.bool_), zero)
+
+    @property
+    def size(self) -> IntArray:
+        """Rollouts of each group that need not be given again, int64[M]."""
+        return self.delivered + self.outstanding
+
+
+@dataclass(frozen=True, slots=True)
 class Beliefs:
     """What is believed of each position's prompt.
 
     Attributes:
-        alpha, beta: Beta posterior of the success rate, float64[M], finite, > 0.
+        posterior: of the outcomes of a rollout.
         tie_keys: uint64[M], see ``tie_key``.
         unseen: bool[M], True where the prompt has no outcome yet.
         expected_tokens: expected completion tokens of a rollout, float64[M], >= 0;
@@ -105,8 +165,7 @@ class Beliefs:
         recent: newest rewards, for the policy "paper" only.
     """
 
-    alpha: FloatArray
-    beta: FloatArray
+    posterior: Posterior
     tie_keys: KeyArray
     unseen: BoolArray
     expected_tokens: FloatArray
@@ -136,12 +195,14 @@ class WaveOutcomes:
         delivered: rollouts reported so far, int64[M], ``<= allocated``.
         successes: those of them that were successes, int64[M].
         mixed: bool[M], True where the delivered rewards are not all equal.
+        level: index of the one level delivered, int64[M]; see ``Begun``.
     """
 
     allocated: IntArray
     delivered: IntArray
     successes: IntArray
     mixed: BoolArray
+    level: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +249,7 @@ class Decision:
         remaining: budget left for later waves, in rollouts.
         unallocated: budget the bounds could not hold; negative where the minimums
             needed more than the budget.
+        chances: that each whole group is effective when this wave has come, float64[M].
         reasons: see ``Reasons``.
     """
 
@@ -195,4 +257,5 @@ class Decision:
     allocated: int
     remaining: int
     unallocated: int
+    chances: FloatArray
     reasons: Reasons

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from knapsack_scheduler.core.objective import Chain, Marginals
-from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray
+from knapsack_scheduler.core.chains import Chain, Marginals
+from knapsack_scheduler.core.problem import Begun, FloatArray, IntArray, Posterior
 
 _MANY = 1e15
 """Evidence of a success rate that is known."""
@@ -42,31 +42,16 @@ class SizeRule(ABC):
         """Return the gains of the second and further rollouts at known success rates."""
         return self.expected(*_known(success_rates))
 
-    def conditional(
-        self,
-        alpha: FloatArray,
-        beta: FloatArray,
-        delivered: IntArray,
-        successes: IntArray,
-        mixed: BoolArray,
-        outstanding: IntArray,
-    ) -> Marginals:
+    def conditional(self, posterior: Posterior, begun: Begun) -> Marginals:
         """Return the gains of the next rollouts: those after the group's size."""
-        size = delivered + outstanding
-        return self.expected(alpha, beta).advanced(np.maximum(size - 1, 0))
+        gains = self.expected(posterior.alpha, posterior.beta)
+        return gains.advanced(np.maximum(begun.size - 1, 0))
 
-    def values(
-        self,
-        alpha: FloatArray,
-        beta: FloatArray,
-        further: IntArray,
-        delivered: IntArray,
-        successes: IntArray,
-        mixed: BoolArray,
-    ) -> FloatArray:
+    def values(self, posterior: Posterior, begun: Begun, further: IntArray) -> FloatArray:
         """Return what each whole group is worth."""
-        size = further + delivered
-        return np.where(size < 2, 0.0, self.value(alpha, beta, size))
+        size = further + begun.delivered
+        worth = self.value(posterior.alpha, posterior.beta, size)
+        return np.where(size < 2, 0.0, worth)
 
 
 @dataclass(frozen=True)
@@ -85,24 +70,17 @@ class Hora(SizeRule):
         second = alpha / total * (beta / (total + 1.0))
         return Chain(second, beta + 1.0, total + 2.0, 1)
 
-    def conditional(
-        self,
-        alpha: FloatArray,
-        beta: FloatArray,
-        delivered: IntArray,
-        successes: IntArray,
-        mixed: BoolArray,
-        outstanding: IntArray,
-    ) -> Marginals:
+    def conditional(self, posterior: Posterior, begun: Begun) -> Marginals:
         """Return E[p q^k] from the first further rollout on, of groups already begun."""
-        fresh = delivered == 0
+        alpha, beta, outstanding = posterior.alpha, posterior.beta, begun.outstanding
+        fresh = begun.delivered == 0
         new = self.chain(alpha, beta)
         total = alpha + beta
-        begun = Chain(alpha / total, beta, total + 1.0, 1)
+        next_ = Chain(alpha / total, beta, total + 1.0, 1)
         chosen = Chain(
-            np.where(fresh, new.value, begun.value),
-            np.where(fresh, new.numerator, begun.numerator),
-            np.where(fresh, new.denominator, begun.denominator),
+            np.where(fresh, new.value, next_.value),
+            np.where(fresh, new.numerator, next_.numerator),
+            np.where(fresh, new.denominator, next_.denominator),
             1,
         )
         return _alone(chosen).advanced(np.where(fresh, np.maximum(outstanding - 1, 0), outstanding))
@@ -231,8 +209,7 @@ class Cero(Saturating):
 
 
 def _alone(chain: Chain) -> Marginals:
-    nothing = chain.replaced(np.zeros_like(chain.value))
-    return Marginals(nothing, chain)
+    return Marginals((chain,))
 
 
 def _known(success_rates: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -8,11 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from knapsack_scheduler.core.catalogue import find_objective
+from knapsack_scheduler.core.chains import Marginals
 from knapsack_scheduler.core.costs import divide_by_cost
 from knapsack_scheduler.core.knapsack import divide
-from knapsack_scheduler.core.objective import (
-    Marginals,
-)
 from knapsack_scheduler.core.problem import (
     Bounds,
     FloatArray,

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from knapsack_scheduler.core.objective import Chain, Marginals
+from knapsack_scheduler.core.chains import Chain, Marginals
 from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray
 
 _BLOCK = 4096
@@ -53,14 +53,16 @@ def sweep(
         left = left - pairs
     active = np.flatnonzero(left > 0)
     left = left[active]
-    passed = marginals.passed.take(active)
-    failed = marginals.failed.take(active)
+    chains = [chain.take(active) for chain in marginals.chains]
     t = 0
     while active.size:
         levels = max(1, min(_BLOCK // active.size, int(left.max())))
-        gains, next_passed = _block(passed, t, levels)
-        down, next_failed = _block(failed, t, levels)
-        gains += down
+        gains, following = _block(chains[0], t, levels)
+        reached = [following]
+        for chain in chains[1:]:
+            more, following = _block(chain, t, levels)
+            gains += more
+            reached.append(following)
         if ceiling is not None:
             np.minimum(gains, ceiling[active, None], out=gains)
         last = gains[:, -1].copy()
@@ -71,8 +73,10 @@ def sweep(
         alive = (left > levels) & (last > 0.0) & (last >= collector.bound)
         active = active[alive]
         left = left[alive] - levels
-        passed = passed.replaced(next_passed).take(alive)
-        failed = failed.replaced(next_failed).take(alive)
+        chains = [
+            chain.replaced(following).take(alive)
+            for chain, following in zip(chains, reached, strict=True)
+        ]
 
 
 def _block(chain: Chain, t: int, levels: int) -> tuple[FloatArray, FloatArray]:

@@ -256,7 +256,7 @@ class BudgetedGRPOTrainer(BudgetedMixin, GRPOTrainer):
     """
 
 
-class _Rewind(TrainerCallback):  # type: ignore[misc]
+class _Rewind(TrainerCallback):
     """Takes the run back to the step that a training begins at."""
 
     def __init__(self, budget: BudgetClient) -> None:

@@ -1,0 +1,60 @@
+"""What events become in Prometheus' text."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from knapsack_scheduler.bulk_histogram import BulkHistogram
+from knapsack_scheduler.events import OutcomesCounted, RunRemoved
+from knapsack_scheduler.metrics import Metrics
+from knapsack_scheduler.state import Counted
+
+
+def samples(registry: CollectorRegistry) -> dict[tuple[str, str, str], float]:
+    """Return every sample by name, run and bucket."""
+    text = generate_latest(registry).decode()
+    return {
+        (s.name, s.labels.get("run_id", ""), s.labels.get("le", "")): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+        if not s.name.endswith("_created")
+    }
+
+
+def test_many_observations_are_what_single_ones_are() -> None:
+    """Bounds belong to the bucket below; counts are cumulative; the sum is exact."""
+    bounds = (0, 1, 2, 4, 8)
+    numbers = [np.array([0, 1, 2, 3, 4, 5, 8, 9, 100]), np.array([], np.int64), np.array([7, 1])]
+    one, many = CollectorRegistry(), CollectorRegistry()
+    plain = Histogram("size", "Sizes.", ["run_id"], buckets=bounds, registry=one)
+    bulk = BulkHistogram("size", "Sizes.", "run_id", bounds, many)
+    for part in numbers:
+        bulk.observe("a", part)
+        for number in part.tolist():
+            plain.labels("a").observe(number)
+    bulk.observe("b", np.array([3]))
+    plain.labels("b").observe(3)
+    assert samples(many) == samples(one)
+    bulk.remove("a")
+    bulk.remove("never seen")
+    assert {run for _, run, _ in samples(many)} == {"b"}
+
+
+def test_judged_groups_are_counted_and_forgotten_with_the_run() -> None:
+    """Three counters say how predictions compare; a deleted run leaves no series."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    counted = Counted(
+        accepted=8, judged_groups=3, judged_effective_groups=1, predicted_effective_groups=1.25
+    )
+    metrics(OutcomesCounted("run", 4, 2, counted, 7))
+    found = samples(registry)
+    prefix = "knapsack_scheduler_judged_"
+    assert found[prefix + "groups_total", "run", ""] == 3
+    assert found[prefix + "effective_groups_total", "run", ""] == 1
+    assert found[prefix + "predicted_effective_groups_total", "run", ""] == pytest.approx(1.25)
+    metrics(RunRemoved("run"))
+    assert not [key for key in samples(registry) if key[1] == "run"]
