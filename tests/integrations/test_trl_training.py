@@ -22,9 +22,9 @@ from tiny_trl import (
     Recording,
     by_hand,
     groups_of,
-    length,
     never,
     new_trainer,
+    partly,
     reward,
     rows,
 )
@@ -91,7 +91,7 @@ FORMULAS = [
 
 @pytest.mark.parametrize(("scale", "aggregation"), FORMULAS)
 @pytest.mark.parametrize(
-    "functions", [[reward], [reward, length], [never, length]], ids=["one", "two", "unscored"]
+    "functions", [[reward], [reward, partly], [never, partly]], ids=["one", "two", "unscored"]
 )
 def test_every_scale_and_aggregation(
     scale: str, aggregation: str, functions: list[Any], shared_scheduler: Any, tmp_path: Path

@@ -75,9 +75,9 @@ def reward(completion_ids: list[list[int]], hardness: list[int], **_: Any) -> li
     return [float(ids[0] % hard == 0) for ids, hard in zip(completion_ids, hardness, strict=True)]
 
 
-def length(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-    """Reward by the length; does not apply where the sum of the tokens is odd."""
-    return [None if sum(ids) % 2 else 0.1 * len(ids) for ids in completion_ids]
+def partly(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+    """Reward by the last token; does not apply where the sum of the tokens is odd."""
+    return [None if sum(ids) % 2 else 0.1 * ids[-1] for ids in completion_ids]
 
 
 def never(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
