@@ -103,15 +103,16 @@ def test_prompts_without_rollouts_are_passed_over(client: BudgetClient) -> None:
         RATES,
         prompt_id=str,
         window=4,
-        rollouts_per_prompt=2,
+        rollouts_per_prompt=1,
         min_rollouts=0,
         max_rollouts=8,
     )
 
     planned = list(stream)
 
-    assert all(p.num_rollouts >= 2 for p in planned)
-    assert sum(p.num_rollouts for p in planned) == 8
+    # Four rollouts for four prompts nobody knows: two prompts get two each.
+    assert [p.num_rollouts for p in planned] == [2, 2]
+    assert [p.prompt for p in planned] == [list(RATES)[p.position] for p in planned]
 
 
 def test_a_stream_resumes_where_it_was(client: BudgetClient) -> None:
