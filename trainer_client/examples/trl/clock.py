@@ -23,21 +23,29 @@ from knapsack_trainer_client.demo.task import HOURS, OPERATORS, Problem, World
 
 __all__ = ["MAX_TOKENS", "Curve", "Setup", "options", "reward"]
 
-WARM_UP_STEPS = 300
+WARM_UP_STEPS = 1000
 PROBLEMS = 1024
 HELD_OUT = 1000
 
 
 class Setup:
-    """A world, a model that was shown a demonstrator's examples, and problems, of a seed."""
+    """A world, a model that was shown a demonstrator's examples, and problems, of a seed.
 
-    def __init__(self, seed: int) -> None:
-        self.world = World(seed)
+    The model is kept in ``folder``, so that two scripts begin with the same one.
+    """
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        world = World(seed)
         self.model = new_model(seed)
-        warm_up(self.model, self.world, WARM_UP_STEPS, seed)
-        problems = self.world.problems(PROBLEMS, seed + 1)
-        known = {problem.prompt_id for problem in problems}
-        self.held_out = self.world.problems(HELD_OUT, seed + 2, without=known)
+        warm = folder / f"warm-{seed}.pt"
+        if warm.exists():
+            self.model.load_state_dict(torch.load(warm))
+        else:
+            warm_up(self.model, world, WARM_UP_STEPS, seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.model.state_dict(), warm)
+        self.held_out = world.problems(HELD_OUT, 1_000_000 + seed)
+        problems = world.problems(PROBLEMS, seed, {p.prompt_id for p in self.held_out})
         self.dataset = Dataset.from_list([_row(problem) for problem in problems])
         self.tokenizer = _tokenizer()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from clock import Setup
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -37,6 +38,7 @@ def main() -> None:
     chosen = parser.parse_args()
     curves: dict[str, list[list[dict[str, float]]]] = {arm: [] for arm in ARMS}
     for seed in range(chosen.seeds):
+        Setup(seed, chosen.out)  # The two take its model from there.
         print(f"seed {seed + 1} of {chosen.seeds}: {chosen.steps} steps of each", flush=True)
         for arm, curve in _train(seed, chosen.steps, chosen.out).items():
             curves[arm].append(curve)

@@ -5,7 +5,7 @@ from trl import GRPOConfig
 from trl import GRPOTrainer as Trainer
 
 chosen = options()
-setup = Setup(chosen.seed)
+setup = Setup(chosen.seed, chosen.out.parent)
 trainer = Trainer(
     model=setup.model,
     reward_funcs=reward,
@@ -15,9 +15,10 @@ trainer = Trainer(
         num_generations=8,
         max_completion_length=MAX_TOKENS,
         max_steps=chosen.steps,
-        learning_rate=5e-4,
+        learning_rate=1e-3,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=10,
+        gradient_checkpointing=False,
         seed=chosen.seed,
         logging_steps=1,
         save_strategy="no",
