@@ -128,7 +128,9 @@ def _draw(curves: dict[str, list[list[dict[str, float]]]], path: Path) -> None:
             )
     axes.set_xlabel("rollouts, thousands")
     axes.set_ylabel("held-out accuracy")
-    axes.set_title(f"TRL on the clock task, mean of {len(curves['uniform'])} seeds")
+    seeds = len(curves["uniform"])
+    of = f"mean and deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    axes.set_title(f"TRL on the clock task, {of}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=120)
