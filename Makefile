@@ -51,9 +51,11 @@ check: $(VENV)/.check proto-check
 	$(BIN)/buf format --diff --exit-code proto
 	$(BIN)/buf breaking proto --against proto/baseline.binpb
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/bench_solver.py
 	$(BIN)/python tests/benchmarks/bench_service.py
+	$(BIN)/python tests/benchmarks/bench_report.py
+	$(BIN)/python tests/benchmarks/bench_startup.py
 	$(BIN)/python tests/benchmarks/bench_event_loop.py
 
 proto: $(PROTO_VENV)/.ready
@@ -81,6 +83,11 @@ $(VENV)/.demo: $(INPUTS) | $(BIN)/python
 $(VENV)/.test: $(INPUTS) | $(BIN)/python
 	@echo "Setting up $(VENV) for the tests (about two minutes, once)"
 	$(PIP_INSTALL) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.bench: $(INPUTS) | $(BIN)/python
+	@echo "Setting up $(VENV) for the benchmarks (about two minutes, once)"
+	$(PIP_INSTALL) --editable '.[bench]'
 	@touch $@
 
 $(VENV)/.check: $(INPUTS) | $(BIN)/python

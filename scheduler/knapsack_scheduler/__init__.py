@@ -1,6 +1,6 @@
 """Divides a budget of rollouts among prompts where they teach most.
 
-As a library, without a service: ``solve`` and ``solve_posterior``.
+As a library, without a service: ``solve``, ``solve_posterior`` and ``solve_levels``.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from knapsack_scheduler.core.problem import InfeasibleBudget
-    from knapsack_scheduler.core.solve import solve, solve_posterior
+    from knapsack_scheduler.core.solve import solve, solve_levels, solve_posterior
 
-__all__ = ["InfeasibleBudget", "solve", "solve_posterior"]
+__all__ = ["InfeasibleBudget", "solve", "solve_levels", "solve_posterior"]
 
 
 def __getattr__(name: str) -> object:

@@ -15,6 +15,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
 from knapsack_scheduler.errors import ConfigError, InvalidArgument
+from knapsack_scheduler.journal.compaction import Retention
+from knapsack_scheduler.journal.store import safe_url
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.runconfig import RunConfig
 
@@ -51,7 +53,21 @@ class Settings(BaseSettings):
         "127.0.0.1:50052", description="address of plaintext gRPC health checks, for probes"
     )
     store: str = Field(
-        "sqlite:///stats.db", description="database URL: sqlite:///FILE or postgresql+psycopg://..."
+        "sqlite:///stats.db",
+        description="database URL: sqlite:///FILE or postgresql://USER@HOST/DATABASE",
+    )
+    rewind_horizon: int = Field(
+        Retention().horizon,
+        gt=0,
+        description="steps behind the newest one that a rewind may at least go back to",
+    )
+    journal_calls: int = Field(
+        Retention().max_calls,
+        gt=0,
+        description="recorded calls of a run after which the journal is cut short of the horizon",
+    )
+    preload_runs: int = Field(
+        8, ge=0, description="runs loaded before the server is ready, those written to last"
     )
     auto_create_runs: bool = Field(False, description="create unknown runs as they are used")
     insecure: bool = Field(
@@ -169,7 +185,5 @@ def is_loopback(host: str) -> bool:
 def as_json(settings: Settings) -> str:
     """Return the settings for people to read; they hold paths and no secrets but the store's."""
     shown = json.loads(settings.model_dump_json())
-    scheme, at, rest = shown["store"].rpartition("@")
-    if at:
-        shown["store"] = scheme.split("://")[0] + "://***@" + rest
+    shown["store"] = safe_url(settings.store)
     return json.dumps(shown, indent=2)

@@ -2,7 +2,8 @@
 
 SchedulerError
 ├── InvalidArgument      a field, its value, and what is allowed
-├── NotFound             no such run, no such allocation
+├── NotFound             no such allocation
+│   └── RunNotFound      no such run
 ├── AlreadyExists        an id used again with other content
 ├── FailedPrecondition   a call out of order
 ├── ResourceExhausted    a limit of the server
@@ -10,6 +11,7 @@ SchedulerError
 ├── PermissionDenied     a token for other runs
 └── Unavailable          the call may work later, elsewhere
     └── StoreUnavailable the journal could not be read or written
+        └── StoreInterrupted  the same transaction may work if begun anew
 
 ConfigError              a setting that the server cannot start with
 """
@@ -51,6 +53,10 @@ class NotFound(SchedulerError):
     code = "NOT_FOUND"
 
 
+class RunNotFound(NotFound):
+    """The run does not exist."""
+
+
 class AlreadyExists(SchedulerError):
     """The id was used before, with other content."""
 
@@ -89,6 +95,14 @@ class Unavailable(SchedulerError):
 
 class StoreUnavailable(Unavailable):
     """The journal could not be read or written; nothing was acknowledged."""
+
+
+class StoreInterrupted(StoreUnavailable):
+    """The database ended the transaction for a reason that passes.
+
+    The connection was lost, or another transaction had to go first. What was being
+    committed may have been stored: whoever begins anew looks for it first.
+    """
 
 
 class ConfigError(Exception):

@@ -21,6 +21,7 @@ from knapsack_scheduler.admin import LivePage, admin_app
 from knapsack_scheduler.config import Settings, default_config, host_and_port
 from knapsack_scheduler.errors import ConfigError
 from knapsack_scheduler.events import Events
+from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.logs import log_event
@@ -65,14 +66,18 @@ class Server:
                 default_config=default_config(settings),
                 limits=self._limits,
                 events=self._events,
+                retention=Retention(settings.rewind_horizon, settings.journal_calls),
             )
+            await self._set_ready(False)
+            await self._health.set(LIVENESS, _SERVING)
             await self._start_admin()
             await self._start_probes()
+            # Alive but not ready: a trainer whose call had to wait for this would give up.
+            await self._service.preload(settings.preload_runs)
             await self._start_api(self._service)
         except BaseException:
             await self.stop(0.0)
             raise
-        await self._health.set(LIVENESS, _SERVING)
         await self._set_ready(True)
 
     async def _start_api(self, service: SchedulerService) -> None:

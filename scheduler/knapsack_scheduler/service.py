@@ -37,10 +37,14 @@ from knapsack_scheduler.facts import (
     OutcomesReported,
     Rewards,
 )
-from knapsack_scheduler.journal.journal import Entry, Journal, Writing
+from knapsack_scheduler.journal.compaction import Retention
+from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.records import Entry
+from knapsack_scheduler.journal.transaction import Writing
 from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.runconfig import RunConfig
-from knapsack_scheduler.runs import LoadedRun, Runs
+from knapsack_scheduler.runs import Runs
 from knapsack_scheduler.state import OpenAllocation
 
 _PAGE_BYTES = 32 * 2**20
@@ -58,6 +62,7 @@ class SchedulerService:
         default_config: RunConfig | None = None,
         limits: Limits | None = None,
         events: Events | None = None,
+        retention: Retention | None = None,
     ) -> None:
         self._journal = journal
         self._default_config = default_config or RunConfig()
@@ -68,7 +73,12 @@ class SchedulerService:
             self.events,
             auto_create_runs=auto_create_runs,
             default_config=self._default_config,
+            retention=retention or Retention(),
         )
+
+    async def preload(self, count: int) -> None:
+        """Load the runs that were written to last, before the first call comes."""
+        await self._runs.preload(count)
 
     def close(self) -> None:
         """Wait for calls under way; the journal is closed by whoever opened it."""
@@ -95,10 +105,9 @@ class SchedulerService:
     async def get_run(self, request: pb.GetRunRequest) -> pb.Run:
         """Return one run."""
         run_id = validation.name("run_id", request.run_id)
-        run, _ = await self._runs.alone(
-            run_id, lambda run, _writing: wire.run_message(run.row, run.state)
+        return await self._runs.look(
+            run_id, lambda run, _reading: wire.run_message(run.row, run.state)
         )
-        return run
 
     async def list_runs(self, request: pb.ListRunsRequest) -> pb.ListRunsResponse:
         """Return a page of runs."""
@@ -146,7 +155,7 @@ class SchedulerService:
         wire.check_bounds(bounds, self._limits)
         wire.check_policy(request, bounds, state.config.policy)
         budget = wire.budget_of(request)
-        beliefs, prior = state.beliefs(ids)
+        beliefs, prior = state.beliefs(ids, request.step)
         if budget.total_tokens and not budget.total_rollouts and not beliefs.expected_tokens.any():
             raise InvalidArgument(
                 "total_tokens",
@@ -165,7 +174,7 @@ class SchedulerService:
         except InfeasibleBudget as error:
             raise InvalidArgument(error.field, error.value, error.allowed) from None
         seconds = time.perf_counter() - start
-        name = wire.allocation_id(run.row.run_key, run.row.branch, request.request_id)
+        name = wire.allocation_id(run.row.identity, run.row.branch, request.request_id)
         answer = wire.allocation_message(name, run.row.run_id, request.step, 1, decision, prior)
         writing.append(
             _entry("allocate", request.request_id, request.step, digest, request, answer)
@@ -207,7 +216,7 @@ class SchedulerService:
                 "Report its rollouts first, or set keep_outstanding to count them as running"
             )
         ids = tuple(state.prompt_ids[row] for row in allocation.rows.tolist())
-        beliefs, prior = state.beliefs(ids)
+        beliefs, prior = state.beliefs(ids, allocation.step)
         budget = allocation.budget
         tokens = budget.total_tokens if beliefs.expected_tokens.any() else 0
         start = time.perf_counter()
@@ -264,7 +273,7 @@ class SchedulerService:
         if not request.allocation_id and run.has_forgotten(request.report_id, digest):
             # Nothing is recorded: its id is free for a report of the step done anew.
             return pb.ReportResponse(ignored_rollouts=count), request.step, run
-        ignored = request.allocation_id in run.state.abandoned
+        ignored = run.is_abandoned(request.allocation_id)
         if ignored:
             answer = pb.ReportResponse(ignored_rollouts=count)
             step = ALWAYS
@@ -274,6 +283,12 @@ class SchedulerService:
             answer = pb.ReportResponse(accepted_rollouts=count)
             step = allocation.step
         else:
+            if request.step <= run.row.closed_step:
+                raise FailedPrecondition(
+                    f"step = {request.step}: run {run.row.run_id!r} takes reports of step "
+                    f"{run.row.closed_step + 1} and later ones; of older steps it could not "
+                    "tell a repeated report from a new one"
+                )
             answer = pb.ReportResponse(accepted_rollouts=count)
             step = request.step
         writing.append(_entry("report", request.report_id, step, digest, request, answer))
@@ -308,7 +323,7 @@ class SchedulerService:
             before = run.answered(writing, "rewind", request.request_id, digest)
             if before is not None:
                 return pb.Run.FromString(before), False
-        run.refold(writing, rewound_to=request.step)
+        run.become(LoadedRun.load(writing, rewound_to=request.step))
         answer = wire.run_message(run.row, run.state)
         answer.rewinds += 1
         # Without an id of its own a rewind is named for its place in the journal.
@@ -323,10 +338,9 @@ class SchedulerService:
         validation.name("run_id", request.run_id)
         size = pages.page_size(request.page_size, 1000, 100_000)
         after = pages.key_before(request.page_token)
-        answer, _ = await self._runs.alone(
-            request.run_id, lambda run, _writing: _stats_page(run, after, size)
+        return await self._runs.look(
+            request.run_id, lambda run, _reading: _stats_page(run, after, size)
         )
-        return answer
 
     async def import_outcomes(
         self, requests: AsyncIterator[pb.ImportOutcomesRequest]
@@ -392,7 +406,11 @@ def _allocation(run: LoadedRun, name: str) -> OpenAllocation:
     allocation = run.state.allocations.get(name)
     if allocation is not None:
         return allocation
-    reason = "was forgotten by a rewind" if name in run.state.abandoned else "does not exist"
+    reason = "does not exist"
+    if run.is_abandoned(name):
+        reason = "was forgotten by a rewind"
+    elif run.row.floor_seq:
+        reason = f"does not exist or is of step {run.row.floor_step} or before, long since closed,"
     raise NotFound(f"allocation_id = {name!r}: {reason} in run {run.row.run_id!r}")
 
 

@@ -7,13 +7,18 @@ folds the journal anew without what it forgets; nothing is ever taken back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from knapsack_scheduler.core.calibration import Calibration
+from knapsack_scheduler.core.drift import PROMPTS as DRIFT_PROMPTS
+from knapsack_scheduler.core.drift import Drift
 from knapsack_scheduler.core.evidence import (
     IMPORT_STEP_OFFSET,
     GroupOutcomes,
@@ -27,8 +32,8 @@ from knapsack_scheduler.core.posterior import (
     Discounts,
     Prior,
     PriorStatistics,
-    beta_posterior,
     fit_prior,
+    newest_drift,
     posterior,
 )
 from knapsack_scheduler.core.problem import (
@@ -43,6 +48,7 @@ from knapsack_scheduler.core.problem import (
     WaveOutcomes,
     tie_keys,
 )
+from knapsack_scheduler.core.recency import Revisited
 from knapsack_scheduler.core.rewardlevels import RewardLevels, counted_by_level, relevel
 from knapsack_scheduler.facts import (
     AllocationExtended,
@@ -53,6 +59,7 @@ from knapsack_scheduler.facts import (
     Rewards,
     Rewound,
 )
+from knapsack_scheduler.journal.columns import decode_text, encode_text
 from knapsack_scheduler.runconfig import RunConfig
 
 TOKEN_SHRINKAGE = 4
@@ -152,7 +159,6 @@ class RunState:
         )
         self.prompt_ids: list[str] = []
         self.allocations: dict[str, OpenAllocation] = {}
-        self.abandoned: set[str] = set()
         self.last_step = -1
         self.last_policy_version = 0
         self.known_prompts = 0
@@ -164,6 +170,8 @@ class RunState:
         self._rows: dict[str, int] = {}
         self._looked_up: tuple[tuple[str, ...], int, IntArray] = ((), 0, np.zeros(0, np.int64))
         self._visits = Visits()
+        self._revisited = Revisited()
+        self._drift: Drift | None = Drift()
         self._prior_statistics = PriorStatistics()
         self._sums = np.zeros((_SUMS, 0), np.int64)
         self._keys = np.zeros(0, np.uint64)
@@ -186,11 +194,6 @@ class RunState:
                 raise AssertionError("a rewind is a new fold of the journal")
         return Counted()
 
-    def abandon(self, fact: Fact) -> None:
-        """Remember of a forgotten fact what must be: the name of its allocation."""
-        if isinstance(fact, AllocationMade):
-            self.abandoned.add(fact.allocation_id)
-
     def rows_of(self, prompt_ids: tuple[str, ...]) -> IntArray:
         """Return the row of each prompt, int64[M]; -1 where there is none."""
         # A decision looks its batch up, and then its fold does.
@@ -201,8 +204,13 @@ class RunState:
         self._looked_up = (prompt_ids, len(self.prompt_ids), rows)
         return rows.copy()
 
-    def beliefs(self, prompt_ids: tuple[str, ...]) -> tuple[Beliefs, Prior]:
-        """Return what is believed of each position's prompt, and the run's prior."""
+    def beliefs(self, prompt_ids: tuple[str, ...], step: int) -> tuple[Beliefs, Prior]:
+        """Return what is believed of each position's prompt, and the run's prior.
+
+        Args:
+            prompt_ids: of the batch.
+            step: that is decided for; see ``core.posterior.posterior``.
+        """
         rows = self.rows_of(prompt_ids)
         prior = fit_prior(self._prior_statistics)
         known = rows >= 0
@@ -214,18 +222,27 @@ class RunState:
         unseen = ~known
         unseen[known] = self._sums[_ROLLOUTS, rows[known]] == 0
         recent = recent_outcomes(self._visits, rows) if self.config.policy == "paper" else None
-        believed = self._posterior(rows, prior)
+        believed = self._posterior(rows, step, prior)
         return Beliefs(believed, keys, unseen, self._expected_tokens(rows), recent), prior
 
-    def _posterior(self, rows: IntArray, prior: Prior) -> Posterior:
+    def _posterior(self, rows: IntArray, step: int | None, prior: Prior) -> Posterior:
         return posterior(
             self._visits,
             rows,
+            step,
             self.last_policy_version,
             self.discounts,
             prior,
             self.reward_levels,
+            self.drift(prior),
         )
+
+    def drift(self, prior: Prior) -> Drift:
+        """Return how success rates moved up to the newest visits; ``prior`` is the run's."""
+        if self._drift is None:
+            rows = self._revisited.newest(DRIFT_PROMPTS, self._visits, self._keys)
+            self._drift = newest_drift(self._visits, rows, self.discounts, prior)
+        return self._drift
 
     def _expected_tokens(self, rows: IntArray) -> FloatArray:
         if self._token_rollouts == 0:
@@ -264,12 +281,12 @@ class RunState:
         count = rows.size
         chances = fact.chances
         if chances is None:
-            believed = self._posterior(rows, fit_prior(self._prior_statistics))
+            believed = self._posterior(rows, fact.step, fit_prior(self._prior_statistics))
             chances = effective_chances(believed, Begun.nothing(count), fact.num_rollouts)
         allocation = OpenAllocation(
             fact.step,
             rows.astype(np.int32),
-            fact.bounds,
+            Bounds(_slim(fact.bounds.minimum), _slim(fact.bounds.maximum)),
             fact.budget,
             1,
             fact.num_rollouts.astype(np.int32),
@@ -289,7 +306,8 @@ class RunState:
         chances = fact.chances
         if chances is None:
             rows = allocation.rows.astype(np.int64)
-            believed = self._posterior(rows, fit_prior(self._prior_statistics))
+            prior = fit_prior(self._prior_statistics)
+            believed = self._posterior(rows, allocation.step, prior)
             begun = begun_groups(allocation.outcomes(self.reward_levels), fact.keep_outstanding)
             chances = effective_chances(believed, begun, fact.num_rollouts)
         allocation.predict(fact.num_rollouts, chances)
@@ -370,6 +388,8 @@ class RunState:
         before = self._newest(unique)
         merge_visits(self._visits, unique, step, policy_version, rollouts, successes, by_level)
         self._prior_statistics = self._prior_statistics.moved(*before, *self._newest(unique))
+        self._revisited.add(unique, self._visits)
+        self._drift = None
         sums = self._sums
         first = int(np.count_nonzero(sums[_ROLLOUTS, unique] == 0))
         if first:
@@ -408,6 +428,67 @@ class RunState:
             self._visits.successes[rows, 0].astype(np.int64),
         )
 
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """Return all that there is to the state as columns, for ``from_columns``.
+
+        A field that is not in here, in ``Visits`` or in ``_POSITION_COLUMNS`` is lost
+        with the process.
+        """
+        return self.frozen()()
+
+    def frozen(self) -> Callable[[], dict[str, npt.NDArray[Any]]]:
+        """Return a function that makes ``columns()`` of the state as it is now, later on.
+
+        What changes is copied here; what is only ever appended to is read there.
+        """
+        size, ids, keys = len(self.prompt_ids), self.prompt_ids, self._keys
+        scalars = {name: getattr(self, name) for name in _SCALARS}
+        scalars["_prior_statistics"] = asdict(self._prior_statistics)
+        scalars["levels_kept"] = self.reward_levels.kept
+        copied = {
+            "scalars": _text_column(json.dumps(scalars)),
+            "sums": self._sums[:, :size].copy(),
+            "levels.values": self.reward_levels.values,
+            "levels.rollouts": self.reward_levels.rollouts,
+            **{
+                f"calibration.{each.name}": getattr(self.calibration, each.name)
+                for each in fields(Calibration)
+            },
+            **_named("visits", self._visits.columns()),
+            **_named("revisited", self._revisited.columns()),
+            **_allocation_columns(self.allocations),
+        }
+
+        def columns() -> dict[str, npt.NDArray[Any]]:
+            data, lengths = encode_text(ids[:size])
+            named = {"prompt_ids": data, "prompt_id_lengths": lengths, "keys": keys[:size]}
+            return {**copied, **named}
+
+        return columns
+
+    @classmethod
+    def from_columns(cls, config: RunConfig, columns: Mapping[str, npt.NDArray[Any]]) -> RunState:
+        """Return the state of ``columns()``."""
+        state = cls(config)
+        scalars = json.loads(columns["scalars"].tobytes())
+        prior, kept = scalars.pop("_prior_statistics"), scalars.pop("levels_kept")
+        state.__dict__.update(scalars)
+        state._prior_statistics = PriorStatistics(**prior)
+        state.reward_levels = RewardLevels(
+            config.success_threshold, columns["levels.values"], columns["levels.rollouts"], kept
+        )
+        state.calibration = Calibration(
+            *(columns[f"calibration.{each.name}"] for each in fields(Calibration))
+        )
+        state.prompt_ids = decode_text(columns["prompt_ids"], columns["prompt_id_lengths"])
+        state._rows = dict(zip(state.prompt_ids, range(len(state.prompt_ids)), strict=True))
+        state._sums, state._keys = columns["sums"], columns["keys"]
+        state._visits = Visits.from_columns(_of_name("visits", columns))
+        state._revisited = Revisited.from_columns(_of_name("revisited", columns))
+        state._drift = None
+        state.allocations = _allocations_of(columns)
+        return state
+
     def sorted_prompts(self) -> list[tuple[str, int]]:
         """Return (prompt id, row) of every prompt with an outcome, in the order of ids."""
         if self._sorted is None:
@@ -420,9 +501,7 @@ class RunState:
     def stats_of(self, rows: IntArray) -> PromptColumns:
         """Return the statistics of prompts with an outcome."""
         prior = fit_prior(self._prior_statistics)
-        alpha, beta = beta_posterior(
-            self._visits, rows, self.last_policy_version, self.discounts, prior
-        )
+        believed = self._posterior(rows, None, prior)
         sums = self._sums[:, rows]
         with_tokens = np.maximum(sums[_TOKEN_ROLLOUTS], 1)
         return PromptColumns(
@@ -430,8 +509,8 @@ class RunState:
             sums[_SUCCESSES],
             sums[_LAST_STEP],
             sums[_LAST_VERSION],
-            alpha,
-            beta,
+            believed.alpha,
+            believed.beta,
             sums[_TOKENS] / with_tokens,
         )
 
@@ -467,3 +546,88 @@ def _deliver(allocation: OpenAllocation, outcomes: GroupOutcomes) -> Counted:
         effective_groups=int(np.count_nonzero(now_mixed & ~mixed)),
         effective_rollouts=int(allocation.delivered[now_mixed].sum()) - in_effective,
     )
+
+
+_SCALARS = (
+    "last_step",
+    "last_policy_version",
+    "known_prompts",
+    "total_rollouts",
+    "total_successes",
+    "ignored_rollouts",
+    "_token_sum",
+    "_token_rollouts",
+)
+_POSITION_COLUMNS = {
+    "rows": np.int32,
+    "allocated": np.int32,
+    "delivered": np.int32,
+    "successes": np.int32,
+    "low": np.float32,
+    "high": np.float32,
+    "chance": np.float32,
+    "awaited": np.int32,
+}
+
+
+def _named(name: str, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    return {f"{name}.{each}": column for each, column in columns.items()}
+
+
+def _of_name(name: str, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    start = f"{name}."
+    return {each.removeprefix(start): c for each, c in columns.items() if each.startswith(start)}
+
+
+def _slim(bound: IntArray) -> IntArray:
+    """Return the same numbers, in no memory if they are all equal."""
+    if bound.size and (bound == bound[0]).all():
+        return np.broadcast_to(bound[:1].copy(), bound.shape)
+    return bound
+
+
+def _allocation_columns(allocations: Mapping[str, OpenAllocation]) -> dict[str, npt.NDArray[Any]]:
+    each = list(allocations.values())
+    names, lengths = encode_text(list(allocations))
+    columns: dict[str, npt.NDArray[Any]] = {
+        "allocations": names,
+        "allocation_lengths": lengths,
+        "allocation.size": np.array([a.rows.size for a in each], np.int64),
+        "allocation.step": np.array([a.step for a in each], np.int64),
+        "allocation.wave": np.array([a.wave for a in each], np.int64),
+        "allocation.budgets": _text_column(json.dumps([asdict(a.budget) for a in each])),
+        "allocation.minimum": _joined([a.bounds.minimum for a in each], np.int64),
+        "allocation.maximum": _joined([a.bounds.maximum for a in each], np.int64),
+    }
+    for name, dtype in _POSITION_COLUMNS.items():
+        columns[f"allocation.{name}"] = _joined([getattr(a, name) for a in each], dtype)
+    return columns
+
+
+def _allocations_of(columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, OpenAllocation]:
+    names = decode_text(columns["allocations"], columns["allocation_lengths"])
+    ends = np.cumsum(columns["allocation.size"])
+    cut = {
+        name: np.split(columns[f"allocation.{name}"], ends[:-1])
+        for name in ("minimum", "maximum", *_POSITION_COLUMNS)
+    }
+    budgets = json.loads(columns["allocation.budgets"].tobytes())
+    return {
+        name: OpenAllocation(
+            step=int(columns["allocation.step"][at]),
+            wave=int(columns["allocation.wave"][at]),
+            bounds=Bounds(_slim(cut["minimum"][at]), _slim(cut["maximum"][at])),
+            budget=Budget(**budgets[at]),
+            # Copies: a view would keep the columns of all of them in memory.
+            **{column: cut[column][at].copy() for column in _POSITION_COLUMNS},
+        )
+        for at, name in enumerate(names)
+    }
+
+
+def _joined(arrays: list[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
+
+
+def _text_column(text: str) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(text.encode(), np.uint8)

@@ -33,7 +33,7 @@ from knapsack_scheduler.facts import (
     Rewards,
     Rewound,
 )
-from knapsack_scheduler.journal.journal import Entry, RunRow
+from knapsack_scheduler.journal.records import Entry, RunRow
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.state import PromptColumns, RunState
@@ -237,9 +237,9 @@ def check_extend(request: pb.ExtendRequest) -> None:
     validation.fraction("wave_fraction", request.wave_fraction)
 
 
-def allocation_id(run_key: int, branch: int, request_id: str) -> str:
+def allocation_id(identity: int, branch: int, request_id: str) -> str:
     """Return the name of an allocation: the same for the same call of the same run."""
-    text = f"{run_key}/{branch}/{request_id}".encode()
+    text = f"{identity}/{branch}/{request_id}".encode()
     return "a-" + hashlib.blake2b(text, digest_size=12).hexdigest()
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from itertools import product
+from functools import cache
 from math import comb
+
+import numpy as np
 
 EXPONENTS = {"paper": (1, 2), "effective": (0, 0), "variance": (1, 1)}
 
@@ -75,25 +77,109 @@ def best_value(
     return best[total]
 
 
-def best_value_within_cost(
-    values: Sequence[Callable[[int], float]],
-    costs: Sequence[float],
-    budget: float,
-    minimum: Sequence[int],
-    maximum: Sequence[int],
-) -> float:
-    """Return the highest sum of values of all divisions that cost at most the budget."""
-    best = float("-inf")
-    ranges = [range(low, high + 1) for low, high in zip(minimum, maximum, strict=True)]
-    for counts in product(*ranges):
-        lone = any(n == 1 and low == 0 for n, low in zip(counts, minimum, strict=True))
-        cost = sum(n * c for n, c in zip(counts, costs, strict=True))
-        if lone or cost > budget * (1 + 1e-12):
-            continue
-        best = max(best, sum(of(n) for of, n in zip(values, counts, strict=True)))
-    return best
-
-
 def chance_of(successes: int, rollouts: int, p: Fraction) -> Fraction:
     """Return the binomial probability of that many successes."""
     return comb(rollouts, successes) * p**successes * (1 - p) ** (rollouts - successes)
+
+
+def value_tables(p: np.ndarray, objectives: Sequence[str], most: int) -> np.ndarray:
+    """Return ``value`` of 0 .. ``most`` rollouts, [I, M, most + 1].
+
+    Args:
+        p: success rates of I instances, [I, M].
+        objectives: of each instance.
+    """
+    i, j = np.array([EXPONENTS[name] for name in objectives]).T[:, :, None]
+    q = 1.0 - p
+    weight = p ** (i + 1) * q ** (j + 1)
+    n = np.arange(most - 1)
+    gains = weight[..., None] * (p[..., None] ** n + q[..., None] ** n)
+    table = np.zeros((*p.shape, most + 1))
+    table[..., 2:] = np.cumsum(gains, axis=-1)
+    return table
+
+
+@cache
+def _posterior_column(alpha: float, beta: float, objective: str, most: int) -> tuple[float, ...]:
+    return tuple(posterior_value(n, alpha, beta, objective) for n in range(most + 1))
+
+
+def posterior_tables(
+    alpha: np.ndarray, beta: np.ndarray, objectives: Sequence[str], most: int
+) -> np.ndarray:
+    """Return ``posterior_value`` of 0 .. ``most`` rollouts, exactly rounded, [I, M, most + 1].
+
+    Every pair of alpha and beta is computed once.
+    """
+    return np.array(
+        [
+            [_posterior_column(a, b, name, most) for a, b in zip(*rows, strict=True)]
+            for *rows, name in zip(alpha.tolist(), beta.tolist(), objectives, strict=True)
+        ]
+    )
+
+
+def allowed_sizes(tables: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the tables with -inf where a size is out of bounds or a group of one.
+
+    Args:
+        tables: [I, M, K].
+        low, high: bounds of the sizes, [I, M].
+    """
+    n = np.arange(tables.shape[-1])
+    lows, highs = low[..., None], high[..., None]
+    wrong = (n < lows) | (n > highs) | ((n == 1) & (lows == 0))
+    return np.where(wrong, -np.inf, tables)
+
+
+def best_sums(tables: np.ndarray, budget: int, costs: np.ndarray | None = None) -> np.ndarray:
+    """Return the best sum of one option of each row at every total cost, [I, budget + 1].
+
+    The textbook dynamic program, of I instances at once; -inf where nothing has that
+    cost.
+
+    Args:
+        tables: values of options, -inf where not allowed, [I, M, K].
+        budget: highest total cost.
+        costs: cost of every option, whole numbers, [I, M, K]; None: option n costs n.
+    """
+    instances, rows, options = tables.shape
+    best = np.full((instances, budget + 1), -np.inf)
+    best[:, 0] = 0.0
+    spent = np.arange(budget + 1)
+    for row in range(rows):
+        following = np.full_like(best, -np.inf)
+        for n in range(options):
+            worth = tables[:, row, n, None]
+            if costs is None:
+                part = best[:, : max(budget + 1 - n, 0)]
+                np.maximum(following[:, n:], part + worth, out=following[:, n:])
+            else:
+                before = spent - costs[:, row, n, None]
+                part = np.take_along_axis(best, np.maximum(before, 0), axis=1)
+                np.maximum(following, np.where(before >= 0, part + worth, -np.inf), out=following)
+        best = following
+    return best
+
+
+def best_of_all(
+    tables: np.ndarray, costs: np.ndarray, budgets: np.ndarray, exactly: np.ndarray | bool = False
+) -> np.ndarray:
+    """Return the best sum within each budget by looking at every choice there is, [I].
+
+    Args:
+        tables: values of options, -inf where not allowed, [I, M, K].
+        costs: cost of every option, [I, M, K].
+        budgets: [I].
+        exactly: where the whole budget must be spent, [I].
+    """
+    instances, rows = tables.shape[:2]
+    worth, spent = np.zeros((instances, 1)), np.zeros((instances, 1))
+    for row in range(rows):
+        worth = (worth[:, :, None] + tables[:, row, None, :]).reshape(instances, -1)
+        spent = (spent[:, :, None] + costs[:, row, None, :]).reshape(instances, -1)
+    slack = 1e-9 * np.maximum(np.abs(budgets), 1.0)[:, None]
+    fits = spent <= budgets[:, None] + slack
+    fits &= (spent >= budgets[:, None] - slack) | ~np.asarray(exactly)[..., None]
+    best: np.ndarray = np.where(fits, worth, -np.inf).max(axis=1)
+    return best

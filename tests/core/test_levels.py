@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from knapsack_scheduler import solve_levels, solve_posterior
 from knapsack_scheduler.core.catalogue import OBJECTIVES
 from knapsack_scheduler.core.objective import Objective
 from knapsack_scheduler.core.policy import plan_allocation, plan_extension
@@ -188,6 +189,37 @@ def test_never_worse_than_dynamic_program(minimum: int) -> None:
         assert decision.allocated == total
         worth = sum(row[n] for row, n in zip(table, decision.num_rollouts, strict=True))
         assert worth == pytest.approx(best, rel=1e-9, abs=1e-300)
+
+
+def test_the_solver_takes_levels() -> None:
+    """With one level of each kind it is solve_posterior; with two failures it sees both."""
+    rng = np.random.default_rng(3)
+    alpha, beta = rng.gamma(1.0, 3.0, 50) + 0.1, rng.gamma(1.0, 3.0, 50) + 0.1
+    two = solve_levels(np.stack([beta, alpha], axis=1), [False, True], 500)
+    assert two.tolist() == solve_posterior(alpha, beta, 500).tolist()
+    # As hard as each other, but the second fails in two ways and is soon effective.
+    weights = [[6.0, 0.001, 1.0], [3.0, 3.0, 1.0]]
+    counts = solve_levels(weights, [False, False, True], 30, objective="effective")
+    assert counts.sum() == 30
+    assert counts[0] > 2 * counts[1]
+    tokens = solve_levels(weights, [False, False, True], 30, costs=[1.0, 2.0])
+    assert (tokens * [1, 2]).sum() <= 30
+
+
+@pytest.mark.parametrize(
+    ("weights", "success", "said"),
+    [
+        ([1.0, 2.0], [True, False], "weights: must have a row per prompt"),
+        ([[1.0, 2.0]], [True], "weights: must have a row per prompt"),
+        ([[1.0, 2.0]], [True, True], "success: must be true for some"),
+        ([[1.0, 2.0], [0.0, 1.0]], [True, False], r"weights\[1\]\[0\] = 0.0: must be"),
+        ([[1.0, float("nan")]], [True, False], r"weights\[0\]\[1\] = nan: must be"),
+    ],
+)
+def test_levels_that_cannot_be_are_named(weights: object, success: object, said: str) -> None:
+    """Shapes, classes and weights."""
+    with pytest.raises(ValueError, match=said):
+        solve_levels(weights, success, 4)
 
 
 def test_a_second_wave_goes_where_the_rewards_are_still_alike() -> None:

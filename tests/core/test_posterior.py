@@ -7,14 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from knapsack_scheduler.core.drift import Drift
 from knapsack_scheduler.core.evidence import Visits, merge_visits
 from knapsack_scheduler.core.posterior import (
     Discounts,
     Prior,
     PriorStatistics,
-    beta_posterior,
     fit_prior,
+    posterior,
 )
+from knapsack_scheduler.core.problem import Posterior
+from knapsack_scheduler.core.rewardlevels import RewardLevels, relevel
 
 
 def visited(*outcomes: tuple[int, int, int, int]) -> Visits:
@@ -29,8 +32,22 @@ def visited(*outcomes: tuple[int, int, int, int]) -> Visits:
 
 def posterior_of(visits: Visits, newest: int, discounts: Discounts) -> tuple[float, float]:
     """Return alpha and beta of row 0 under Beta(1/2, 1/2)."""
-    alpha, beta = beta_posterior(visits, np.array([0]), newest, discounts, Prior(0.5, 0.5))
-    return float(alpha[0]), float(beta[0])
+    found = believed(visits, np.array([0]), newest, discounts, Prior(0.5, 0.5))
+    return float(found.alpha[0]), float(found.beta[0])
+
+
+def believed(
+    visits: Visits,
+    rows: np.ndarray,
+    newest: int,
+    discounts: Discounts,
+    prior: Prior,
+    step: int | None = None,
+    drift: Drift | None = None,
+) -> Posterior:
+    """Return the posteriors of rows whose rewards are successes and failures."""
+    levels = RewardLevels.none_yet(0.5, True)
+    return posterior(visits, rows, step, newest, discounts, prior, levels, drift or Drift())
 
 
 def test_counts_of_one_visit_are_added_to_the_prior() -> None:
@@ -65,12 +82,48 @@ def test_evidence_is_capped() -> None:
 
 def test_unseen_prompts_have_the_prior() -> None:
     """Row -1 is a prompt that nobody has visited, at any distance."""
-    alpha, beta = beta_posterior(
+    found = believed(
         visited((1, 0, 4, 4)), np.array([-1, 0]), 9, Discounts(0.5, 0.9, 32.0), Prior(0.3, 0.7)
     )
 
-    assert (alpha[0], beta[0]) == (0.3, 0.7)
-    assert alpha[1] > 1.0
+    assert (found.alpha[0], found.beta[0]) == (0.3, 0.7)
+    assert found.alpha[1] > 1.0
+
+
+def test_what_the_step_itself_brought_counts_in_full_beside_the_rest() -> None:
+    """It neither ages the others nor is it capped or moved; they are, as if it were not there."""
+    visits = visited((1, 0, 4, 0), (5, 0, 8, 2), (9, 0, 40, 0), (9, 1, 2, 2))
+    discounts, prior = Discounts(0.5, 1.0, 32.0), Prior(0.5, 0.5)
+    before = believed(visited((1, 0, 4, 0), (5, 0, 8, 2)), np.array([0]), 1, discounts, prior, 9)
+    assert (before.alpha[0], before.beta[0]) == (2.5, 8.5)
+    found = believed(visits, np.array([0]), 1, discounts, prior, 9)
+    assert (found.alpha[0], found.beta[0]) == (2.5 + 2.0, 8.5 + 40.0)
+    # A shift of ln 2 doubles the odds: 5/11 / (1 - ..) from 2.5 : 8.5 to 5 : 8.5.
+    moved = believed(visits, np.array([0]), 1, discounts, prior, 9, Drift(np.log(2.0), 1.0))
+    assert moved.alpha[0] == pytest.approx(11.0 * 5.0 / 13.5 + 2.0)
+    assert moved.beta[0] == pytest.approx(11.0 * 8.5 / 13.5 + 40.0)
+
+
+def test_drift_moves_levels_with_their_class() -> None:
+    """Levels keep their shares within successes and within failures; unseen rows stay."""
+    visits = Visits(1)
+    rewards = np.array([0.0, 0.1, 0.1, 1.0, 2.0], np.float32)
+    levels = RewardLevels.none_yet(0.5, True).with_rewards(rewards)
+    relevel(visits, RewardLevels.none_yet(0.5, True), levels)
+    counted = np.array([[1, 2, 1, 1]])
+    merge_visits(visits, np.array([0]), 3, 0, np.array([5]), np.array([2]), counted)
+    discounts, prior = Discounts(0.5, 1.0, 32.0), Prior(0.5, 1.5)
+    drift = Drift(0.7, 0.9)
+    plain = posterior(visits, np.array([0, -1]), 4, 0, discounts, prior, levels, Drift())
+    moved = posterior(visits, np.array([0, -1]), 4, 0, discounts, prior, levels, drift)
+    alpha, beta = drift.moved(plain.alpha[:1], plain.beta[:1])
+    assert moved.alpha[0] == pytest.approx(alpha[0])
+    assert moved.beta[0] == pytest.approx(beta[0])
+    assert plain.levels is not None
+    assert moved.levels is not None
+    shares = [p.levels.concentration[0, :2] / p.beta[0] for p in (plain, moved) if p.levels]
+    assert shares[0] == pytest.approx(shares[1])
+    assert moved.levels.concentration[1].tolist() == plain.levels.concentration[1].tolist()
 
 
 COUNTS = st.tuples(st.integers(0, 300), st.integers(0, 300)).map(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knapsack_scheduler import InfeasibleBudget, solve, solve_posterior
-from knapsack_scheduler.core.table import solve_table
 
-from oracles import best_value, best_value_within_cost, posterior_value, value
+from oracles import value
 
 DEGENERATE = [0.0, 1.0, 0.5, 0.125, 0.375, 0.875, 1e-17, 5e-324, 1 - 2**-53, 1e-3, 1e-200]
 OBJECTIVES = ["paper", "effective", "variance"]
@@ -26,76 +23,6 @@ def assert_within(
     assert (num_rollouts >= minimum).all()
     assert (num_rollouts <= maximum).all()
     assert not ((num_rollouts == 1) & (minimum == 0)).any()
-
-
-def random_bounds(rng: np.random.Generator, prompts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw bounds of every kind: fixed, per prompt, skipping, with room for one pair only."""
-    kind = rng.integers(4)
-    if kind == 0:
-        minimum = rng.integers(0, 4, prompts)
-    elif kind == 1:
-        minimum = rng.integers(1, 3, prompts)
-    else:
-        minimum = np.zeros(prompts, int)
-    if kind == 3:
-        maximum = 2 + (rng.random(prompts) < 0.2) * rng.integers(0, 3, prompts)
-    else:
-        maximum = minimum + rng.integers(0, 9, prompts)
-    return minimum, np.maximum(minimum, maximum)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_never_worse_than_dynamic_program(seed: int) -> None:
-    """Five hundred random instances each: same value as the exact DP, or both infeasible."""
-    rng = np.random.default_rng(seed)
-    for _ in range(500):
-        prompts = int(rng.integers(1, 8))
-        p = np.where(
-            rng.random(prompts) < 0.5, rng.choice(DEGENERATE, prompts), rng.random(prompts)
-        )
-        minimum, maximum = random_bounds(rng, prompts)
-        total = int(rng.integers(minimum.sum(), maximum.sum() + 1))
-        objective = OBJECTIVES[rng.integers(3)]
-        values = [partial(value, p=float(x), objective=objective) for x in p]
-        best = best_value(values, total, minimum.tolist(), maximum.tolist())
-        if best is None:
-            with pytest.raises(InfeasibleBudget):
-                solve(p, total, minimum, maximum, objective)
-            continue
-
-        answer = solve(p, total, minimum, maximum, objective)
-
-        assert_within(answer, total, minimum, maximum)
-        worth = sum(of(int(n)) for of, n in zip(values, answer, strict=True))
-        assert worth >= best * (1 - 1e-12) - 1e-300, (p, minimum, maximum, total, answer)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_posterior_never_worse_than_dynamic_program(seed: int) -> None:
-    """Random Beta posteriors: same expected value as the DP on exactly computed values."""
-    rng = np.random.default_rng(1000 + seed)
-    for _ in range(60):
-        prompts = int(rng.integers(1, 6))
-        alpha = rng.choice([0.02, 0.5, 1.0, 2.5, 9.0, 30.0], prompts)
-        beta = rng.choice([0.02, 0.5, 1.0, 2.5, 9.0, 30.0], prompts)
-        minimum, maximum = random_bounds(rng, prompts)
-        total = int(rng.integers(minimum.sum(), maximum.sum() + 1))
-        objective = OBJECTIVES[rng.integers(3)]
-        values = [
-            partial(posterior_value, alpha=float(a), beta=float(b), objective=objective)
-            for a, b in zip(alpha, beta, strict=True)
-        ]
-        best = best_value(values, total, minimum.tolist(), maximum.tolist())
-        if best is None:
-            with pytest.raises(InfeasibleBudget):
-                solve_posterior(alpha, beta, total, minimum, maximum, objective)
-            continue
-
-        answer = solve_posterior(alpha, beta, total, minimum, maximum, objective)
-
-        assert_within(answer, total, minimum, maximum)
-        worth = sum(of(int(n)) for of, n in zip(values, answer, strict=True))
-        assert worth >= best * (1 - 1e-12), (alpha, beta, minimum, maximum, total, answer)
 
 
 def test_batch_of_usual_size_against_dynamic_program() -> None:
@@ -247,55 +174,24 @@ def test_no_prompts() -> None:
         solve([], 1)
 
 
-@pytest.mark.parametrize("low", [0, 1, 2])
-def test_small_batches_with_costs_are_exact(low: int) -> None:
-    """Random cases against brute force: within the budget, and none is worth more."""
-    rng = np.random.default_rng(low)
-    for _ in range(150):
-        prompts = int(rng.integers(1, 5))
-        p = rng.random(prompts)
-        costs = np.exp(rng.normal(4, 0.7, prompts))
-        if rng.random() < 0.5:
-            costs = np.ceil(costs / 20)
-        high = int(rng.integers(4, 8))
-        budget = float(rng.uniform(low * costs.sum() + costs.max(), high * costs.sum()))
-        values = [partial(value, p=float(x), objective="paper") for x in p]
-        best = best_value_within_cost(values, costs, budget, [low] * prompts, [high] * prompts)
-
-        answer = solve(p, budget, low, high, costs=costs)
-
-        assert (answer * costs).sum() <= budget * (1 + 1e-12)
-        assert ((answer >= low) & (answer <= high) & (answer != (1 if low == 0 else -1))).all()
-        worth = sum(of(int(n)) for of, n in zip(values, answer, strict=True))
-        assert worth == pytest.approx(best, rel=1e-9, abs=1e-12)
-        # The same prompts in another order get the same.
+@pytest.mark.parametrize("prompts", [5, 40])
+def test_costs_do_not_depend_on_the_order_of_prompts(prompts: int) -> None:
+    """Searched exactly or not, the same prompts in another order get the same each."""
+    rng = np.random.default_rng(prompts)
+    names = [f"p{k}" for k in range(prompts)]
+    for _ in range(60):
+        p = rng.integers(0, 9, prompts) / 8
+        costs = rng.integers(1, 4, prompts) * 1.0
+        low = int(rng.integers(0, 3))
+        budget = float(rng.uniform(low * costs.sum() + 2 * costs.max(), 7 * costs.sum()))
         order = rng.permutation(prompts)
-        names = [f"p{k}" for k in range(prompts)]
-        again = solve(
-            p[order], budget, low, high, costs=costs[order], prompt_ids=[names[k] for k in order]
+
+        straight = solve(p, budget, low, 7, costs=costs, prompt_ids=names)
+        shuffled = solve(
+            p[order], budget, low, 7, costs=costs[order], prompt_ids=[names[k] for k in order]
         )
-        named = solve(p, budget, low, high, costs=costs, prompt_ids=names)
-        assert again.tolist() == named[order].tolist()
 
-
-@pytest.mark.parametrize("low", [0, 2])
-def test_costs_within_the_certified_distance_of_the_optimum(low: int) -> None:
-    """Batches too large for the search: short of it by less than a rollout, as certified."""
-    rng = np.random.default_rng(low)
-    for prompts in (20, 64):
-        p = rng.random(prompts)
-        costs = np.ceil(np.exp(rng.normal(4, 0.7, prompts)))
-        sizes = np.array([n for n in range(low, 17) if n != 1 or low == 1])
-        budget = float(rng.uniform(low * costs.sum() + costs.max(), 10 * costs.sum()))
-        table = [[value(int(n), float(x), "paper") for n in sizes] for x in p]
-        best = solve_table(table, budget, [sizes * c for c in costs])
-
-        answer = solve(p, budget, low, 16, costs=costs)
-
-        worth = sum(value(int(n), float(x), "paper") for n, x in zip(answer, p, strict=True))
-        assert (answer * costs).sum() <= budget
-        dearest = max(value(2, float(x), "paper") for x in p)
-        assert best.value - dearest <= worth <= best.value + 1e-12
+        assert shuffled.tolist() == straight[order].tolist()
 
 
 def test_equal_costs_are_the_plain_problem() -> None:

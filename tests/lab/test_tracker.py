@@ -108,7 +108,7 @@ async def test_every_decision_is_the_service_s(arm: Arm) -> None:
 def test_planning_changes_nothing() -> None:
     """Asking what would be allocated leaves no trace."""
     tracker = Tracker(RunConfig())
-    before = tracker.plan(("a", "b"), tracker.bounds(2), Budget(8)).num_rollouts
+    before = tracker.plan(0, ("a", "b"), tracker.bounds(2), Budget(8)).num_rollouts
     assert tracker.state.prompt_ids == []
     assert before.sum() == 8
 

@@ -11,6 +11,10 @@ OBJECTIVES: dict[str, Rule] = {
 }
 """What can be maximised; the first three are of the family of the paper."""
 
+POINTWISE = frozenset({"paper", "effective", "variance", "deviation", "gvm", "hora"})
+"""Those of which the gains of a prompt are the same bits whatever the rest of the batch:
+prompts that are alike may be counted, and gains computed once for all of them."""
+
 
 def find_objective(name: str) -> Rule:
     """Return the objective of that name; ValueError naming the ones there are."""

@@ -9,7 +9,7 @@ which is what makes the threshold rule exact, and they are the same bits on ever
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,13 +37,21 @@ class Chain:
     growth: int
     share: tuple[FloatArray, FloatArray] | None = None
 
+    @property
+    def columns(self) -> list[FloatArray]:
+        """All that tells one prompt's chain from another's, float64[M] each."""
+        return [self.value, self.numerator, self.denominator, *(self.share or ())]
+
     def ratios(self, t: int, count: int) -> FloatArray:
-        """Return x(s+1) / x(s) for s = t .. t + count - 1, float64[M, count]."""
+        """Return x(s+1) / x(s) for s = t .. t + count - 1, float64[M, count].
+
+        [M, 1] where the ratio is constant.
+        """
         if self.growth == 0:
             constant = self.numerator / self.denominator
             if self.share is not None:
                 constant = constant * (self.share[0] / self.share[1])
-            return np.broadcast_to(constant[:, None], (constant.shape[0], count))
+            return constant[:, None]
         grown = np.arange(t, t + count, dtype=np.float64)
         ratios: FloatArray = self.numerator[:, None] + grown
         ratios /= self.denominator[:, None] + grown
@@ -60,9 +68,13 @@ class Chain:
 
     def advanced(self, steps: IntArray) -> Chain:
         """Return the chain that begins at x(steps[m]) of each prompt m."""
-        value = self.value.copy()
-        for rows, block, reached in self._walk(steps):
-            value[rows] = block[np.arange(rows.size), reached]
+        if int(steps.max(initial=0)) == 1:
+            # The minimum of 2, which most batches have: one multiplication, as in a walk.
+            value = np.where(steps > 0, self.value * self.ratios(0, 1)[:, 0], self.value)
+        else:
+            value = self.value.copy()
+            for rows, block, reached in self._walk(steps):
+                value[rows] = block[np.arange(rows.size), reached]
         grown = self.growth * steps.astype(np.float64)
         share = self.share and (self.share[0] + grown, self.share[1] + grown)
         return Chain(value, self.numerator + grown, self.denominator + grown, self.growth, share)
@@ -96,7 +108,7 @@ class Chain:
 
     def replaced(self, value: FloatArray) -> Chain:
         """Return the chain with other values and the same ratios."""
-        return replace(self, value=value)
+        return Chain(value, self.numerator, self.denominator, self.growth, self.share)
 
     def only(self, keep: BoolArray) -> Chain:
         """Return the chain with the prompts that are not kept worth nothing."""

@@ -6,7 +6,7 @@ prefix of each prompt's, and no other division of T rollouts is worth more.
 A prompt that may be skipped (minimum 0) gets nothing or at least two rollouts. Two are
 worth ``2 E[pqI]`` and the third ``E[pqI]`` more, so the first two are swept as a pair, at
 half its value each. At most one odd rollout is then left over that fits nowhere, and
-``_mend`` places it by the best of the four exchanges that can.
+``exchanges`` places it by the best of the four that can.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from knapsack_scheduler.core.problem import (
     KeyArray,
 )
 from knapsack_scheduler.core.sweep import count_gains, sweep
-from knapsack_scheduler.core.ties import fill_lowest
+from knapsack_scheduler.core.ties import fill_lowest, lowest_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +68,16 @@ def divide(
         capacity = np.where(pairs & (capacity < 2), 0, capacity)
         pairs = pairs & (capacity > 0)
         if int(capacity.sum()) < rollouts:
-            raise _no_even_division(rollouts)
+            raise no_even_division(rollouts)
         if not pairs.any():
             pairs = None
     if rollouts == 0:
         return Solution(np.zeros_like(capacity), 0.0)
-    highest = _HighestGains(capacity, rollouts)
+    highest = _HighestGains(capacity, rollouts, _safe_bound(marginals, capacity, rollouts, pairs))
     sweep(marginals, capacity, pairs, highest)
+    if not highest.enough:
+        highest = _HighestGains(capacity, rollouts)
+        sweep(marginals, capacity, pairs, highest)
     price, given, reach = highest.counts()
     rest = rollouts - int(given.sum())
     open_ = np.ones(given.shape, np.bool_)
@@ -88,15 +91,47 @@ def divide(
     fitting = min(rest, int((high - low).sum()))
     given += fill_lowest(low, high, fitting, tie_keys)
     if rest > fitting and pairs is not None:
-        _mend(given, marginals, capacity, pairs, tie_keys)
+        for alike, change in exchanges(given, marginals, capacity, pairs, rollouts):
+            given[alike[np.argmin(tie_keys[alike])]] += change
     return Solution(given, price)
 
 
-class _HighestGains:
-    """Keeps the T highest gains of a sweep: the price, and who is above it."""
+_SAMPLE = 2048
+_LARGE_BATCH = 8 * _SAMPLE
+_SAFETY = 0.8
+"""The price of the batch is hardly below this part of the sample's."""
 
-    def __init__(self, capacity: IntArray, rollouts: int) -> None:
-        self.bound = 0.0
+
+def _safe_bound(
+    marginals: Marginals, capacity: IntArray, rollouts: int, pairs: BoolArray | None
+) -> float:
+    """Return what the price of a large batch is hardly below, from a sample of it.
+
+    With it most positions are dropped after a few gains. It is a guess: that enough
+    gains lie above it is to be checked.
+    """
+    if capacity.size < _LARGE_BATCH:
+        return 0.0
+    rows = np.arange(0, capacity.size, capacity.size // _SAMPLE)
+    some = capacity[rows]
+    share = min(rollouts * rows.size // capacity.size, int(some.sum()))
+    if share == 0:
+        return 0.0
+    highest = _HighestGains(some, share)
+    sweep(marginals.take(rows), some, None if pairs is None else pairs[rows], highest)
+    return _SAFETY * highest.counts()[0]
+
+
+class _HighestGains:
+    """Keeps the T highest gains of a sweep: the price, and who is above it.
+
+    Starts from a bound that is a guess, or from 0. ``enough`` tells afterwards whether T
+    gains, or all there are, were kept.
+    """
+
+    def __init__(self, capacity: IntArray, rollouts: int, bound: float = 0.0) -> None:
+        self.bound = bound
+        self._guessed = bound > 0.0
         self._capacity = capacity
         self._rollouts = rollouts
         self._blocks: list[tuple[IntArray, FloatArray]] = []
@@ -105,7 +140,7 @@ class _HighestGains:
 
     def add(self, rows: IntArray, gains: FloatArray) -> None:
         self._blocks.append((rows, gains))
-        better = gains[(gains > 0.0) & (gains >= self.bound)]
+        better = gains[gains >= self.bound if self.bound > 0.0 else gains > 0.0]
         self._parts.append(better)
         self._held += better.size
         # Raising the bound costs a pass over all that is held: worth it when it is
@@ -113,6 +148,10 @@ class _HighestGains:
         enough = self._rollouts if self.bound == 0.0 else self._rollouts + self._rollouts // 4
         if self._held >= enough:
             self._raise_bound()
+
+    @property
+    def enough(self) -> bool:
+        return not self._guessed or self._held >= self._rollouts
 
     def _raise_bound(self) -> None:
         pool = np.concatenate(self._parts)
@@ -140,17 +179,16 @@ def _begin_pairs(
 ) -> IntArray:
     """Return the positions whose pair, worth the price, is given: lowest keys first."""
     tied = np.flatnonzero(pairs & (given == 0) & (reach >= 2))
-    return tied[np.argsort(tie_keys[tied], kind="stable")[:most]]
+    return tied[lowest_keys(tie_keys[tied], most)]
 
 
-def _mend(
-    given: IntArray,
-    marginals: Marginals,
-    capacity: IntArray,
-    pairs: BoolArray,
-    tie_keys: KeyArray,
-) -> None:
-    """Place the odd rollout that fits nowhere at the price; changes ``given``.
+def exchanges(
+    given: IntArray, marginals: Marginals, capacity: IntArray, pairs: BoolArray, rollouts: int
+) -> list[tuple[IntArray, int]]:
+    """Return where the odd rollout goes that fits nowhere at the price.
+
+    As one or two changes: positions that would do equally well, of which one is to be
+    taken, and the rollouts that it gets or gives up.
 
     The sweep's answer is optimal but for this rollout, and each exchange costs at
     least nothing at the price, so the best answer is the cheapest exchange that
@@ -175,10 +213,6 @@ def _mend(
     begin_three = np.where(pairs & (given == 0) & (capacity >= 3), first + third_gain, -np.inf)
     end = np.where(pairs & (given == 2), -first, -np.inf)
 
-    def best(gains: FloatArray) -> int:
-        highest = np.flatnonzero(gains == gains.max())
-        return int(highest[np.argmin(tie_keys[highest])])
-
     options = (
         ((grow, 1),),
         ((begin, 2), (spare, -1)),
@@ -190,12 +224,12 @@ def _mend(
 
     moves = max(options, key=worth)
     if worth(moves) == -np.inf:
-        raise _no_even_division(int(given.sum()) + 1)
-    for gains, change in moves:
-        given[best(gains)] += change
+        raise no_even_division(rollouts)
+    return [(np.flatnonzero(gains == gains.max()), change) for gains, change in moves]
 
 
-def _no_even_division(rollouts: int) -> InfeasibleBudget:
+def no_even_division(rollouts: int) -> InfeasibleBudget:
+    """Return the refusal of a number that would leave a group of one."""
     return InfeasibleBudget(
         "total_rollouts",
         rollouts,

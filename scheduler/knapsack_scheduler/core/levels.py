@@ -18,7 +18,32 @@ import numpy as np
 
 from knapsack_scheduler.core.chains import Chain, Marginals
 from knapsack_scheduler.core.moments import log_rising, moment
-from knapsack_scheduler.core.problem import Begun, FloatArray, IntArray, Levels, Posterior
+from knapsack_scheduler.core.problem import (
+    Begun,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    Levels,
+    Posterior,
+)
+
+
+def class_weights(columns: FloatArray, success: BoolArray) -> tuple[FloatArray, FloatArray]:
+    """Return the weights of successes and of failures, alpha and beta, float64[M].
+
+    Added level by level, so that no level weighs more than its class by a rounding.
+
+    Args:
+        columns: weight of each level, float64[M, K].
+        success: levels that are successes, bool[K].
+    """
+    alpha, beta = np.zeros(len(columns)), np.zeros(len(columns))
+    for level, good in enumerate(success.tolist()):
+        if good:
+            alpha += columns[:, level]
+        else:
+            beta += columns[:, level]
+    return alpha, beta
 
 
 def level_marginals(i: int, j: int, posterior: Posterior, begun: Begun) -> Marginals:

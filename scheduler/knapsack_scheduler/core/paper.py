@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from knapsack_scheduler.core.evidence import Visits
-from knapsack_scheduler.core.knapsack import divide
+from knapsack_scheduler.core.many import divide_alike
 from knapsack_scheduler.core.objective import PAPER
 from knapsack_scheduler.core.problem import Bounds, FloatArray, IntArray, KeyArray, Recent
 from knapsack_scheduler.core.ties import fill_lowest
@@ -74,7 +74,8 @@ def paper_sizes(recent: Recent, bounds: Bounds, total: int, tie_keys: KeyArray) 
     sizes += _level(sizes, np.where(receivers, bounds.most, sizes), surplus, tie_keys)
     rest = total - int(sizes.sum())
     marginals = PAPER.at_rates(p).only(effective).advanced(np.maximum(sizes - 1, 0))
-    return sizes + divide(marginals, sizes, bounds.most - sizes, rest, tie_keys).num_rollouts
+    room = bounds.most - sizes
+    return sizes + divide_alike(marginals, sizes, room, rest, tie_keys).num_rollouts
 
 
 def _level(sizes: IntArray, most: IntArray, rollouts: int, tie_keys: KeyArray) -> IntArray:

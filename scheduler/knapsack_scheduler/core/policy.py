@@ -16,7 +16,7 @@ import numpy as np
 from knapsack_scheduler.core.catalogue import find_objective
 from knapsack_scheduler.core.chains import Marginals
 from knapsack_scheduler.core.costs import divide_within
-from knapsack_scheduler.core.knapsack import divide
+from knapsack_scheduler.core.many import divide_alike
 from knapsack_scheduler.core.objective import EFFECTIVE, Rule
 from knapsack_scheduler.core.paper import paper_sizes
 from knapsack_scheduler.core.problem import (
@@ -243,7 +243,7 @@ class _Problem:
         attempts += [rollouts - 1] if rollouts > 0 and (wanted.partial or spare > 0) else []
         for attempt in attempts:
             try:
-                solution = divide(
+                solution = divide_alike(
                     self.marginals, self.size, self.room, attempt, beliefs.tie_keys, self.pairs
                 )
             except InfeasibleBudget:

@@ -2,9 +2,10 @@
 
 The counts of a visit weigh ``visit_discount`` less for each later step that visited the
 prompt and ``version_discount`` less for each policy version since, because the policy
-moves on; the prior is fitted to the run's own prompts. A prompt that nobody has visited
-has the prior, one that is rarely visited drifts back to it, and a prompt that always
-failed keeps some chance of success: no case needs a rule of its own.
+moves on; the prior is fitted to the run's own prompts, and so is the drift of success rates
+since they were seen (``core/drift.py``). A prompt that nobody has visited has the prior, one
+that is rarely visited drifts back to it, and a prompt that always failed keeps some chance of
+success: no case needs a rule of its own.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from knapsack_scheduler.core.evidence import Visits
-from knapsack_scheduler.core.problem import FloatArray, IntArray, Levels, Posterior
+from knapsack_scheduler.core.drift import FEWEST_PROMPTS, Drift, fit_drift
+from knapsack_scheduler.core.evidence import WINDOW, Visits
+from knapsack_scheduler.core.levels import class_weights
+from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray, Levels, Posterior
 from knapsack_scheduler.core.rewardlevels import RewardLevels
 
 _FIXED_POINT = 2**40
@@ -135,98 +139,150 @@ def fit_prior(statistics: PriorStatistics) -> Prior:
     return Prior(mean * strength, (1.0 - mean) * strength)
 
 
-def beta_posterior(
-    visits: Visits,
-    rows: IntArray,
-    newest_policy_version: int,
-    discounts: Discounts,
-    prior: Prior,
-) -> tuple[FloatArray, FloatArray]:
-    """Return alpha and beta of the posterior of each row, float64[M] both.
-
-    Args:
-        visits: the run's windows.
-        rows: int64[M]; -1 for a prompt never seen, which gets the prior.
-        newest_policy_version: newest version reported to the run.
-        discounts: how fast evidence ages.
-        prior: of the run.
-    """
-    seen = np.flatnonzero(rows >= 0)
-    alpha = np.full(rows.shape, prior.alpha)
-    beta = np.full(rows.shape, prior.beta)
-    if seen.size:
-        picked = rows[seen]
-        weight, shrink = _weights(visits, picked, newest_policy_version, discounts)
-        successes = _row_sum(weight * visits.successes[picked])
-        total = _row_sum(weight * visits.rollouts[picked])
-        alpha[seen] += shrink * successes
-        beta[seen] += shrink * (total - successes)
-    return alpha, beta
-
-
 def posterior(
     visits: Visits,
     rows: IntArray,
+    step: int | None,
     newest_policy_version: int,
     discounts: Discounts,
     prior: Prior,
     reward_levels: RewardLevels,
+    drift: Drift,
 ) -> Posterior:
     """Return what is believed of the outcomes of each row, with levels if there are more than two.
 
-    The prior of a class is divided among its levels as the rollouts of the run are. A
-    class of which no level was seen counts as one level.
+    Evidence of other steps is discounted, added to the prior, and moved by the drift. What
+    was seen at the step itself is newer than any drift: it counts in full, beside the rest.
+    The prior of a class is divided among its levels as the rollouts of the run are; a class
+    of which no level was seen counts as one level.
 
     Args:
-        visits, rows, newest_policy_version, discounts, prior: as in ``beta_posterior``.
+        visits: the run's windows.
+        rows: int64[M]; -1 for a prompt never seen, which gets the prior.
+        step: what is decided for; None for no step in particular.
+        newest_policy_version: newest version reported to the run.
+        discounts: how fast evidence ages.
+        prior: of the run.
         reward_levels: of the run.
+        drift: of the run.
     """
-    if not reward_levels.plural or visits.by_level is None:
-        return Posterior(*beta_posterior(visits, rows, newest_policy_version, discounts, prior))
-    success = reward_levels.success
-    columns = np.empty((rows.size, success.size))
-    for good in (False, True):
-        of_class = np.flatnonzero(success == good)
-        rollouts = reward_levels.rollouts[of_class] + 1.0
-        columns[:, of_class] = (prior.alpha if good else prior.beta) * (rollouts / rollouts.sum())
+    levels, success = _prior_levels(prior, reward_levels, visits)
+    columns = np.tile(levels, (rows.size, 1))
     seen = np.flatnonzero(rows >= 0)
     if seen.size:
         picked = rows[seen]
-        weight, shrink = _weights(visits, picked, newest_policy_version, discounts)
-        counts = visits.by_level[picked]
-        for level in range(success.size):
-            columns[seen, level] += shrink * _row_sum(weight * counts[:, :, level])
-    unseen = [(prior.beta, False), (prior.alpha, True)]
-    for mass, good in unseen:
-        if not (success == good).any():
-            columns = np.column_stack([columns, np.full(rows.size, mass)])
-            success = np.append(success, good)
-    # Added level by level, so that no level weighs more than its class by a rounding.
-    alpha, beta = np.zeros(rows.size), np.zeros(rows.size)
-    for level, good in enumerate(success.tolist()):
-        if good:
-            alpha += columns[:, level]
-        else:
-            beta += columns[:, level]
+        apart = None if step is None else np.int64(step)
+        weight, now = _weights(visits, picked, apart, newest_policy_version, discounts)
+        counts = _counts(visits, picked)
+        older = columns[seen]
+        for level, count in enumerate(counts):
+            older[:, level] += _row_sum(weight * count)
+        older = _moved(older, success, _row_sum(weight) > 0.0, drift)
+        if now.any():
+            for level, count in enumerate(counts):
+                older[:, level] += (now * count).sum(axis=1)
+        columns[seen] = older
+    alpha, beta = class_weights(columns, success)
+    if success.size == 2:
+        return Posterior(alpha, beta)
     return Posterior(alpha, beta, Levels(columns, success))
 
 
+def newest_drift(
+    visits: Visits,
+    rows: IntArray,
+    discounts: Discounts,
+    prior: Prior,
+) -> Drift:
+    """Return how success rates moved up to the newest visits of some prompts.
+
+    Args:
+        visits: the run's windows.
+        rows: int64[n], with visits at two steps or more.
+        discounts, prior: of the run.
+    """
+    if rows.size < FEWEST_PROMPTS:
+        return Drift()
+    version = visits.policy_version[rows, :1]
+    newest = visits.step[rows, :1]
+    weight, now = _weights(visits, rows, newest, version, discounts)
+    successes, rollouts = visits.successes[rows], visits.rollouts[rows]
+    alpha = prior.alpha + _row_sum(weight * successes)
+    beta = prior.beta + _row_sum(weight * (rollouts - successes))
+    return fit_drift(alpha, beta, (now * rollouts).sum(axis=1), (now * successes).sum(axis=1))
+
+
+def _prior_levels(
+    prior: Prior, reward_levels: RewardLevels, visits: Visits
+) -> tuple[FloatArray, BoolArray]:
+    """Return the prior's weight of each level, and which levels are successes."""
+    if not reward_levels.plural or visits.by_level is None:
+        return np.array([prior.beta, prior.alpha]), np.array([False, True])
+    success = reward_levels.success
+    weights = np.empty(success.size)
+    for good in (False, True):
+        of_class = np.flatnonzero(success == good)
+        rollouts = reward_levels.rollouts[of_class] + 1.0
+        weights[of_class] = (prior.alpha if good else prior.beta) * (rollouts / rollouts.sum())
+    for mass, good in ((prior.beta, False), (prior.alpha, True)):
+        if not (success == good).any():
+            weights, success = np.append(weights, mass), np.append(success, good)
+    return weights, success
+
+
+def _counts(visits: Visits, picked: IntArray) -> list[npt.NDArray[np.int32]]:
+    """Return the rollouts of each level in each visit, [n, WINDOW] each."""
+    if visits.by_level is not None:
+        by_level = visits.by_level[picked]
+        return [by_level[:, :, level] for level in range(by_level.shape[2])]
+    successes = visits.successes[picked]
+    return [visits.rollouts[picked] - successes, successes]
+
+
+def _moved(
+    columns: FloatArray, success: BoolArray, has_evidence: BoolArray, drift: Drift
+) -> FloatArray:
+    """Return the columns with the means of the rows that have evidence moved."""
+    if drift == Drift():
+        return columns
+    alpha, beta = class_weights(columns, success)
+    new_alpha, new_beta = drift.moved(alpha, beta)
+    for level, good in enumerate(success.tolist()):
+        factor = new_alpha / alpha if good else new_beta / beta
+        columns[:, level] *= np.where(has_evidence, factor, 1.0)
+    return columns
+
+
 def _weights(
-    visits: Visits, picked: IntArray, newest_policy_version: int, discounts: Discounts
-) -> tuple[FloatArray, FloatArray]:
-    """Return the weight of each visit, [n, WINDOW], and what the cap leaves of all, [n]."""
+    visits: Visits,
+    picked: IntArray,
+    apart: npt.NDArray[np.int64] | np.int64 | None,
+    newest_policy_version: int | IntArray,
+    discounts: Discounts,
+) -> tuple[FloatArray, BoolArray]:
+    """Return what each visit weighs, [n, WINDOW], and which are at the step apart.
+
+    Visits at the step ``apart`` ([n, 1], one for all, or None) weigh nothing and make the
+    others no older.
+    """
     step = visits.step[picked]
     rollouts = visits.rollouts[picked]
-    age = np.zeros(step.shape, np.int64)
-    age[:, 1:] = np.cumsum(step[:, 1:] != step[:, :-1], axis=1)
+    filled = rollouts > 0
+    now = np.zeros_like(filled) if apart is None else filled & (step == apart)
+    others = filled & ~now
+    # The age of a visit is the number of different steps among the newer ones.
+    begins = others.copy()
+    begins[:, 1:] &= ~(others[:, :-1] & (step[:, 1:] == step[:, :-1]))
+    age = np.cumsum(begins, axis=1, dtype=np.int8)
+    # Nothing is younger than the first of the others, whose age is 0.
+    weight = _power(discounts.visit, np.maximum(np.arange(WINDOW + 1) - 1, 0))[age]
+    weight[~others] = 0.0
     distance = np.maximum(newest_policy_version - visits.policy_version[picked], 0)
-    weight = _power(discounts.visit, age) * _power(discounts.version, distance)
-    weight[rollouts == 0] = 0.0
+    weight *= _power(discounts.version, distance)
     total = _row_sum(weight * rollouts)
     over = total > discounts.cap
-    shrink = np.ones(total.shape)
-    shrink[over] = discounts.cap / total[over]
-    return weight, shrink
+    weight[over] *= (discounts.cap / total[over])[:, None]
+    return weight, now
 
 
 def _row_sum(columns: FloatArray) -> FloatArray:

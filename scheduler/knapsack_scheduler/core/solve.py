@@ -10,13 +10,18 @@ import numpy.typing as npt
 from knapsack_scheduler.core.catalogue import find_objective
 from knapsack_scheduler.core.chains import Marginals
 from knapsack_scheduler.core.costs import divide_by_cost
-from knapsack_scheduler.core.knapsack import divide
+from knapsack_scheduler.core.levels import class_weights
+from knapsack_scheduler.core.many import divide_alike, divide_many, open_problem
 from knapsack_scheduler.core.problem import (
+    Begun,
+    BoolArray,
     Bounds,
     FloatArray,
     InfeasibleBudget,
     IntArray,
     KeyArray,
+    Levels,
+    Posterior,
     tie_keys,
 )
 
@@ -60,10 +65,9 @@ def solve(
         InfeasibleBudget: the bounds cannot hold the budget (a ValueError).
     """
     p = _column("success_rates", success_rates)
-    if not bool(((p >= 0.0) & (p <= 1.0)).all()):
+    if p.size and not 0.0 <= p.min() <= p.max() <= 1.0:
         raise ValueError(f"success_rates = {_outside(p, 0.0, 1.0)}: must be within 0 and 1")
-    marginals = find_objective(objective).at_rates(p)
-    return _solve(marginals, total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids)
+    return _solve(objective, (p,), total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids)
 
 
 def solve_posterior(
@@ -96,62 +100,131 @@ def solve_posterior(
     a = _column("alpha", alpha)
     b = _column("beta", beta)
     for name, column in (("alpha", a), ("beta", b)):
-        if not bool((column > 0.0).all()):
+        if column.size and not column.min() > 0.0:
             raise ValueError(f"{name} = {column.min()}: must be above 0")
     if a.shape != b.shape:
         raise ValueError(f"beta: must have one number per prompt ({a.size}), has {b.size}")
-    marginals = find_objective(objective).expected(a, b)
-    return _solve(marginals, total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids)
+    return _solve(objective, (a, b), total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids)
+
+
+def solve_levels(
+    weights: npt.ArrayLike,
+    success: npt.ArrayLike,
+    total_rollouts: float,
+    min_rollouts: npt.ArrayLike = 2,
+    max_rollouts: npt.ArrayLike = 128,
+    objective: str = "paper",
+    costs: npt.ArrayLike | None = None,
+    prompt_ids: Sequence[str] | None = None,
+) -> IntArray:
+    """Return the number of rollouts of each prompt where rewards have more than two levels.
+
+    As ``solve_posterior``, with a Dirichlet posterior of the shares of the reward levels: a
+    group counts as effective if its rewards are not all equal, so that two different
+    failures are enough.
+
+    Args:
+        weights: of each level, [M, K], above 0: a prior plus the rollouts seen with it.
+        success: which levels are successes, [K]; some are, and some are not.
+        total_rollouts, min_rollouts, max_rollouts, objective, costs, prompt_ids: as in
+            ``solve``.
+
+    Returns:
+        int64[M].
+
+    Raises:
+        ValueError, InfeasibleBudget: as ``solve``.
+    """
+    shares = np.asarray(weights, np.float64)
+    good = np.asarray(success, np.bool_)
+    if shares.ndim != 2 or good.shape != shares.shape[1:]:
+        raise ValueError(
+            f"weights: must have a row per prompt and a column per level of success "
+            f"({good.size}), has shape {shares.shape}"
+        )
+    if not good.any() or good.all():
+        raise ValueError("success: must be true for some levels and false for others")
+    if shares.size and not (np.isfinite(shares).all() and shares.min() > 0.0):
+        at = np.unravel_index(np.argmin(np.isfinite(shares) & (shares > 0.0)), shares.shape)
+        raise ValueError(
+            f"weights[{at[0]}][{at[1]}] = {shares[at]}: must be a finite number above 0"
+        )
+    posterior = Posterior(*class_weights(shares, good), Levels(shares, good))
+    return _solve(
+        objective, posterior, total_rollouts, min_rollouts, max_rollouts, costs, prompt_ids
+    )
 
 
 def _solve(
-    marginals: Marginals,
+    objective: str,
+    evidence: tuple[FloatArray, ...] | Posterior,
     total_rollouts: float,
     min_rollouts: npt.ArrayLike,
     max_rollouts: npt.ArrayLike,
     costs: npt.ArrayLike | None,
     prompt_ids: Sequence[str] | None,
 ) -> IntArray:
-    count = len(marginals)
-    bounds = Bounds(
-        _counts("min_rollouts", min_rollouts, count), _counts("max_rollouts", max_rollouts, count)
-    )
-    if bool((bounds.minimum > bounds.maximum).any()):
-        at = int(np.argmax(bounds.minimum > bounds.maximum))
+    count = evidence.alpha.size if isinstance(evidence, Posterior) else evidence[0].size
+    rule = find_objective(objective)
+    low = _counts("min_rollouts", min_rollouts, count)
+    high = _counts("max_rollouts", max_rollouts, count)
+    if bool((low > high).any()):
+        lows, highs = np.broadcast_to(low, count), np.broadcast_to(high, count)
+        at = int(np.argmax(lows > highs))
         raise ValueError(
-            f"max_rollouts[{at}] = {bounds.maximum[at]}: must be at least "
-            f"min_rollouts[{at}] = {bounds.minimum[at]}"
+            f"max_rollouts[{at}] = {highs[at]}: must be at least min_rollouts[{at}] = {lows[at]}"
         )
-    keys: KeyArray = np.arange(count, dtype=np.uint64)
-    if prompt_ids is not None:
-        if len(prompt_ids) != count:
-            raise ValueError(
-                f"prompt_ids: must have one name per prompt ({count}), has {len(prompt_ids)}"
-            )
-        keys = tie_keys(prompt_ids)
+    if prompt_ids is not None and len(prompt_ids) != count:
+        raise ValueError(
+            f"prompt_ids: must have one name per prompt ({count}), has {len(prompt_ids)}"
+        )
+
+    def keys_of(rows: IntArray) -> KeyArray:
+        # Only of those among whom a tie is split: a million names take a second.
+        if prompt_ids is None:
+            return rows.astype(np.uint64)
+        return tie_keys([prompt_ids[row] for row in rows.tolist()])
+
+    total = 0
+    if costs is None:
+        total = _whole("total_rollouts", total_rollouts)
+        _check_total(total, low, high, count)
+        if not isinstance(evidence, Posterior):
+            answer = divide_many(objective, evidence, low, high, total, keys_of)
+            if answer is not None:
+                return answer
+    bounds = Bounds(np.array(np.broadcast_to(low, count)), np.array(np.broadcast_to(high, count)))
     base = bounds.minimum
-    room = bounds.most - base
-    pairs = (base == 0) & (room >= 2)
-    # Two rollouts are the least that can differ: a lone one gains nothing.
-    marginals = marginals.only(bounds.maximum >= 2).advanced(np.maximum(base - 1, 0))
+    if isinstance(evidence, Posterior):
+        marginals = rule.conditional(evidence, Begun.nothing(count))
+    elif len(evidence) == 1:
+        marginals = rule.at_rates(*evidence)
+    else:
+        marginals = rule.expected(*evidence)
+    gains, room, pairs = open_problem(marginals, bounds)
+    keys = keys_of(np.arange(count))
     if costs is not None:
-        return base + _within_cost(marginals, base, room, costs, total_rollouts, keys, pairs)
-    total = _whole("total_rollouts", total_rollouts)
-    check_total(total, bounds)
-    rest = total - int(base.sum())
-    given = divide(marginals, base, room, rest, keys, pairs if pairs.any() else None)
+        return base + _within_cost(gains, base, room, costs, total_rollouts, keys, pairs)
+    given = divide_alike(gains, base, room, total - int(base.sum()), keys, pairs)
     return base + given.num_rollouts
 
 
-def check_total(total_rollouts: int, bounds: Bounds) -> None:
+def _check_total(total_rollouts: int, low: IntArray, high: IntArray, count: int) -> None:
     """Raise InfeasibleBudget, naming the three numbers, if the bounds cannot hold the total."""
-    least, most = int(bounds.minimum.sum()), int(bounds.most.sum())
+    least, most = _sum(low, count), _sum(high, count)
+    if count and low.min() == 0 and high.min() <= 1:
+        # No group of one where none is asked.
+        most -= int(np.count_nonzero(np.broadcast_to((low == 0) & (high == 1), (count,))))
     if not least <= total_rollouts <= most:
         raise InfeasibleBudget(
             "total_rollouts",
             total_rollouts,
             f"must be from {least}, the sum of min_rollouts, to {most}, the sum of max_rollouts",
         )
+
+
+def _sum(bound: IntArray, count: int) -> int:
+    return int(bound.sum()) if bound.ndim else int(bound) * count
 
 
 def _within_cost(
@@ -161,7 +234,7 @@ def _within_cost(
     costs: npt.ArrayLike,
     budget: float,
     keys: KeyArray,
-    pairs: npt.NDArray[np.bool_],
+    pairs: BoolArray | None,
 ) -> IntArray:
     cost = _column("costs", costs)
     if cost.shape != base.shape:
@@ -178,16 +251,15 @@ def _within_cost(
             f"must be at least {least}, the cost of min_rollouts (at most "
             f"{float((cost * (base + room)).sum())}, the cost of max_rollouts, can be used)",
         )
-    return divide_by_cost(
-        marginals, base, room, cost, budget - least, keys, pairs if pairs.any() else None
-    ).num_rollouts
+    return divide_by_cost(marginals, base, room, cost, budget - least, keys, pairs).num_rollouts
 
 
 def _column(name: str, values: npt.ArrayLike) -> FloatArray:
     column = np.asarray(values, np.float64)
     if column.ndim != 1:
         raise ValueError(f"{name}: must be one-dimensional, has shape {column.shape}")
-    if not bool(np.isfinite(column).all()):
+    # Both ends are finite if all are, as NaN is passed on; two fast passes.
+    if column.size and not np.isfinite([column.min(), column.max()]).all():
         at = int(np.argmin(np.isfinite(column)))
         raise ValueError(f"{name}[{at}] = {column[at]}: must be a finite number")
     return column
@@ -198,6 +270,7 @@ def _outside(column: FloatArray, low: float, high: float) -> float:
 
 
 def _counts(name: str, values: npt.ArrayLike, count: int) -> IntArray:
+    """Return one number per prompt, int64[M], or the one they all have, int64[]."""
     given = np.asarray(values)
     if given.dtype.kind not in "iu" and not (
         given.dtype.kind == "f" and bool((given == np.floor(given)).all())
@@ -207,10 +280,17 @@ def _counts(name: str, values: npt.ArrayLike, count: int) -> IntArray:
         raise ValueError(
             f"{name}: must be one number or one per prompt ({count}), has shape {given.shape}"
         )
-    if given.size and (given.min() < 0 or given.max() > 2**31 - 1):
+    most = 2**31 - 1
+    # As unsigned numbers those below 0 are the largest: one pass finds either.
+    wide = given.dtype == np.int64 and given.size and given.view(np.uint64).max() <= most
+    if given.size and not wide and (given.min() < 0 or given.max() > most):
         worst = given.min() if given.min() < 0 else given.max()
-        raise ValueError(f"{name} = {worst}: must be within 0 and {2**31 - 1}")
-    return np.array(np.broadcast_to(given, (count,)), np.int64)
+        raise ValueError(f"{name} = {worst}: must be within 0 and {most}")
+    whole = np.asarray(given, np.int64)
+    some = whole[:: max(whole.size // 64, 1)] if whole.ndim else whole
+    if whole.ndim and whole.size and (some == some[0]).all() and (whole == whole[0]).all():
+        return whole[:1].reshape(())
+    return whole
 
 
 def _whole(name: str, value: float) -> int:

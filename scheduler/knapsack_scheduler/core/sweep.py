@@ -18,6 +18,9 @@ _BLOCK = 4096
 """Gains computed at once: enough to hide NumPy's overhead, and little is wasted when
 the bound falls inside the block."""
 
+_CHUNK = 1 << 15
+"""Rows swept together where the bound is known."""
+
 
 class Collector(Protocol):
     """Takes the gains of a sweep and says below which they no longer matter."""
@@ -51,12 +54,27 @@ def sweep(
         paired = np.flatnonzero(pairs)
         collector.add(paired, ceiling[paired, None])
         left = left - pairs
-    active = np.flatnonzero(left > 0)
+    rows = np.flatnonzero(left > 0)
+    # A bound that is known beforehand drops most rows soon, whatever the others are worth:
+    # a part of them at a time stays in the cache.
+    size = _CHUNK if collector.bound > 0.0 else max(rows.size, 1)
+    for start in range(0, rows.size, size):
+        _sweep_rows(marginals, left, ceiling, collector, rows[start : start + size])
+
+
+def _sweep_rows(
+    marginals: Marginals,
+    left: IntArray,
+    ceiling: FloatArray | None,
+    collector: Collector,
+    active: IntArray,
+) -> None:
     left = left[active]
     chains = [chain.take(active) for chain in marginals.chains]
     t = 0
     while active.size:
-        levels = max(1, min(_BLOCK // active.size, int(left.max())))
+        # At most twice what is behind: the few that go on seldom go on for long.
+        levels = max(1, min(_BLOCK // active.size, int(left.max()), 2 * t or _BLOCK))
         gains, following = _block(chains[0], t, levels)
         reached = [following]
         for chain in chains[1:]:
@@ -81,6 +99,8 @@ def sweep(
 
 def _block(chain: Chain, t: int, levels: int) -> tuple[FloatArray, FloatArray]:
     """Return x(t) .. x(t + levels - 1) and x(t + levels), chain.value being x(t)."""
+    if levels == 1:
+        return chain.value[:, None].copy(), chain.value * chain.ratios(t, 1)[:, 0]
     block = np.empty((chain.value.shape[0], levels + 1))
     block[:, 0] = chain.value
     block[:, 1:] = chain.ratios(t, levels)
@@ -96,5 +116,5 @@ def count_gains(
     """Return how many gains of each position are chosen, int64 of the shape of ``like``."""
     counts = np.zeros_like(like)
     for rows, gains in blocks:
-        counts[rows] += np.count_nonzero(chosen(gains), axis=1)
+        counts[rows] += chosen(gains).sum(axis=1)
     return counts

@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from knapsack_scheduler.core.problem import FloatArray, InfeasibleBudget, IntArray
 
-_BISECTIONS = 100
+_MEETINGS = 100
+"""Most steps to the price; some ten are usual."""
+
 _WIDER = 8.0
 _ROUNDING = 1e-12
 """Values closer than this, relative to the largest, are equal."""
@@ -180,30 +182,47 @@ class _Table:
                 gap = gap * _WIDER if gap > 0.0 else noise
 
     def _price(self) -> float:
-        """Return the price at which the relaxation spends the budget, by bisection."""
+        """Return the price at which the relaxation spends the budget.
+
+        The relaxation's bound is the highest of lines in the price, one for each choice;
+        its lowest point is sought where the lines of a choice above the budget and of one
+        below it meet, which is a bend of the bound or shows a better choice.
+        """
+        rows = np.arange(len(self.values))
         width = max(value.size for value in self.values)
-        # Padded with copies of an option, which change nothing.
-        values = np.array([np.resize(v, width) for v in self.values])
-        costs = np.array([np.resize(c, width) for c in self.costs])
+        values, costs = np.empty((2, rows.size, width))
+        for row, (value, cost) in enumerate(zip(self.values, self.costs, strict=True)):
+            # Padded with copies of an option, which change nothing.
+            values[row, : value.size], values[row, value.size :] = value, value[0]
+            costs[row, : cost.size], costs[row, cost.size :] = cost, cost[0]
 
-        def spent(price: float) -> float:
-            reduced = values - price * costs
+        def line(reduced: FloatArray, then: FloatArray) -> tuple[float, float]:
+            """Return value and cost of the best options, of those the best by ``then``."""
             best = reduced >= reduced.max(axis=1, keepdims=True)
-            return float(np.where(best, costs, np.inf).min(axis=1).sum())
+            at = np.where(best, then, -np.inf).argmax(axis=1)
+            return float(values[rows, at].sum()), float(costs[rows, at].sum())
 
-        if not self.exactly and spent(0.0) <= self.budget:
+        below = line(-costs, values)
+        above = line(costs, values) if self.exactly else line(values, -costs)
+        if not self.exactly and above[1] <= self.budget:
             return 0.0
-        steepest = max(
-            (_steepest(v, c) for v, c in zip(self.values, self.costs, strict=True)), default=0.0
-        )
-        low, high = (-2.0 * steepest - 1.0 if self.exactly else 0.0), 2.0 * steepest + 1.0
-        for _ in range(_BISECTIONS):
-            middle = 0.5 * (low + high)
-            if spent(middle) > self.budget:
-                low = middle
+        # A budget for the dearest options has no choice above it: that of a bit less has.
+        budget = min(self.budget, float(np.nextafter(above[1], -np.inf)))
+        low, high = -np.inf, np.inf
+        for _ in range(_MEETINGS):
+            if not below[1] < above[1]:
+                break
+            price = (above[0] - below[0]) / (above[1] - below[1])
+            if not low < price < high:
+                break
+            met = line(values - price * costs, -costs)
+            if met[1] > budget:
+                low, above = price, met
             else:
-                high = middle
-        return high
+                high, below = price, met
+        if high < np.inf:
+            return high
+        return low if low > -np.inf else 0.0
 
     def _first_gap(self, deficits: list[FloatArray], noise: float) -> float:
         """Return the smallest deficits of a few positions: what a small repair costs."""
@@ -297,14 +316,6 @@ class _Table:
     def _slack(self) -> float:
         """Return how far sums of costs may be off by rounding."""
         return _ROUNDING * max(abs(self.budget), 1.0) * max(len(self.costs), 1)
-
-
-def _steepest(values: FloatArray, costs: FloatArray) -> float:
-    """Return the steepest change of value per cost between neighbouring options."""
-    order = np.argsort(costs, kind="stable")
-    rise, run = np.abs(np.diff(values[order])), np.diff(costs[order])
-    apart = run > 0
-    return float((rise[apart] / run[apart]).max()) if apart.any() else 0.0
 
 
 def _tails(numbers: list[float]) -> list[float]:

@@ -51,20 +51,22 @@ class Tracker:
             np.full(count, self.config.max_rollouts, np.int64),
         )
 
-    def plan(self, prompt_ids: tuple[str, ...], bounds: Bounds, budget: Budget) -> Decision:
+    def plan(
+        self, step: int, prompt_ids: tuple[str, ...], bounds: Bounds, budget: Budget
+    ) -> Decision:
         """Return what ``Allocate`` would answer now; nothing changes.
 
         Raises:
             InfeasibleBudget: the bounds cannot hold the budget and it is not partial.
         """
-        beliefs, _ = self.state.beliefs(prompt_ids)
+        beliefs, _ = self.state.beliefs(prompt_ids, step)
         return plan_allocation(self.config.policy, self.config.objective, beliefs, bounds, budget)
 
     def allocate(
         self, step: int, prompt_ids: tuple[str, ...], bounds: Bounds, budget: Budget
     ) -> Decision:
         """Return ``plan`` and open its allocation; an earlier one is closed for good."""
-        decision = self.plan(prompt_ids, bounds, budget)
+        decision = self.plan(step, prompt_ids, bounds, budget)
         self.state.allocations.pop(_OPEN, None)
         self.state.fold(
             AllocationMade(
@@ -82,7 +84,7 @@ class Tracker:
         """
         allocation = self.allocation
         prompt_ids = tuple(self.state.prompt_ids[row] for row in allocation.rows.tolist())
-        beliefs, _ = self.state.beliefs(prompt_ids)
+        beliefs, _ = self.state.beliefs(prompt_ids, allocation.step)
         budget = allocation.budget
         decision = plan_extension(
             self.config.policy,

@@ -1,0 +1,78 @@
+"""Which prompts were visited last, without looking at all of them.
+
+Does not depend on the order in which visits became known: only on which prompt's newest
+visit was at which step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from knapsack_scheduler.core.evidence import Visits
+from knapsack_scheduler.core.problem import IntArray, KeyArray
+
+
+class Revisited:
+    """Prompts with visits at two steps or more, by the step of their newest one."""
+
+    def __init__(self) -> None:
+        self._by_step: dict[int, list[IntArray]] = {}
+
+    def add(self, rows: IntArray, visits: Visits) -> None:
+        """Take in that something was learned of these rows, int64[n]."""
+        step = visits.step[rows]
+        older = (visits.rollouts[rows] > 0) & (step != step[:, :1])
+        revisited = older.any(axis=1)
+        rows, newest = rows[revisited], step[revisited, 0]
+        for at in np.unique(newest).tolist():
+            self._by_step.setdefault(at, []).append(rows[newest == at])
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what ``from_columns`` makes the same of."""
+        parts = {step: np.concatenate(rows) for step, rows in self._by_step.items()}
+        return {
+            "step": np.array(list(parts), np.int64),
+            "size": np.array([rows.size for rows in parts.values()], np.int64),
+            "rows": np.concatenate([np.zeros(0, np.int64), *parts.values()]),
+        }
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, npt.NDArray[Any]]) -> Revisited:
+        """Return that of ``columns()``."""
+        revisited = cls()
+        rows = np.split(columns["rows"], np.cumsum(columns["size"])[:-1])
+        steps = columns["step"].tolist()
+        revisited._by_step = {step: [rows[at]] for at, step in enumerate(steps)}
+        return revisited
+
+    def newest(self, count: int, visits: Visits, keys: KeyArray) -> IntArray:
+        """Return the rows whose newest visit is newest, in the order of their keys.
+
+        Whole steps are taken until there are ``count`` rows, and of all these the ``count``
+        with the lowest keys. Older steps are forgotten: a prompt's newest visit only ever
+        becomes newer.
+
+        Args:
+            count: rows wanted; fewer if there are not as many.
+            visits: of the run.
+            keys: tie key of every row, uint64[P].
+        """
+        found: list[IntArray] = []
+        total = 0
+        for step in sorted(self._by_step, reverse=True):
+            if total >= count:
+                del self._by_step[step]
+                continue
+            rows = np.unique(np.concatenate(self._by_step[step]))
+            rows = rows[visits.step[rows, 0] == step]
+            self._by_step[step] = [rows]
+            found.append(rows)
+            total += rows.size
+        if not found:
+            return np.zeros(0, np.int64)
+        rows = np.concatenate(found)
+        return rows[np.argsort(keys[rows], kind="stable")[:count]]
