@@ -9,8 +9,8 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from knapsack_scheduler.allocations import Counted
 from knapsack_scheduler.core.problem import IntArray, Reasons
-from knapsack_scheduler.state import Counted
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,14 @@ import logging
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
+from knapsack_scheduler.allocations import Counted
 from knapsack_scheduler.errors import AlreadyExists, FailedPrecondition, StoreUnavailable
 from knapsack_scheduler.facts import ALWAYS, Fact
 from knapsack_scheduler.journal.columns import ColumnsDamaged
 from knapsack_scheduler.journal.records import ALWAYS_KEPT, Entry, Outline, RunRow
 from knapsack_scheduler.journal.snapshots import limits_after, read_snapshot, usable
 from knapsack_scheduler.journal.transaction import Reading
-from knapsack_scheduler.state import Counted, RunState
+from knapsack_scheduler.state import RunState
 
 _LOG = logging.getLogger(__name__)
 

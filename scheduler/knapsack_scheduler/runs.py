@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from knapsack_scheduler import wire
+from knapsack_scheduler.allocations import Counted
 from knapsack_scheduler.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -37,7 +38,6 @@ from knapsack_scheduler.journal.transaction import Reading, Writing
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.snapshotting import Snapshotter
-from knapsack_scheduler.state import Counted
 
 _LOG = logging.getLogger(__name__)
 

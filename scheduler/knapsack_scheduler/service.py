@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import pages, validation, wire
+from knapsack_scheduler.allocations import OpenAllocation
 from knapsack_scheduler.core.policy import plan_allocation, plan_extension
 from knapsack_scheduler.core.problem import Budget, Decision, InfeasibleBudget
 from knapsack_scheduler.errors import (
@@ -46,7 +47,6 @@ from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.runs import Runs
-from knapsack_scheduler.state import OpenAllocation
 
 LARGEST_PAGE_BYTES = 32 * 2**20
 """A page of statistics ends before it outgrows a message."""

@@ -16,6 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from knapsack_scheduler.allocations import (
+    Counted,
+    OpenAllocation,
+    allocation_columns,
+    allocations_of,
+)
 from knapsack_scheduler.core.calibration import Calibration
 from knapsack_scheduler.core.drift import PROMPTS as DRIFT_PROMPTS
 from knapsack_scheduler.core.drift import Drift
@@ -39,13 +45,9 @@ from knapsack_scheduler.core.posterior import (
 from knapsack_scheduler.core.problem import (
     Begun,
     Beliefs,
-    BoolArray,
-    Bounds,
-    Budget,
     FloatArray,
     IntArray,
     Posterior,
-    WaveOutcomes,
     tie_keys,
 )
 from knapsack_scheduler.core.recency import Revisited
@@ -59,94 +61,11 @@ from knapsack_scheduler.facts import (
     Rewards,
     Rewound,
 )
-from knapsack_scheduler.journal.columns import decode_text, encode_text
+from knapsack_scheduler.journal.columns import decode_text, encode_text, text_column
 from knapsack_scheduler.runconfig import RunConfig
 
 TOKEN_SHRINKAGE = 4
 """A prompt's mean length counts like this many rollouts of the run's mean length more."""
-
-
-@dataclass(slots=True)
-class OpenAllocation:
-    """An allocation that reports may still arrive for.
-
-    Attributes:
-        step: the trainer's.
-        rows: of the prompt at each position, int32[M].
-        bounds: of whole groups.
-        budget: of all waves.
-        wave: the newest.
-        allocated, delivered, successes: int32[M], all waves so far.
-        low, high: lowest and highest reward at each position, float32[M].
-        chance: that the group is effective when ``awaited`` rollouts of it came, as
-            predicted by the newest wave, float32[M]; NaN where nothing is predicted, or
-            has been judged.
-        awaited: int32[M].
-    """
-
-    step: int
-    rows: npt.NDArray[np.int32]
-    bounds: Bounds
-    budget: Budget
-    wave: int
-    allocated: npt.NDArray[np.int32]
-    delivered: npt.NDArray[np.int32]
-    successes: npt.NDArray[np.int32]
-    low: npt.NDArray[np.float32]
-    high: npt.NDArray[np.float32]
-    chance: npt.NDArray[np.float32]
-    awaited: npt.NDArray[np.int32]
-
-    @property
-    def mixed(self) -> BoolArray:
-        """Positions whose rewards are not all equal, bool[M]."""
-        return self.low < self.high
-
-    def outcomes(self, levels: RewardLevels) -> WaveOutcomes:
-        """Return what became of the waves so far; ``levels`` are those of the run."""
-        mixed = self.mixed
-        level = None
-        if levels.plural:
-            alike = (self.delivered > 0) & ~mixed
-            level = np.where(alike, levels.index(np.where(alike, self.low, 0.0)), -1)
-        return WaveOutcomes(
-            self.allocated.astype(np.int64),
-            self.delivered.astype(np.int64),
-            self.successes.astype(np.int64),
-            mixed,
-            level,
-        )
-
-    def predict(self, new: IntArray, chances: FloatArray) -> None:
-        """Await ``new`` rollouts at each position, and what they are said to lead to."""
-        predicted = (new > 0) & ~self.mixed
-        self.chance = np.where(predicted, chances, np.nan).astype(np.float32)
-        self.awaited = self.delivered + new.astype(np.int32)
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """What folding a report changed.
-
-    Attributes:
-        accepted: rollouts counted.
-        ignored: rollouts of a forgotten allocation.
-        groups: positions that had their first rollout.
-        effective_groups: positions whose rewards became unequal.
-        effective_rollouts: rollouts that came to lie in groups with unequal rewards.
-        judged_groups: groups whose rollouts have all come, of which a chance was predicted.
-        judged_effective_groups: those of them that are effective.
-        predicted_effective_groups: the sum of their chances.
-    """
-
-    accepted: int = 0
-    ignored: int = 0
-    groups: int = 0
-    effective_groups: int = 0
-    effective_rollouts: int = 0
-    judged_groups: int = 0
-    judged_effective_groups: int = 0
-    predicted_effective_groups: float = 0.0
 
 
 class RunState:
@@ -283,19 +202,8 @@ class RunState:
         if chances is None:
             believed = self._posterior(rows, fact.step, fit_prior(self._prior_statistics))
             chances = effective_chances(believed, Begun.nothing(count), fact.num_rollouts)
-        allocation = OpenAllocation(
-            fact.step,
-            rows.astype(np.int32),
-            Bounds(_slim(fact.bounds.minimum), _slim(fact.bounds.maximum)),
-            fact.budget,
-            1,
-            fact.num_rollouts.astype(np.int32),
-            np.zeros(count, np.int32),
-            np.zeros(count, np.int32),
-            np.full(count, np.inf, np.float32),
-            np.full(count, -np.inf, np.float32),
-            np.full(count, np.nan, np.float32),
-            np.zeros(count, np.int32),
+        allocation = OpenAllocation.made(
+            fact.step, rows, fact.bounds, fact.budget, fact.num_rollouts
         )
         allocation.predict(fact.num_rollouts, chances)
         self.allocations[fact.allocation_id] = allocation
@@ -328,7 +236,7 @@ class RunState:
         outcomes = self._outcomes(fact.rewards, rows.size)
         self._learn(rows, outcomes, fact.rewards, fact.step, fact.policy_version)
         if allocation is not None:
-            counted = _deliver(allocation, outcomes)
+            counted = allocation.deliver(outcomes)
             return self._judge(allocation, counted)
         mixed = outcomes.reward_min < outcomes.reward_max
         return Counted(
@@ -446,7 +354,7 @@ class RunState:
         scalars["_prior_statistics"] = asdict(self._prior_statistics)
         scalars["levels_kept"] = self.reward_levels.kept
         copied = {
-            "scalars": _text_column(json.dumps(scalars)),
+            "scalars": text_column(json.dumps(scalars)),
             "sums": self._sums[:, :size].copy(),
             "levels.values": self.reward_levels.values,
             "levels.rollouts": self.reward_levels.rollouts,
@@ -456,7 +364,7 @@ class RunState:
             },
             **_named("visits", self._visits.columns()),
             **_named("revisited", self._revisited.columns()),
-            **_allocation_columns(self.allocations),
+            **allocation_columns(self.allocations),
         }
 
         def columns() -> dict[str, npt.NDArray[Any]]:
@@ -486,7 +394,7 @@ class RunState:
         state._visits = Visits.from_columns(_of_name("visits", columns))
         state._revisited = Revisited.from_columns(_of_name("revisited", columns))
         state._drift = None
-        state.allocations = _allocations_of(columns)
+        state.allocations = allocations_of(columns)
         return state
 
     def sorted_prompts(self) -> list[tuple[str, int]]:
@@ -531,23 +439,6 @@ class PromptColumns:
 _ROLLOUTS, _SUCCESSES, _LAST_STEP, _LAST_VERSION, _TOKENS, _TOKEN_ROLLOUTS, _SUMS = range(7)
 
 
-def _deliver(allocation: OpenAllocation, outcomes: GroupOutcomes) -> Counted:
-    """Count delivered rollouts at their positions."""
-    begun, mixed = allocation.delivered > 0, allocation.mixed
-    in_effective = int(allocation.delivered[mixed].sum())
-    allocation.delivered += outcomes.rollouts.astype(np.int32)
-    allocation.successes += outcomes.successes.astype(np.int32)
-    np.minimum(allocation.low, outcomes.reward_min, out=allocation.low)
-    np.maximum(allocation.high, outcomes.reward_max, out=allocation.high)
-    now_mixed = allocation.mixed
-    return Counted(
-        accepted=int(outcomes.rollouts.sum()),
-        groups=int(np.count_nonzero((allocation.delivered > 0) & ~begun)),
-        effective_groups=int(np.count_nonzero(now_mixed & ~mixed)),
-        effective_rollouts=int(allocation.delivered[now_mixed].sum()) - in_effective,
-    )
-
-
 _SCALARS = (
     "last_step",
     "last_policy_version",
@@ -558,16 +449,6 @@ _SCALARS = (
     "_token_sum",
     "_token_rollouts",
 )
-_POSITION_COLUMNS = {
-    "rows": np.int32,
-    "allocated": np.int32,
-    "delivered": np.int32,
-    "successes": np.int32,
-    "low": np.float32,
-    "high": np.float32,
-    "chance": np.float32,
-    "awaited": np.int32,
-}
 
 
 def _named(name: str, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
@@ -577,57 +458,3 @@ def _named(name: str, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.
 def _of_name(name: str, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     start = f"{name}."
     return {each.removeprefix(start): c for each, c in columns.items() if each.startswith(start)}
-
-
-def _slim(bound: IntArray) -> IntArray:
-    """Return the same numbers, in no memory if they are all equal."""
-    if bound.size and (bound == bound[0]).all():
-        return np.broadcast_to(bound[:1].copy(), bound.shape)
-    return bound
-
-
-def _allocation_columns(allocations: Mapping[str, OpenAllocation]) -> dict[str, npt.NDArray[Any]]:
-    each = list(allocations.values())
-    names, lengths = encode_text(list(allocations))
-    columns: dict[str, npt.NDArray[Any]] = {
-        "allocations": names,
-        "allocation_lengths": lengths,
-        "allocation.size": np.array([a.rows.size for a in each], np.int64),
-        "allocation.step": np.array([a.step for a in each], np.int64),
-        "allocation.wave": np.array([a.wave for a in each], np.int64),
-        "allocation.budgets": _text_column(json.dumps([asdict(a.budget) for a in each])),
-        "allocation.minimum": _joined([a.bounds.minimum for a in each], np.int64),
-        "allocation.maximum": _joined([a.bounds.maximum for a in each], np.int64),
-    }
-    for name, dtype in _POSITION_COLUMNS.items():
-        columns[f"allocation.{name}"] = _joined([getattr(a, name) for a in each], dtype)
-    return columns
-
-
-def _allocations_of(columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, OpenAllocation]:
-    names = decode_text(columns["allocations"], columns["allocation_lengths"])
-    ends = np.cumsum(columns["allocation.size"])
-    cut = {
-        name: np.split(columns[f"allocation.{name}"], ends[:-1])
-        for name in ("minimum", "maximum", *_POSITION_COLUMNS)
-    }
-    budgets = json.loads(columns["allocation.budgets"].tobytes())
-    return {
-        name: OpenAllocation(
-            step=int(columns["allocation.step"][at]),
-            wave=int(columns["allocation.wave"][at]),
-            bounds=Bounds(_slim(cut["minimum"][at]), _slim(cut["maximum"][at])),
-            budget=Budget(**budgets[at]),
-            # Copies: a view would keep the columns of all of them in memory.
-            **{column: cut[column][at].copy() for column in _POSITION_COLUMNS},
-        )
-        for at, name in enumerate(names)
-    }
-
-
-def _joined(arrays: list[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    return np.concatenate([np.zeros(0, dtype), *arrays]).astype(dtype, copy=False)
-
-
-def _text_column(text: str) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(text.encode(), np.uint8)

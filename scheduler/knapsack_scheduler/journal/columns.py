@@ -133,3 +133,8 @@ def _narrowest(column: npt.NDArray[Any]) -> np.dtype[Any]:
 
 def _little(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return dtype.newbyteorder("<")
+
+
+def text_column(text: str) -> npt.NDArray[np.uint8]:
+    """Return a text as one column of its UTF-8 bytes."""
+    return np.frombuffer(text.encode(), np.uint8)
