@@ -98,11 +98,13 @@ def _import(settings: Settings, options: argparse.Namespace) -> int:
 def _export(settings: Settings, options: argparse.Namespace) -> int:
     from knapsack_scheduler.inspection import export_run, write_run_file
 
+    if options.to is not None and options.what is not None:
+        raise ConfigError("--what is written to stdout, --to is a run file: give one of them")
     if options.to is not None:
         size = write_run_file(settings.store, options.run, options.to)
         print(f"{options.to}: {size:,} bytes")
         return 0
-    for line in export_run(settings.store, options.run, options.what):
+    for line in export_run(settings.store, options.run, options.what or "journal"):
         print(json.dumps(line))
     return 0
 
@@ -137,7 +139,6 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--what",
         choices=("journal", "prompts"),
-        default="journal",
         help="as JSON lines on stdout: every recorded call that is not compacted, or the "
         "statistics of every prompt (default: journal)",
     )

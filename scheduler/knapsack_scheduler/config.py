@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +120,7 @@ def load_settings(flags: dict[str, Any], file: Path | None) -> Settings:
     """
     given = {key: value for key, value in flags.items() if value is not None}
     from_file = _read(file) if file else {}
+    _refuse_unknown(os.environ)
     try:
         # Environment variables win over the file, flags over both.
         environment = Settings().model_dump(exclude_unset=True)
@@ -128,6 +132,16 @@ def load_settings(flags: dict[str, Any], file: Path | None) -> Settings:
         raise ConfigError("the scheduler does not start: " + "; ".join(lines)) from None
     check(settings)
     return settings
+
+
+def _refuse_unknown(environment: Mapping[str, str]) -> None:
+    """Raise ConfigError for a variable of ours that is no setting: a typing error is none."""
+    for name in environment:
+        key = name.removeprefix(ENVIRONMENT).lower()
+        if name.startswith(ENVIRONMENT) and key not in Settings.model_fields:
+            near = get_close_matches(key, Settings.model_fields, 1)
+            hint = f"; did you mean {ENVIRONMENT}{near[0].upper()}?" if near else ""
+            raise ConfigError(f"the scheduler does not start: {name}: is no setting{hint}")
 
 
 def _read(file: Path) -> dict[str, Any]:

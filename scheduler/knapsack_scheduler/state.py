@@ -84,6 +84,8 @@ class RunState:
         self.total_rollouts = 0
         self.total_successes = 0
         self.ignored_rollouts = 0
+        self.reported_groups = 0
+        self.effective_groups = 0
         self.reward_levels = RewardLevels.none_yet(config.success_threshold, config.reward_levels)
         self.calibration = Calibration.nothing()
         self._rows: dict[str, int] = {}
@@ -106,7 +108,10 @@ class RunState:
             case AllocationExtended():
                 self._extend(fact)
             case OutcomesReported():
-                return self._report(fact)
+                counted = self._report(fact)
+                self.reported_groups += counted.groups
+                self.effective_groups += counted.effective_groups
+                return counted
             case OutcomesImported():
                 return self._import(fact)
             case Rewound():
@@ -446,6 +451,8 @@ _SCALARS = (
     "total_rollouts",
     "total_successes",
     "ignored_rollouts",
+    "reported_groups",
+    "effective_groups",
     "_token_sum",
     "_token_rollouts",
 )

@@ -123,6 +123,8 @@ def run_message(row: RunRow, state: RunState) -> pb.Run:
         total_successes=state.total_successes,
         rewinds=row.branch,
         ignored_rollouts=state.ignored_rollouts,
+        reported_groups=state.reported_groups,
+        effective_groups=state.effective_groups,
         reward_levels=state.reward_levels.values.tolist(),
         calibration=_calibration_message(state.calibration),
     )

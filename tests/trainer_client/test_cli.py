@@ -29,11 +29,11 @@ def test_runs_are_listed(address: str, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["runs", "--address", address]) == 0
     head, one, two = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["run", "policy", "objective", "step"]
-    assert head.split()[6:9] == ["success", "effective", "predicted"]
+    assert head.split()[6:10] == ["success", "effective", "predicted", "came"]
     # Two rollouts of a prompt never seen differ with a chance of 1/4.
-    shown = ["exp1", "posterior", "paper", "4", "3", "6", "50.0%", "33.3%", "25.0%"]
-    assert one.split()[:9] == shown
-    assert two.split()[:9] == ["exp2", "posterior", "paper", "-", "0", "0", "-", "-", "-"]
+    shown = ["exp1", "posterior", "paper", "4", "3", "6", "50.0%", "33.3%"]
+    assert one.split()[:10] == [*shown, "25.0%", "33.3%"]
+    assert two.split()[:10] == ["exp2", "posterior", "paper", "-", "0", "0", *"----"]
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,8 @@ def _parser() -> argparse.ArgumentParser:
         "runs",
         help="list the runs of a scheduler",
         description="List the runs of a scheduler: one line per experiment. effective: share of "
-        "the groups judged so far whose rewards are not all equal; predicted: the share that "
-        "was predicted of them.",
+        "groups whose rewards are not all equal. predicted, came: of the chances to become "
+        "effective that were predicted in each wave, the mean, and the share that came true.",
     )
     _add_connection(runs)
     runs.set_defaults(command=_runs)
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         "top",
         help="watch the runs of a scheduler, refreshed in place",
         description="Watch the runs of a scheduler, refreshed in place, those that move most "
-        "first. effective and predicted: as for runs; success: share of rewards above the "
+        "first. effective, predicted and came: as for runs; success: share of rewards above the "
         "run's threshold; ignored: rollouts reported of steps that a rewind had forgotten.",
     )
     _add_connection(top)
@@ -183,7 +183,9 @@ def _add_connection(parser: argparse.ArgumentParser) -> None:
         help="longest wait for an answer (default: %(default)s)",
     )
     parser.add_argument(
-        "--token-file", metavar="FILE", help="file with the bearer token (default: no token)"
+        "--token-file",
+        metavar="FILE",
+        help="file that holds the bearer token alone (default: no token)",
     )
     parser.add_argument("--tls", action="store_true", help="use TLS with the system's authorities")
     parser.add_argument("--tls-ca", metavar="FILE", help="use TLS and trust this PEM file")
@@ -202,15 +204,16 @@ def _runs(arguments: argparse.Namespace) -> int:
             f"{run.known_prompts:,}",
             f"{run.total_rollouts:,}",
             _share(run.total_successes, run.total_rollouts),
-            _percent(run.calibration.effective_group_rate),
+            _share(run.effective_groups, run.reported_groups),
             _percent(run.calibration.predicted_effective_group_rate),
+            _percent(run.calibration.effective_group_rate),
             f"{run.create_time:%Y-%m-%d %H:%M}" if run.create_time else "",
         ]
         for run in runs
     ]
     heads = ["run", "policy", "objective", "step", "prompts", "rollouts", "success"]
-    heads += ["effective", "predicted", "created"]
-    print(_table(heads, rows, left={0, 1, 2, 9}) if rows else "no runs")
+    heads += ["effective", "predicted", "came", "created"]
+    print(_table(heads, rows, left={0, 1, 2, 10}) if rows else "no runs")
     return 0
 
 
@@ -286,9 +289,15 @@ def _token(arguments: argparse.Namespace) -> str | None:
         return None
     try:
         with open(arguments.token_file) as file:
-            return file.read().strip()
+            token = file.read().strip()
     except OSError as error:
         raise InvalidRequest(f"--token-file {arguments.token_file}: {error.strerror}") from None
+    if len(token.split()) != 1:
+        raise InvalidRequest(
+            f"--token-file {arguments.token_file}: must hold one token and nothing else; is it the "
+            "scheduler's own file, which has a run prefix beside each token?"
+        )
+    return token
 
 
 def _tls(arguments: argparse.Namespace) -> TLS | bool | None:

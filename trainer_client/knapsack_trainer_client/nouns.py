@@ -201,6 +201,8 @@ class Run:
         reward_levels: the different rewards seen, ascending; empty if none, too many or
             not asked for.
         calibration: predicted against realised effective groups.
+        reported_groups: groups of which a rollout was reported.
+        effective_groups: those of them whose rewards are not all equal.
     """
 
     run_id: str
@@ -215,6 +217,8 @@ class Run:
     ignored_rollouts: int
     reward_levels: tuple[float, ...] = ()
     calibration: Calibration = field(default_factory=Calibration, repr=False)
+    reported_groups: int = 0
+    effective_groups: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ _BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
 
 HEADS = (
     *("run", "policy", "objective", "step", "version", "prompts", "rollouts", "rollouts/s"),
-    *("success", "effective", "predicted", "ignored", "rewinds"),
+    *("success", "effective", "predicted", "came", "ignored", "rewinds"),
 )
 LEFT = {0, 1, 2}
 
@@ -57,7 +57,7 @@ class Screen:
         return max(run.total_rollouts - before[1], 0) / (now - before[0])
 
     def _row(self, run: Run, rate: float | None) -> list[str]:
-        total, calibration = run.total_rollouts, run.calibration
+        total, groups, calibration = run.total_rollouts, run.reported_groups, run.calibration
         return [
             run.run_id,
             run.config.policy or "",
@@ -68,8 +68,9 @@ class Screen:
             f"{total:,}",
             "-" if rate is None else f"{rate:,.1f}",
             self._share(run.total_successes / total if total else None),
-            self._share(calibration.effective_group_rate),
+            self._share(run.effective_groups / groups if groups else None),
             self._share(calibration.predicted_effective_group_rate),
+            self._share(calibration.effective_group_rate),
             f"{run.ignored_rollouts:,}",
             f"{run.rewinds:,}",
         ]

@@ -236,6 +236,8 @@ def to_run(message: pb.Run) -> Run:
         total_successes=message.total_successes,
         rewinds=message.rewinds,
         ignored_rollouts=message.ignored_rollouts,
+        reported_groups=message.reported_groups,
+        effective_groups=message.effective_groups,
         reward_levels=tuple(message.reward_levels),
         calibration=Calibration(
             **{f.name: tuple(getattr(message.calibration, f.name)) for f in fields(Calibration)}

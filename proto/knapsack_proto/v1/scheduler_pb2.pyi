@@ -32,7 +32,7 @@ class RunConfig(_message.Message):
     def __init__(self, policy: _Optional[str] = ..., objective: _Optional[str] = ..., success_threshold: _Optional[float] = ..., min_rollouts: _Optional[int] = ..., max_rollouts: _Optional[int] = ..., visit_discount: _Optional[float] = ..., version_discount: _Optional[float] = ..., evidence_cap: _Optional[float] = ..., reward_levels: bool = ...) -> None: ...
 
 class Run(_message.Message):
-    __slots__ = ("run_id", "config", "create_time", "last_step", "last_policy_version", "known_prompts", "total_rollouts", "total_successes", "rewinds", "ignored_rollouts", "reward_levels", "calibration")
+    __slots__ = ("run_id", "config", "create_time", "last_step", "last_policy_version", "known_prompts", "total_rollouts", "total_successes", "rewinds", "ignored_rollouts", "reward_levels", "calibration", "reported_groups", "effective_groups")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
@@ -45,6 +45,8 @@ class Run(_message.Message):
     IGNORED_ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
     REWARD_LEVELS_FIELD_NUMBER: _ClassVar[int]
     CALIBRATION_FIELD_NUMBER: _ClassVar[int]
+    REPORTED_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    EFFECTIVE_GROUPS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     config: RunConfig
     create_time: _timestamp_pb2.Timestamp
@@ -57,7 +59,9 @@ class Run(_message.Message):
     ignored_rollouts: int
     reward_levels: _containers.RepeatedScalarFieldContainer[float]
     calibration: Calibration
-    def __init__(self, run_id: _Optional[str] = ..., config: _Optional[_Union[RunConfig, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_step: _Optional[int] = ..., last_policy_version: _Optional[int] = ..., known_prompts: _Optional[int] = ..., total_rollouts: _Optional[int] = ..., total_successes: _Optional[int] = ..., rewinds: _Optional[int] = ..., ignored_rollouts: _Optional[int] = ..., reward_levels: _Optional[_Iterable[float]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ...) -> None: ...
+    reported_groups: int
+    effective_groups: int
+    def __init__(self, run_id: _Optional[str] = ..., config: _Optional[_Union[RunConfig, _Mapping]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., last_step: _Optional[int] = ..., last_policy_version: _Optional[int] = ..., known_prompts: _Optional[int] = ..., total_rollouts: _Optional[int] = ..., total_successes: _Optional[int] = ..., rewinds: _Optional[int] = ..., ignored_rollouts: _Optional[int] = ..., reward_levels: _Optional[_Iterable[float]] = ..., calibration: _Optional[_Union[Calibration, _Mapping]] = ..., reported_groups: _Optional[int] = ..., effective_groups: _Optional[int] = ...) -> None: ...
 
 class Calibration(_message.Message):
     __slots__ = ("groups", "effective_groups", "predicted_effective_groups", "rollouts", "effective_rollouts", "predicted_effective_rollouts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from pathlib import Path
 from typing import IO, Any
@@ -206,7 +207,14 @@ def migrate(engine: sa.Engine, revision: str = "head") -> None:
         if connection.dialect.name == "postgresql":
             connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-        command.upgrade(_alembic(connection), revision)
+        # Its lines on every start would stand in the log of a trainer that runs us in-process.
+        log = logging.getLogger("alembic")
+        level = log.level
+        log.setLevel(logging.WARNING)
+        try:
+            command.upgrade(_alembic(connection), revision)
+        finally:
+            log.setLevel(level)
 
 
 def revisions(engine: sa.Engine) -> tuple[str | None, str | None]:

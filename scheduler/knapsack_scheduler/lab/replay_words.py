@@ -304,8 +304,10 @@ def _support_sentences(replay: Replay, budget_share: float) -> list[str]:
             "over uniform smaller than that may still rest on it."
             f"{_smaller_budget(budget_share)}"
         ]
-    else:
+    elif _extrapolates_well(replay):
         sentences = ["The log supports all figures: next to nothing is extrapolated."]
+    else:
+        sentences = ["Next to nothing is extrapolated."]
     sentences += _check_sentence(replay)
     if not replay.hindsight.revisits.any():
         sentences.append(
@@ -322,18 +324,26 @@ def _support_sentences(replay: Replay, budget_share: float) -> list[str]:
     return sentences
 
 
+def _extrapolates_well(replay: Replay) -> bool:
+    """Return whether what the log can tell of the extrapolation speaks for it."""
+    check = replay.check
+    off = abs(check.predicted - check.effective)
+    return bool(off <= _SURPRISE * max(check.variance, 1.0) ** 0.5)
+
+
 def _check_sentence(replay: Replay) -> list[str]:
     """Say how the extrapolation does where the log can tell."""
     check = replay.check
     if check.groups == 0:
         return []
     off = abs(check.predicted - check.effective)
-    chance = off <= _SURPRISE * max(check.variance, 1.0) ** 0.5
-    verdict = (
-        "no more apart than by chance"
-        if chance
-        else f"off by {_percent(off / max(check.effective, 1))}, more than by chance"
-    )
+    verdict = "no more apart than by chance"
+    if not _extrapolates_well(replay):
+        verdict = (
+            f"off by {_percent(off / max(check.effective, 1))}, more than by chance, so do not "
+            "rely on what is extrapolated (it counts groups with rewards on both sides of the "
+            "success threshold only, and takes success rates to drift steadily)"
+        )
     return [
         f"The extrapolation, tried on the log: of {check.groups:,} half groups with equal rewards "
         f"it expected {check.predicted:,.0f} to become effective with their other half, and "

@@ -165,6 +165,10 @@ def parse_scenario(data: dict[str, Any], source: str, name: str) -> Scenario:
     Raises:
         ConfigError: names every key at fault, its value and what is allowed.
     """
+    if isinstance(data.get("band"), dict):
+        raise ConfigError(
+            f"scenario {source!r}: band: must be a list of bands; write [[band]], with two brackets"
+        )
     try:
         return Scenario.model_validate({"name": name} | data)
     except ValidationError as error:
