@@ -103,8 +103,8 @@ class Admission:
             return Ticket(self, size)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(peer, deque()).append((size, turn))
-        self._make_room()
         try:
+            self._make_room()
             async with asyncio.timeout(patience):
                 await turn
         except BaseException as error:
@@ -176,7 +176,8 @@ class Admission:
         due = oldest.since + GRACE_SECONDS
         if due <= loop.time():
             self.unwatch(oldest)
-            if oldest.scope is not None:
+            # One whose own limit has just passed ends by itself.
+            if oldest.scope is not None and not oldest.scope.expired():
                 oldest.scope.reschedule(loop.time())
             due = loop.time()
         # Looks again while somebody waits; the next one may be past its grace already.

@@ -124,11 +124,20 @@ class OpenAllocation:
             level,
         )
 
-    def predict(self, new: IntArray, chances: FloatArray) -> None:
-        """Await ``new`` rollouts at each position, and what they are said to lead to."""
-        predicted = (new > 0) & ~self.mixed
+    def predict(self, new: IntArray, chances: FloatArray, keep_outstanding: bool = False) -> None:
+        """Await the rollouts of a wave, and what they are said to lead to.
+
+        Args:
+            new: given to each position, not yet in ``allocated``, int64[M].
+            chances: that each whole group is effective then, float64[M].
+            keep_outstanding: those that were given before and have not come are awaited too.
+        """
+        coming = new.astype(np.int32)
+        if keep_outstanding:
+            coming = coming + np.maximum(self.allocated - self.delivered, 0)
+        predicted = (coming > 0) & ~self.mixed
         self.chance = np.where(predicted, chances, np.nan).astype(np.float32)
-        self.awaited = self.delivered + new.astype(np.int32)
+        self.awaited = self.delivered + coming
 
     def deliver(self, outcomes: GroupOutcomes) -> Counted:
         """Count delivered rollouts at their positions; returns what they changed."""

@@ -19,7 +19,7 @@ from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
 from knapsack_scheduler.errors import ConfigError, InvalidArgument
 from knapsack_scheduler.journal.compaction import Retention
-from knapsack_scheduler.journal.store import safe_url
+from knapsack_scheduler.journal.store import safe_url, store_query
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.runconfig import RunConfig
 
@@ -188,6 +188,8 @@ def _check_reach(settings: Settings) -> None:
     """Refuse addresses that others can reach without proving who they are."""
     if settings.insecure:
         return
+    if "password" in store_query(settings.store):
+        raise ConfigError("store: its password must stand before the @ of the URL, not behind it")
     host, _ = host_and_port("listen", settings.listen)
     if not is_loopback(host):
         if not settings.tls_cert:

@@ -36,8 +36,8 @@ class LoadedRun:
         intact: false while the state is being changed: if that fails, it is no state.
         snapshot_seq: number of the newest entry in the newest snapshot that can be used.
         tail_bytes: of the entries folded after it.
-        decided: what the entry about to be appended says, where its maker knows; it is
-            then not read from the entry again.
+        decided: what the entry about to be appended says, where its maker knows; whoever
+            applies it after the commit then need not read it from the entry.
     """
 
     def __init__(self, row: RunRow) -> None:
@@ -76,7 +76,7 @@ class LoadedRun:
         kept = _kept(outline, rewound_to)
         run._restore(reading, outline, rewound_to, from_oldest)
         for each in outline:
-            if each.seq > run.seq:
+            if each.seq > max(run.seq, run.row.floor_seq):
                 break
             run._take_id(each, kept[each.seq])
         if run.seq == 0:
@@ -97,7 +97,12 @@ class LoadedRun:
     def _restore(
         self, reading: Reading, outline: list[Outline], rewound_to: int | None, from_oldest: bool
     ) -> None:
-        marks = usable(reading.snapshots(), outline, rewound_to)
+        # One below the floor lacks the entries between, until it is deleted.
+        marks = [
+            mark
+            for mark in usable(reading.snapshots(), outline, rewound_to)
+            if mark.seq >= self.row.floor_seq
+        ]
         if from_oldest:
             marks = marks[:1] if self.row.floor_seq else []
         for mark in reversed(marks):
@@ -161,13 +166,17 @@ class LoadedRun:
         self.__dict__.update(other.__dict__)
         self.intact = False
 
-    def applied(self, entry: Entry) -> Counted:
-        """Take in an entry that is committed; returns what it changed."""
+    def applied(self, entry: Entry, fact: Fact | None = None) -> Counted:
+        """Take in an entry that is committed; returns what it changed.
+
+        Args:
+            entry: the next one of the run.
+            fact: what it says, where that is known.
+        """
         self.intact = False
         counted = Counted()
         if entry.kind != "rewind":
-            counted = self.state.fold(self.decided or wire.fact_of(entry, self.state))
-        self.decided = None
+            counted = self.state.fold(fact or wire.fact_of(entry, self.state))
         self._take_id(entry, True)
         self.seq = entry.seq
         self.tail_bytes += len(entry.payload) + len(entry.answer)

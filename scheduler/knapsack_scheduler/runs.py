@@ -15,7 +15,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from knapsack_scheduler import wire
@@ -80,6 +82,8 @@ class Runs:
 
     async def in_thread(self, work: Callable[[], Answer]) -> Answer:
         """Run blocking work off the event loop."""
+        # With the call's context, for the request id in the lines of the log.
+        work = partial(copy_context().run, work)
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def alone(
@@ -267,6 +271,8 @@ class Runs:
             with self._journal.writing(run_id) as writing:
                 if not run.catch_up(writing):
                     raise _Behind
+                # What an attempt decided that was not stored is not what this one does.
+                run.decided = None
                 answer = work(run, writing)
         except (*_REFUSALS, StoreUnavailable):
             if run.intact:
@@ -274,7 +280,8 @@ class Runs:
             raise
         counted = Counted()
         for entry in writing.appended:
-            counted = run.applied(entry)
+            counted = run.applied(entry, run.decided)
+        run.decided = None
         if writing.appended:
             run.row = writing.run_after
         self._keep(run_id, run)

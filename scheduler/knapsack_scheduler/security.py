@@ -95,7 +95,7 @@ class TokenGuard:
     def bearer(self, token: str) -> Caller:
         """Return whom a token is of; Unauthenticated for nobody."""
         self._reload()
-        given = _fingerprint(token.encode())
+        given = _fingerprint(token.encode("utf-8", "surrogateescape"))
         # Every token is compared, so that time tells nothing of which one is near; and
         # fingerprints are, so that it tells nothing of their lengths.
         prefixes = [prefix for known, prefix in self._prefixes if hmac.compare_digest(known, given)]

@@ -6,6 +6,7 @@ Knows neither gRPC nor Prometheus: takes and returns messages, raises ``errors``
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable
@@ -24,6 +25,7 @@ from knapsack_scheduler.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    StoreUnavailable,
 )
 from knapsack_scheduler.events import (
     BudgetDivided,
@@ -47,6 +49,8 @@ from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.runs import Runs
+
+_LOG = logging.getLogger(__name__)
 
 LARGEST_PAGE_BYTES = 32 * 2**20
 """A page of statistics ends before it outgrows a message."""
@@ -129,6 +133,9 @@ class SchedulerService:
                 answer.runs.append(await self.get_run(pb.GetRunRequest(run_id=name)))
             except NotFound:
                 continue  # Deleted since.
+            except StoreUnavailable as error:
+                _LOG.warning("run %r is listed by its name alone: %s", name, error)
+                answer.runs.append(pb.Run(run_id=name))
         if len(names) > size:
             answer.next_page_token = pages.token_after(names[size - 1])
         return answer

@@ -78,6 +78,7 @@ class Snapshotter:
                     step,
                     self._retention,
                     self._closing.is_set,
+                    row.branch,
                 )
             _LOG.info(
                 "run %r: snapshot of %d bytes at entry %d in %.1f s; the journal goes back to "

@@ -223,7 +223,7 @@ class RunState:
             believed = self._posterior(rows, allocation.step, prior)
             begun = begun_groups(allocation.outcomes(self.reward_levels), fact.keep_outstanding)
             chances = effective_chances(believed, begun, fact.num_rollouts)
-        allocation.predict(fact.num_rollouts, chances)
+        allocation.predict(fact.num_rollouts, chances, fact.keep_outstanding)
         allocation.allocated += fact.num_rollouts.astype(np.int32)
         allocation.wave += 1
 
@@ -355,6 +355,8 @@ class RunState:
         What changes is copied here; what is only ever appended to is read there.
         """
         size, ids, keys = len(self.prompt_ids), self.prompt_ids, self._keys
+        # Where nobody allocates, nobody else lets go of what was visited again since.
+        self._revisited.newest(DRIFT_PROMPTS, self._visits, self._keys)
         scalars = {name: getattr(self, name) for name in _SCALARS}
         scalars["_prior_statistics"] = asdict(self._prior_statistics)
         scalars["levels_kept"] = self.reward_levels.kept

@@ -382,6 +382,10 @@ def _imported_part(message: pb.ImportOutcomesRequest, limits: Limits) -> Importe
     )
 
 
+_STORED = Limits(prompts=validation.LARGEST_INT32)
+"""What was taken once is read whatever the limits are now."""
+
+
 def imported_of(payload: bytes, limits: Limits) -> OutcomesImported:
     """Return what an import's stored messages hold."""
     parts, at = [], 0
@@ -436,7 +440,7 @@ def fact_of(entry: Entry, state: RunState) -> Fact:
                 ignored=entry.step == ALWAYS,
             )
         case "import":
-            return imported_of(entry.payload, Limits())
+            return imported_of(entry.payload, _STORED)
         case "rewind":
             return Rewound(entry.step)
     raise ValueError(f"journal entry {entry.seq} is of an unknown kind: {entry.kind!r}")

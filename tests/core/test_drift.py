@@ -81,6 +81,17 @@ def test_the_newest_visit_is_predicted_from_the_older_ones_alone() -> None:
     assert down.shift < -1.0
 
 
+def test_steps_that_were_all_visited_again_are_forgotten() -> None:
+    """A few prompts over many steps leave the newest step, and nothing to walk through."""
+    visits, revisited = Visits(8), Revisited()
+    rows, one = np.arange(8), np.ones(8, np.int64)
+    for step in range(300):
+        merge_visits(visits, rows, step, step, one, one)
+        revisited.add(rows, visits)
+        assert revisited.newest(1024, visits, np.arange(8, dtype=np.uint64)).size == 8 * (step > 0)
+    assert len(revisited._by_step) == 1
+
+
 VISITS = st.lists(
     st.tuples(st.integers(0, 9), st.lists(st.integers(0, 11), min_size=1, max_size=6, unique=True)),
     max_size=25,

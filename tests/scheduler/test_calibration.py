@@ -74,6 +74,18 @@ async def test_each_wave_predicts_anew(service: SchedulerService, calls) -> None
     assert sum(found.rollouts) == 4 + 4 + 12
 
 
+async def test_rollouts_still_running_are_awaited_too(service: SchedulerService, calls) -> None:
+    """With keep_outstanding a group is judged when the first wave's rollouts have come as well."""
+    made = await service.allocate(calls.allocate(["a", "b"], 16, wave_fraction=0.5))
+    more = await service.extend(calls.extend(made.allocation_id, keep_outstanding=True))
+    assert list(more.num_rollouts) == [4, 4]
+    await service.report(calls.report(made.allocation_id, [[0.0] * 4] * 2))
+    assert sum((await calibration(service)).groups) == 0
+    await service.report(calls.report(made.allocation_id, [[1.0] * 4] * 2))
+    found = await calibration(service)
+    assert (sum(found.groups), sum(found.effective_groups), sum(found.rollouts)) == (2, 2, 16)
+
+
 async def test_a_restarted_server_has_the_same(tmp_path: Path, calls) -> None:
     """What is folded from the journal is what was kept while it was written, to the bit."""
     store = f"sqlite:///{tmp_path / 'stats.db'}"

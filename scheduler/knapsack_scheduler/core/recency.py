@@ -69,6 +69,10 @@ class Revisited:
                 continue
             rows = np.unique(np.concatenate(self._by_step[step]))
             rows = rows[visits.step[rows, 0] == step]
+            if rows.size == 0:
+                # All of them were visited again since.
+                del self._by_step[step]
+                continue
             self._by_step[step] = [rows]
             found.append(rows)
             total += rows.size

@@ -59,6 +59,9 @@ class Plan:
     drop: tuple[int, ...]
 
 
+_NOTHING = Plan(None, -1, ())
+
+
 def plan_compaction(
     marks: Sequence[SnapshotMark],
     outline: Sequence[Outline],
@@ -108,11 +111,21 @@ def compact(
     last_step: int,
     retention: Retention,
     stop: Callable[[], bool] = lambda: False,
+    branch: int | None = None,
 ) -> Plan:
     """Delete what the plan drops, in small transactions; returns the plan.
 
     May be cut short at any point: what is left is deleted by the next one. Nothing is
-    dropped for the sake of a snapshot that cannot be read.
+    dropped for the sake of a snapshot that cannot be read, or of steps that were rewound
+    since ``last_step`` was the highest.
+
+    Args:
+        journal: where the run is.
+        run_id: of the run.
+        last_step: its highest step that is not rewound.
+        retention: how much is to be kept.
+        stop: asked between transactions.
+        branch: rewinds of the run at ``last_step``; None if it has the same as now.
 
     Raises:
         NotFound: no run of that name.
@@ -121,6 +134,8 @@ def compact(
     with journal.reading(run_id) as reading:
         run, outline = reading.run, reading.outline()
         marks = reading.snapshots()
+        if branch is not None and branch != run.branch:
+            return _NOTHING
         plan = plan_compaction(marks, outline, run.floor_seq, run.last_seq, last_step, retention)
         if plan.floor is not None:
             parts = reading.snapshot_parts(plan.floor)
@@ -130,9 +145,14 @@ def compact(
     if plan.floor is not None:
         floor_seq = plan.floor.seq
         with journal.transaction() as connection:
-            connection.execute(
+            # A rewind in the meantime may need what is below the new floor.
+            moved = connection.execute(
                 sa.update(runs)
-                .where(runs.c.run_key == run.run_key, runs.c.floor_seq < floor_seq)
+                .where(
+                    runs.c.run_key == run.run_key,
+                    runs.c.floor_seq < floor_seq,
+                    runs.c.branch == run.branch,
+                )
                 .values(
                     floor_seq=floor_seq,
                     floor_step=plan.floor.step,
@@ -142,6 +162,8 @@ def compact(
                     ),
                 )
             )
+        if moved.rowcount == 0:
+            return _NOTHING
     for seq in plan.drop:
         _drop_snapshot(journal, run.run_key, seq, stop)
     _drop_leftovers(journal, run.run_key, stop)

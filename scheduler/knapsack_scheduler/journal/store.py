@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -141,6 +142,14 @@ def safe_url(url: str | sa.URL) -> str:
     except ArgumentError:
         scheme, at, rest = str(url).rpartition("@")
         return f"{scheme.split('://')[0]}://***@{rest}" if at else str(url)
+
+
+def store_query(url: str) -> Mapping[str, object]:
+    """Return the query of a store URL; empty for what is none."""
+    try:
+        return dict(sa.make_url(url).query)
+    except ArgumentError:
+        return {}
 
 
 def sqlite_file(url: str) -> Path | None:
