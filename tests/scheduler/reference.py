@@ -61,9 +61,10 @@ class ReferenceRun:
         return first, given, reported
 
     def rewind(self, step: int) -> None:
-        """Forget what came after a step."""
+        """Forget what came after a step; with all steps, what was ignored too."""
         for call in self.calls:
-            if call.kind != "rewind" and call.step > step:
+            anew = step < 0 and call.kind == "report"
+            if call.kind != "rewind" and (call.step > step or anew):
                 call.forgotten = True
 
     def outcomes(self) -> dict[str, list[tuple[float, int, bool]]]:
