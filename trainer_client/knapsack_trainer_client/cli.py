@@ -49,6 +49,9 @@ class _WholeCommand:
 
 
 def _load_demo() -> Callable[[list[str]], int | None]:
+    # Read when torch is loaded, here and in the demo's servers. More threads gain nothing on a
+    # model of this size, and on a busy machine they wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from knapsack_trainer_client.demo.main import run
 
     return run
