@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knapsack_scheduler.admission import Admission
-from knapsack_scheduler.errors import ResourceExhausted
+from knapsack_scheduler.admission import GRACE_SECONDS, Admission
+from knapsack_scheduler.errors import ResourceExhausted, TooSlow
 
 
 @settings(max_examples=60)
@@ -71,5 +71,31 @@ async def test_what_does_not_fit_is_refused_with_the_figures() -> None:
     with pytest.raises(ResourceExhausted, match="holds 60 of 100 bytes"):
         ticket.resize(101)
     ticket.resize(100)
+    ticket.close()
+    assert admission.used == 0
+
+
+async def test_a_transfer_that_ends_by_itself_leaves_its_room_to_the_next() -> None:
+    """A call that arrives in the turn in which the limit passes is let in, and none is lost."""
+    admission = Admission(10)
+    slow = await admission.admit(10, "slow")
+
+    async def receive() -> None:
+        async with slow.transfer(0.0, "the request did not arrive"):
+            # Past its grace, so that whoever waits may end it.
+            slow.since -= 2 * GRACE_SECONDS
+            await asyncio.get_running_loop().create_future()
+
+    async def stalled() -> None:
+        with pytest.raises(TooSlow):
+            await receive()
+        slow.close()
+
+    first = asyncio.create_task(stalled())
+    await asyncio.sleep(0)
+    second = asyncio.create_task(admission.admit(10, "next"))
+    ticket = await second
+    await first
+    assert admission.used == 10
     ticket.close()
     assert admission.used == 0

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
-from knapsack_scheduler.errors import StoreUnavailable
+from knapsack_scheduler.errors import FailedPrecondition, StoreUnavailable
 from knapsack_scheduler.journal import compaction
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
@@ -125,6 +125,38 @@ async def test_a_rewind_while_the_journal_is_compacted_keeps_what_it_needs(
         assert (await service.report(following)).accepted_rollouts == 1
         before = await run_of(service)
     async with open_service(store, retention=retention) as service:
+        assert await run_of(service) == before
+
+
+async def test_a_snapshot_below_the_floor_is_not_gone_back_to(
+    tmp_path: Path, calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the floor moved and before old snapshots went: a rewind below is refused."""
+    store = f"sqlite:///{tmp_path / 'stats.db'}"
+    retention = Retention(horizon=20, snapshot_calls=10)
+
+    def interrupted(*_arguments: Any) -> None:
+        raise StoreUnavailable("killed here")
+
+    async with open_service(store, retention=retention) as service:
+        await service.create_run(pb.CreateRunRequest(run_id="run"))
+        floors, step = {0}, 0
+        while len(floors) < 4:
+            if len(floors) == 3:
+                monkeypatch.setattr(compaction, "_drop_snapshot", interrupted)
+            await steps(service, calls, step, step)
+            row = service._journal.find_run("run")
+            assert row is not None
+            floors.add(row.floor_seq)
+            step += 1
+            assert step < 200
+        with service._journal.reading("run") as reading:
+            below = [mark for mark in reading.snapshots() if mark.seq < row.floor_seq]
+        assert below
+    async with open_service(store, retention=retention) as service:
+        before = await run_of(service)
+        with pytest.raises(FailedPrecondition, match=f"to step {row.floor_step} or a later one"):
+            await service.rewind_run(calls.rewind(row.floor_step - 1))
         assert await run_of(service) == before
 
 
