@@ -148,3 +148,14 @@ def test_help_is_the_command_s_own() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "--random-seed" in done.stdout
     assert "usage: knapsack-rl simulate" in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """Piped into a program that closes its end, the command says nothing and exits with 0."""
+    command = [sys.executable, "-m", "knapsack_trainer_client.cli", "simulate", "--list"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 0

@@ -45,16 +45,16 @@ def main(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     try:
         return _list() if options.list else _run(options, argv)
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough.
+        sys.stderr.close()
+        return 0
     except (ConfigError, ValueError, OSError) as error:
         return _failed(str(error))
     except ImportError as error:
         return _failed(
             f"--report needs more packages: pip install 'knapsack-rl[lab]' ({error})",
         )
-    except BrokenPipeError:
-        # The reader, such as head, has seen enough.
-        sys.stderr.close()
-        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
