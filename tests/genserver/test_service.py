@@ -132,8 +132,16 @@ GENERATE = [
     ({"prompts": [tokens(1), pb.Prompt(text="hi")]}, "prompts[1].text", "tokenizer"),
     ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens", "1 or more"),
     ({"sampling": {}}, "sampling.max_tokens", "is needed"),
-    ({"sampling": {"max_tokens": 1, "temperature": -1}}, "sampling.temperature", "0, or 0.01 or more"),
-    ({"sampling": {"max_tokens": 1, "temperature": NAN}}, "sampling.temperature", "0, or 0.01 or more"),
+    (
+        {"sampling": {"max_tokens": 1, "temperature": -1}},
+        "sampling.temperature",
+        "0, or 0.01 or more",
+    ),
+    (
+        {"sampling": {"max_tokens": 1, "temperature": NAN}},
+        "sampling.temperature",
+        "0, or 0.01 or more",
+    ),
     ({"sampling": {"max_tokens": 1, "top_p": 0}}, "sampling.top_p", "above 0"),
     ({"sampling": {"max_tokens": 1, "top_p": 1.5}}, "sampling.top_p", "at most 1"),
     ({"sampling": {"max_tokens": 1, "top_k": -1}}, "sampling.top_k", "0 or more"),
