@@ -4,11 +4,11 @@
 
 Two servers, each a process of its own, send the same rollouts to the same client: a bare
 grpc.aio stream of a Rollout message that was made beforehand; ours by Generate; ours by
-GenerateSession, read bare and by RolloutClient. Ours has an engine that makes its completions beforehand too and finishes a
-batch of them at every turn of the event loop, so what is above the bare stream is our own
-work: admission, fairness, messages, metrics. Rounds alternate between the servers, and the
-figure is processor time of the server process per rollout, which other programs on the
-machine disturb less than the clock.
+GenerateSession, read bare and by RolloutClient. Ours has an engine that makes its
+completions beforehand too and finishes some at every turn of the event loop, so what is
+above the bare stream is our own work: admission, fairness, messages, metrics. Rounds
+alternate between the servers, and the figure is processor time per rollout, which other
+programs on the machine disturb less than the clock.
 
 Then a small transformer is asked for unequal groups, directly and through gRPC in turns:
 tokens per second, and the time to the last rollout.
