@@ -16,9 +16,11 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from knapsack_genserver.engines.fake import FakeEngine
+from knapsack_genserver.metrics import Load, Metrics
 from knapsack_genserver.server import Server, ServerOptions
 from knapsack_proto.v1 import generation_pb2 as pb
 from knapsack_proto.v1 import generation_pb2_grpc as rpc
@@ -210,12 +212,12 @@ def test_a_draining_server_finishes_what_it_has(start_generator: Any, model_fold
     generator = start_generator(f"--model={model_folder}", "--max-batch-rollouts=64")
     begun = threading.Event()
     with RolloutClient(generator.addresses["listen"]) as client, client.session() as session:
-        session.add([400], [[1]])
+        session.add([150], [[1]])
         for _ in session:
             if not begun.is_set():
                 begun.set()
                 generator.process.send_signal(signal.SIGTERM)
-        assert len(session.groups[0]) == 400
+        assert len(session.groups[0]) == 150
         with pytest.raises(GeneratorUnavailable):
             session.add([1])
     assert generator.end() == 0
@@ -284,3 +286,20 @@ def test_metrics_count_what_happened(start_generator: Any, tmp_path: Path) -> No
     assert found["wave_tail_ratio_sum"] >= 1
     assert found["completion_tokens_total"] > 39
     assert abs(found["weights_loaded_timestamp_seconds"] - time.time()) < 3600
+
+
+def test_every_metric_is_documented() -> None:
+    """The table in the README names what a server exports, no more and no less."""
+    registry = CollectorRegistry()
+    engine = FakeEngine()
+    Metrics(registry, lambda: Load(engine.status()))
+    families = {
+        family.name.removeprefix("knapsack_genserver_") + ("_total" * (family.type == "counter")): (
+            family.type
+        )
+        for family in registry.collect()
+    }
+    readme = Path(__file__).parents[2] / "genserver" / "README.md"
+    section = readme.read_text().split("## Metrics")[1].split("\n## ")[0]
+    rows = [row.split("|") for row in section.splitlines() if row.startswith("| `")]
+    assert {row[1].strip(" `"): row[2].strip() for row in rows} == families
