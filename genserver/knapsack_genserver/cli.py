@@ -83,6 +83,7 @@ def _engine(options: argparse.Namespace) -> Engine:
             options.max_batch_rollouts,
             options.max_batch_tokens,
             options.weight_version,
+            options.prefix_tokens,
         )
     )
 
@@ -144,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=_count(0), default=0, help="threads on the CPU; 0 is torch's choice")
     add("--max-batch-rollouts", type=_count(1), default=1024, help="rollouts decoded at once")
     add("--max-batch-tokens", type=_count(1), default=65_536, help="tokens in a batch's cache")
+    add(
+        "--prefix-tokens",
+        type=_count(0),
+        default=16_384,
+        metavar="N",
+        help="prompt tokens kept for further rollouts of the same prompts",
+    )
     add(
         "--max-waiting-rollouts",
         type=_count(1),
