@@ -28,9 +28,8 @@ from knapsack_scheduler.core.policy import begun_groups, effective_chances
 from knapsack_scheduler.core.posterior import (
     Discounts,
     Prior,
-    PriorStatistics,
-    fit_prior,
     newest_drift,
+    newest_prior,
     posterior,
 )
 from knapsack_scheduler.core.problem import (
@@ -45,7 +44,8 @@ from knapsack_scheduler.core.problem import (
     WaveOutcomes,
     tie_keys,
 )
-from knapsack_scheduler.core.recency import Revisited
+from knapsack_scheduler.core.rates import PROMPTS as PRIOR_PROMPTS
+from knapsack_scheduler.core.recency import LastVisited
 from knapsack_scheduler.core.rewardlevels import RewardLevels, counted_by_level, relevel
 from knapsack_scheduler.facts import (
     AllocationExtended,
@@ -167,9 +167,10 @@ class RunState:
         self._rows: dict[str, int] = {}
         self._looked_up: tuple[tuple[str, ...], int, IntArray] = ((), 0, np.zeros(0, np.int64))
         self._visits = Visits()
-        self._revisited = Revisited()
+        self._visited = LastVisited(twice=False)
+        self._revisited = LastVisited(twice=True)
+        self._prior: Prior | None = Prior()
         self._drift: Drift | None = Drift()
-        self._prior_statistics = PriorStatistics()
         self._sums = np.zeros((_SUMS, 0), np.int64)
         self._keys = np.zeros(0, np.uint64)
         self._token_sum = 0
@@ -214,7 +215,7 @@ class RunState:
             step: that is decided for; see ``core.posterior.posterior``.
         """
         rows = self.rows_of(prompt_ids)
-        prior = fit_prior(self._prior_statistics)
+        prior = self.prior()
         known = rows >= 0
         keys = np.zeros(rows.shape, np.uint64)
         keys[known] = self._keys[rows[known]]
@@ -238,6 +239,14 @@ class RunState:
             self.reward_levels,
             self.drift(prior),
         )
+
+    def prior(self) -> Prior:
+        """Return what is believed of a prompt of the run before it is seen."""
+        if self._prior is None:
+            rows = self._visited.newest(PRIOR_PROMPTS, self._visits, self._keys)
+            version = self.last_policy_version
+            self._prior = newest_prior(self._visits, rows, version, self.discounts)
+        return self._prior
 
     def drift(self, prior: Prior) -> Drift:
         """Return how success rates moved up to the newest visits; ``prior`` is the run's."""
@@ -283,7 +292,7 @@ class RunState:
         count = rows.size
         chances = fact.chances
         if chances is None:
-            believed = self._posterior(rows, fact.step, fit_prior(self._prior_statistics))
+            believed = self._posterior(rows, fact.step, self.prior())
             chances = effective_chances(believed, Begun.nothing(count), fact.num_rollouts)
         allocation = OpenAllocation(
             fact.step,
@@ -308,7 +317,7 @@ class RunState:
         chances = fact.chances
         if chances is None:
             rows = allocation.rows.astype(np.int64)
-            prior = fit_prior(self._prior_statistics)
+            prior = self.prior()
             believed = self._posterior(rows, allocation.step, prior)
             begun = begun_groups(allocation.outcomes(self.reward_levels), fact.keep_outstanding)
             chances = effective_chances(believed, begun, fact.num_rollouts)
@@ -387,11 +396,10 @@ class RunState:
         np.add.at(rollouts, place, outcomes.rollouts[some])
         np.add.at(successes, place, outcomes.successes[some])
         by_level = self._levelled(rewards, rows, unique)
-        before = self._newest(unique)
         merge_visits(self._visits, unique, step, policy_version, rollouts, successes, by_level)
-        self._prior_statistics = self._prior_statistics.moved(*before, *self._newest(unique))
+        self._visited.add(unique, self._visits)
         self._revisited.add(unique, self._visits)
-        self._drift = None
+        self._prior = self._drift = None
         sums = self._sums
         first = int(np.count_nonzero(sums[_ROLLOUTS, unique] == 0))
         if first:
@@ -424,12 +432,6 @@ class RunState:
         level = levels.index(rewards.rewards)
         return counted_by_level(owner, level, unique.size, levels.values.size)
 
-    def _newest(self, rows: IntArray) -> tuple[IntArray, IntArray]:
-        return (
-            self._visits.rollouts[rows, 0].astype(np.int64),
-            self._visits.successes[rows, 0].astype(np.int64),
-        )
-
     def sorted_prompts(self) -> list[tuple[str, int]]:
         """Return (prompt id, row) of every prompt with an outcome, in the order of ids."""
         if self._sorted is None:
@@ -441,7 +443,7 @@ class RunState:
 
     def stats_of(self, rows: IntArray) -> PromptColumns:
         """Return the statistics of prompts with an outcome."""
-        prior = fit_prior(self._prior_statistics)
+        prior = self.prior()
         believed = self._posterior(rows, None, prior)
         sums = self._sums[:, rows]
         with_tokens = np.maximum(sums[_TOKEN_ROLLOUTS], 1)

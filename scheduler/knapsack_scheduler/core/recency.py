@@ -12,18 +12,25 @@ from knapsack_scheduler.core.evidence import Visits
 from knapsack_scheduler.core.problem import IntArray, KeyArray
 
 
-class Revisited:
-    """Prompts with visits at two steps or more, by the step of their newest one."""
+class LastVisited:
+    """Prompts with visits at one step or more, or at two, by the step of their newest one.
 
-    def __init__(self) -> None:
+    Args:
+        twice: only those with visits at two steps or more.
+    """
+
+    def __init__(self, twice: bool) -> None:
+        self._twice = twice
         self._by_step: dict[int, list[IntArray]] = {}
 
     def add(self, rows: IntArray, visits: Visits) -> None:
         """Take in that something was learned of these rows, int64[n]."""
         step = visits.step[rows]
-        older = (visits.rollouts[rows] > 0) & (step != step[:, :1])
-        revisited = older.any(axis=1)
-        rows, newest = rows[revisited], step[revisited, 0]
+        if self._twice:
+            older = (visits.rollouts[rows] > 0) & (step != step[:, :1])
+            again = older.any(axis=1)
+            rows, step = rows[again], step[again]
+        newest = step[:, 0]
         for at in np.unique(newest).tolist():
             self._by_step.setdefault(at, []).append(rows[newest == at])
 
