@@ -78,9 +78,7 @@ def fit_rates(successes: FloatArray, failures: FloatArray) -> tuple[float, ...]:
     for _ in range(_ROUNDS):
         found = _folded(likelihood * weights[:, None])
         agreed = _folded((likelihood / found).T)
-        weights = (weights * agreed + _PSEUDO_PROMPTS * _START) / (
-            successes.size + _PSEUDO_PROMPTS
-        )
+        weights = (weights * agreed + _PSEUDO_PROMPTS * _START) / (successes.size + _PSEUDO_PROMPTS)
     return tuple(weights.tolist())
 
 
@@ -143,4 +141,5 @@ def _folded(numbers: FloatArray) -> FloatArray:
     while rows > 1:
         total[: rows // 2] += total[rows - rows // 2 : rows]
         rows -= rows // 2
-    return total[0]
+    whole: FloatArray = total[0]
+    return whole
