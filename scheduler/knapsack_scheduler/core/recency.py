@@ -10,6 +10,7 @@ import numpy as np
 
 from knapsack_scheduler.core.evidence import Visits
 from knapsack_scheduler.core.problem import IntArray, KeyArray
+from knapsack_scheduler.core.ties import lowest_keys
 
 
 class LastVisited:
@@ -24,7 +25,7 @@ class LastVisited:
         self._by_step: dict[int, list[IntArray]] = {}
 
     def add(self, rows: IntArray, visits: Visits) -> None:
-        """Take in that something was learned of these rows, int64[n]."""
+        """Take in that something was learned of these rows, int64[n], each once."""
         step = visits.step[rows]
         if self._twice:
             older = (visits.rollouts[rows] > 0) & (step != step[:, :1])
@@ -52,7 +53,8 @@ class LastVisited:
             if total >= count:
                 del self._by_step[step]
                 continue
-            rows = np.unique(np.concatenate(self._by_step[step]))
+            parts = self._by_step[step]
+            rows = parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts))
             rows = rows[visits.step[rows, 0] == step]
             self._by_step[step] = [rows]
             found.append(rows)
@@ -60,4 +62,5 @@ class LastVisited:
         if not found:
             return np.zeros(0, np.int64)
         rows = np.concatenate(found)
-        return rows[np.argsort(keys[rows], kind="stable")[:count]]
+        rows = rows[lowest_keys(keys[rows], count)]
+        return rows[np.argsort(keys[rows], kind="stable")]
