@@ -1,4 +1,4 @@
-"""The command line: knapsack-scheduler serve | check | migrate | export."""
+"""The command line: knapsack-scheduler serve | check | migrate | backup | export | import."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 try:
     from pydantic.fields import FieldInfo
 
-    from knapsack_scheduler.config import ENVIRONMENT, Settings, as_json, load_settings
+    from knapsack_scheduler.config import ENVIRONMENT, Settings, as_json, load_settings, secret_of
     from knapsack_scheduler.errors import ConfigError, SchedulerError
 except ModuleNotFoundError as error:
     sys.exit(
@@ -30,11 +30,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     command = options.command
     flags = {key: value for key, value in vars(options).items() if key in Settings.model_fields}
+    hidden = secret_of("")
     try:
         settings = load_settings(flags, options.config)
+        hidden = secret_of(settings.store)
         sys.exit(command(settings, options))
     except (ConfigError, SchedulerError) as error:
-        print(f"knapsack-scheduler: {error}", file=sys.stderr)
+        print(f"knapsack-scheduler: {str(error).replace(*hidden)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _serve(settings: Settings, _options: argparse.Namespace) -> int:
     from knapsack_scheduler import logs, server
 
-    logs.configure(settings.log_level, settings.log_format)
+    logs.configure(settings.log_level, settings.log_format, secret_of(settings.store))
     asyncio.run(server.serve(settings))
     return 0
 
@@ -77,9 +79,29 @@ def _migrate(settings: Settings, _options: argparse.Namespace) -> int:
     return 0
 
 
-def _export(settings: Settings, options: argparse.Namespace) -> int:
-    from knapsack_scheduler.inspection import export_run
+def _backup(settings: Settings, options: argparse.Namespace) -> int:
+    from knapsack_scheduler.journal.backup import back_up
 
+    size = back_up(settings.store, options.to)
+    print(f"{options.to}: {size:,} bytes, checked")
+    return 0
+
+
+def _import(settings: Settings, options: argparse.Namespace) -> int:
+    from knapsack_scheduler.inspection import read_run_file
+
+    run = read_run_file(settings.store, options.file, options.run)
+    print(f"run {run.run_id!r}: imported up to entry {run.last_seq}")
+    return 0
+
+
+def _export(settings: Settings, options: argparse.Namespace) -> int:
+    from knapsack_scheduler.inspection import export_run, write_run_file
+
+    if options.to is not None:
+        size = write_run_file(settings.store, options.run, options.to)
+        print(f"{options.to}: {size:,} bytes")
+        return 0
     for line in export_run(settings.store, options.run, options.what):
         print(json.dumps(line))
     return 0
@@ -103,16 +125,33 @@ def _parser() -> argparse.ArgumentParser:
     migrate = commands.add_parser("migrate", help="bring a store's schema up to date")
     _add_settings(migrate, ["store"])
     migrate.set_defaults(command=_migrate)
-    export = commands.add_parser("export", help="write a run as JSON lines to stdout")
+    backup = commands.add_parser(
+        "backup", help="copy a SQLite store, also while a scheduler writes to it"
+    )
+    _add_settings(backup, ["store"])
+    backup.add_argument("--to", type=Path, required=True, metavar="FILE", help="new file to write")
+    backup.set_defaults(command=_backup)
+    export = commands.add_parser("export", help="write a run as one file, or as JSON lines")
     _add_settings(export, ["store"])
     export.add_argument("--run", required=True, help="run to export")
     export.add_argument(
         "--what",
         choices=("journal", "prompts"),
         default="journal",
-        help="every recorded call, or the statistics of every prompt (default: journal)",
+        help="as JSON lines on stdout: every recorded call that is not compacted, or the "
+        "statistics of every prompt (default: journal)",
+    )
+    export.add_argument(
+        "--to", type=Path, metavar="FILE", help="new file to write the run to, for import"
     )
     export.set_defaults(command=_export)
+    imported = commands.add_parser("import", help="store a run from the file of an export")
+    _add_settings(imported, ["store"])
+    imported.add_argument(
+        "--from", type=Path, required=True, dest="file", metavar="FILE", help="file to read"
+    )
+    imported.add_argument("--run", help="another name for the run (default: its own)")
+    imported.set_defaults(command=_import)
     return parser
 
 

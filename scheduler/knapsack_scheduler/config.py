@@ -15,6 +15,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
 from knapsack_scheduler.errors import ConfigError, InvalidArgument
+from knapsack_scheduler.journal.compaction import Retention
+from knapsack_scheduler.journal.store import safe_url
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.runconfig import RunConfig
 
@@ -51,7 +53,21 @@ class Settings(BaseSettings):
         "127.0.0.1:50052", description="address of plaintext gRPC health checks, for probes"
     )
     store: str = Field(
-        "sqlite:///stats.db", description="database URL: sqlite:///FILE or postgresql+psycopg://..."
+        "sqlite:///stats.db",
+        description="database URL: sqlite:///FILE or postgresql://USER@HOST/DATABASE",
+    )
+    rewind_horizon: int = Field(
+        Retention().horizon,
+        gt=0,
+        description="steps behind the newest one that a rewind may at least go back to",
+    )
+    journal_calls: int = Field(
+        Retention().max_calls,
+        gt=0,
+        description="recorded calls of a run after which the journal is cut short of the horizon",
+    )
+    preload_runs: int = Field(
+        8, ge=0, description="runs loaded before the server is ready, those written to last"
     )
     auto_create_runs: bool = Field(False, description="create unknown runs as they are used")
     insecure: bool = Field(
@@ -69,11 +85,27 @@ class Settings(BaseSettings):
     max_concurrent_calls: int = Field(
         Limits().concurrent_calls, gt=0, description="calls served at once"
     )
+    max_connections: int = Field(
+        Limits().connections, gt=0, description="open connections of the API"
+    )
+    max_message_bytes: int = Field(
+        Limits().message_bytes, ge=16 * 2**20, description="bytes of one request"
+    )
+    max_inflight_bytes: int = Field(
+        Limits().inflight_bytes,
+        gt=0,
+        description="bytes of requests and answers in memory at once",
+    )
     drain_seconds: float = Field(
         10.0, ge=0, description="how long calls under way may take to end after SIGTERM"
     )
     log_level: str = Field("info", description="debug, info, warning or error")
     log_format: str = Field("json", description="json or text")
+    tracing: bool = Field(
+        False,
+        description="send OpenTelemetry spans where OTEL_EXPORTER_OTLP_ENDPOINT says; needs "
+        "knapsack-rl[otel]",
+    )
     run_defaults: RunDefaults = Field(default_factory=RunDefaults)
 
 
@@ -129,14 +161,40 @@ def check(settings: Settings) -> None:
         )
     if settings.log_format not in ("json", "text"):
         raise ConfigError(f"log_format = {settings.log_format!r}: must be json or text")
-    host, _ = host_and_port("listen", settings.listen)
-    if not (is_loopback(host) or settings.tls_cert or settings.token_file or settings.insecure):
+    if settings.max_inflight_bytes < 2 * settings.max_message_bytes:
         raise ConfigError(
-            f"listen = {settings.listen!r}: others can reach this address, and without tls_cert "
-            "or token_file anybody could change a training run; give one of them, or --insecure "
-            "if the network is yours alone"
+            f"max_inflight_bytes = {settings.max_inflight_bytes}: must be at least twice "
+            f"max_message_bytes, {2 * settings.max_message_bytes}; no request could be received"
         )
+    _check_reach(settings)
     default_config(settings)
+
+
+def _check_reach(settings: Settings) -> None:
+    """Refuse addresses that others can reach without proving who they are."""
+    if settings.insecure:
+        return
+    host, _ = host_and_port("listen", settings.listen)
+    if not is_loopback(host):
+        if not settings.tls_cert:
+            raise ConfigError(
+                f"listen = {settings.listen!r}: others can reach this address, and without "
+                "tls_cert and tls_key they can read every call, tokens among it; give them, or "
+                "--insecure if the network is yours alone"
+            )
+        if not (settings.tls_client_ca or settings.token_file):
+            raise ConfigError(
+                f"listen = {settings.listen!r}: others can reach this address, and without "
+                "tls_client_ca or token_file anybody could change a training run; give one of "
+                "them, or --insecure if the network is yours alone"
+            )
+    host, _ = host_and_port("admin_listen", settings.admin_listen)
+    if not (is_loopback(host) or settings.token_file):
+        raise ConfigError(
+            f"admin_listen = {settings.admin_listen!r}: others can reach this address, and "
+            "without token_file anybody could read the names and figures of every run; give it, "
+            "or --insecure if the network is yours alone"
+        )
 
 
 def default_config(settings: Settings) -> RunConfig:
@@ -167,9 +225,18 @@ def is_loopback(host: str) -> bool:
 
 
 def as_json(settings: Settings) -> str:
-    """Return the settings for people to read; they hold paths and no secrets but the store's."""
+    """Return the settings for people to read, the store's password hidden."""
     shown = json.loads(settings.model_dump_json())
-    scheme, at, rest = shown["store"].rpartition("@")
-    if at:
-        shown["store"] = scheme.split("://")[0] + "://***@" + rest
+    shown["store"] = safe_url(settings.store)
     return json.dumps(shown, indent=2)
+
+
+def secret_of(store: str) -> tuple[str, str]:
+    """Return the password in a store's URL, as it stands there, and what to show in its place.
+
+    With its colon and its @, so that a short password is not cut out of other words. Where
+    there is none, both are a text that stands nowhere.
+    """
+    before, at, _ = store.rpartition("@")
+    password = before.split("://", 1)[-1].partition(":")[2]
+    return (f":{password}@", ":***@") if at and password else ("\x00", "\x00")

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.service import SchedulerService
@@ -17,6 +18,7 @@ async def open_service(
     *,
     auto_create_runs: bool = True,
     default_config: RunConfig | None = None,
+    retention: Retention | None = None,
 ) -> AsyncIterator[SchedulerService]:
     """Yield a started service on a store, closed when the block ends.
 
@@ -24,6 +26,7 @@ async def open_service(
         store_url: such as ``sqlite:///stats.db``, or ``sqlite://`` for memory.
         auto_create_runs: create unknown runs as they are used.
         default_config: of runs created without one.
+        retention: how far back a rewind can go.
 
     Raises:
         ConfigError: the store cannot be opened, or another process holds it.
@@ -31,7 +34,10 @@ async def open_service(
     journal = Journal(store_url)
     await asyncio.to_thread(journal.open)
     service = SchedulerService(
-        journal, auto_create_runs=auto_create_runs, default_config=default_config
+        journal,
+        auto_create_runs=auto_create_runs,
+        default_config=default_config,
+        retention=retention,
     )
     try:
         yield service

@@ -2,14 +2,17 @@
 
 SchedulerError
 ├── InvalidArgument      a field, its value, and what is allowed
-├── NotFound             no such run, no such allocation
+├── NotFound             no such allocation
+│   └── RunNotFound      no such run
 ├── AlreadyExists        an id used again with other content
 ├── FailedPrecondition   a call out of order
 ├── ResourceExhausted    a limit of the server
+│   └── TooSlow          a caller that did not send or receive in time
 ├── Unauthenticated      no token, or an unknown one
 ├── PermissionDenied     a token for other runs
 └── Unavailable          the call may work later, elsewhere
     └── StoreUnavailable the journal could not be read or written
+        └── StoreInterrupted  the same transaction may work if begun anew
 
 ConfigError              a setting that the server cannot start with
 """
@@ -51,6 +54,10 @@ class NotFound(SchedulerError):
     code = "NOT_FOUND"
 
 
+class RunNotFound(NotFound):
+    """The run does not exist."""
+
+
 class AlreadyExists(SchedulerError):
     """The id was used before, with other content."""
 
@@ -67,6 +74,10 @@ class ResourceExhausted(SchedulerError):
     """A limit of the server is reached."""
 
     code = "RESOURCE_EXHAUSTED"
+
+
+class TooSlow(ResourceExhausted):
+    """The other side was too slow to send its request or to take its answer."""
 
 
 class Unauthenticated(SchedulerError):
@@ -89,6 +100,14 @@ class Unavailable(SchedulerError):
 
 class StoreUnavailable(Unavailable):
     """The journal could not be read or written; nothing was acknowledged."""
+
+
+class StoreInterrupted(StoreUnavailable):
+    """The database ended the transaction for a reason that passes.
+
+    The connection was lost, or another transaction had to go first. What was being
+    committed may have been stored: whoever begins anew looks for it first.
+    """
 
 
 class ConfigError(Exception):

@@ -6,11 +6,26 @@ Frozen facts. Handlers emit them and know no listener.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from knapsack_scheduler.allocations import Counted
 from knapsack_scheduler.core.problem import IntArray, Reasons
-from knapsack_scheduler.state import Counted
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegun:
+    """A call arrived.
+
+    Attributes:
+        method: name of the RPC.
+        request_id: names the call in logs; the caller's own, or made here.
+        metadata: of the call; may hold secrets.
+    """
+
+    method: str
+    request_id: str
+    metadata: Mapping[str, str | bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +39,7 @@ class CallHandled:
         run_id: as asked for; empty if the call names none.
         call_id: request or report id; empty if it has none.
         message: why it was refused; empty if it was not.
+        request_id: names the call in logs.
     """
 
     method: str
@@ -32,11 +48,25 @@ class CallHandled:
     run_id: str = ""
     call_id: str = ""
     message: str = ""
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetDivided:
-    """An Allocate or Extend was decided (not: answered again)."""
+    """An Allocate or Extend was decided (not: answered again).
+
+    Attributes:
+        run_id: the run.
+        step: the trainer's.
+        wave: 1 for Allocate.
+        prompts: positions of the batch.
+        allocated: rollouts of this wave.
+        unallocated: budget that the bounds could not hold.
+        reasons: of the decision.
+        num_rollouts: of each position.
+        seconds: that the solver took.
+        end_time: when it was done, nanoseconds since 1970.
+    """
 
     run_id: str
     step: int
@@ -47,6 +77,7 @@ class BudgetDivided:
     reasons: Reasons
     num_rollouts: IntArray
     seconds: float
+    end_time: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +120,9 @@ class Committed:
     failed: bool
 
 
-Event = CallHandled | BudgetDivided | OutcomesCounted | RunRewound | RunRemoved | Committed
+Event = (
+    CallBegun | CallHandled | BudgetDivided | OutcomesCounted | RunRewound | RunRemoved | Committed
+)
 Listener = Callable[[Event], None]
 
 

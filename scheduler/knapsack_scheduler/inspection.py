@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,13 @@ from google.protobuf.json_format import MessageToDict
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
-from knapsack_scheduler.errors import NotFound, SchedulerError
-from knapsack_scheduler.journal.journal import Entry, Journal, RunRow
-from knapsack_scheduler.limits import Limits
-from knapsack_scheduler.runs import LoadedRun
+from knapsack_scheduler.errors import ConfigError, NotFound, SchedulerError
+from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.records import Entry, RunRow
+from knapsack_scheduler.journal.runfile import read_run, write_run
+from knapsack_scheduler.journal.snapshots import checksum
+from knapsack_scheduler.journal.transaction import Reading
+from knapsack_scheduler.loaded import LoadedRun
 
 
 @dataclass(slots=True)
@@ -37,8 +42,8 @@ def check_store(url: str) -> StoreReport:
         ConfigError: the store cannot be opened at all.
     """
     report = StoreReport()
-    journal = Journal(url)
-    journal.open(upgrade=False)
+    journal = Journal(url, read_only=True)
+    journal.open()
     try:
         report.faults += journal.integrity()
         runs = journal.list_runs("", 10**9)
@@ -54,17 +59,17 @@ def check_store(url: str) -> StoreReport:
 
 def _check_run(journal: Journal, row: RunRow, report: StoreReport) -> None:
     try:
-        with journal.writing(row.run_id) as writing:
-            numbers = [seq for seq, _, _ in writing.outline()]
-            if numbers != list(range(1, row.last_seq + 1)):
+        with journal.reading(row.run_id) as reading:
+            row = reading.run
+            numbers = [entry.seq for entry in reading.outline() if entry.seq > row.floor_seq]
+            if numbers != list(range(row.floor_seq + 1, row.last_seq + 1)):
                 report.faults.append(
                     f"run {row.run_id!r}: its entries are not numbered without gap"
                 )
-            run = LoadedRun(writing.run)
-            run.catch_up(writing)
-            state = run.state
+            report.faults += [f"run {row.run_id!r}: {fault}" for fault in _snapshot_faults(reading)]
+            state = LoadedRun.load(reading).state
             report.lines.append(
-                f"run {row.run_id!r}: {len(numbers)} entries, last step {state.last_step}, "
+                f"run {row.run_id!r}: {row.last_seq} entries, last step {state.last_step}, "
                 f"{state.known_prompts} known prompts, {state.total_rollouts} rollouts"
             )
     except SchedulerError:
@@ -75,6 +80,72 @@ def _check_run(journal: Journal, row: RunRow, report: StoreReport) -> None:
         )
 
 
+def _snapshot_faults(reading: Reading) -> list[str]:
+    """Return what is wrong with the snapshots: damaged, or other than the entries say."""
+    marks = reading.snapshots()
+    faults = [
+        f"its snapshot at entry {mark.seq} is damaged; an older one is used instead"
+        for mark in marks
+        if checksum(reading.run, mark, reading.snapshot_parts(mark)) != mark.checksum
+    ]
+    if faults or not marks:
+        return faults
+    newest = LoadedRun.load(reading).state.columns()
+    folded = LoadedRun.load(reading, from_oldest=True).state.columns()
+    wrong = [
+        name
+        for name in newest
+        # Which says the same however much more it remembers.
+        if not name.startswith("revisited.") and newest[name].tobytes() != folded[name].tobytes()
+    ]
+    if wrong:
+        faults.append(f"its newest snapshot is not what its entries come to: {', '.join(wrong)}")
+    return faults
+
+
+def write_run_file(url: str, run_id: str, to: Path) -> int:
+    """Write a run to a new file; returns its bytes.
+
+    Raises:
+        ConfigError: the store cannot be opened, or the file exists or cannot be written.
+        NotFound: no run of that name.
+    """
+    journal = Journal(url, read_only=True)
+    journal.open()
+    try:
+        with journal.reading(run_id) as reading, to.open("xb") as file:
+            try:
+                write_run(reading, file)
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                to.unlink()
+                raise
+    except OSError as error:
+        raise ConfigError(f"to = {str(to)!r}: cannot be written: {error.strerror}") from error
+    finally:
+        journal.close()
+    return to.stat().st_size
+
+
+def read_run_file(url: str, file: Path, run_id: str | None) -> RunRow:
+    """Store the run of a file; returns its row.
+
+    Raises:
+        ConfigError: the store cannot be opened, or the file is not a whole run.
+        AlreadyExists: there is a run of that name.
+    """
+    journal = Journal(url)
+    journal.open()
+    try:
+        with file.open("rb") as opened:
+            return read_run(journal, opened, run_id)
+    except OSError as error:
+        raise ConfigError(f"from = {str(file)!r}: cannot be read: {error.strerror}") from error
+    finally:
+        journal.close()
+
+
 def export_run(url: str, run_id: str, what: str) -> Iterator[dict[str, Any]]:
     """Yield a run's recorded calls, or its prompts' statistics, as plain objects.
 
@@ -82,18 +153,17 @@ def export_run(url: str, run_id: str, what: str) -> Iterator[dict[str, Any]]:
         ConfigError: the store cannot be opened.
         NotFound: no run of that name.
     """
-    journal = Journal(url)
-    journal.open(upgrade=False)
+    journal = Journal(url, read_only=True)
+    journal.open()
     try:
         if journal.find_run(run_id) is None:
             raise NotFound(f"run {run_id!r} does not exist")
-        with journal.writing(run_id) as writing:
+        with journal.reading(run_id) as reading:
             if what == "journal":
-                for entry in writing.tail(0):
-                    yield _plain(entry)
+                for outline in reading.outline():
+                    yield _plain(reading.entry(outline.seq))
                 return
-            run = LoadedRun(writing.run)
-            run.catch_up(writing)
+            run = LoadedRun.load(reading)
             known = run.state.sorted_prompts()
             rows = np.fromiter((row for _, row in known), np.int64, len(known))
             columns = run.state.stats_of(rows)
@@ -124,11 +194,13 @@ _MESSAGES: dict[str, tuple[Any, Any]] = {
 def _plain(entry: Entry) -> dict[str, Any]:
     line: dict[str, Any] = {"seq": entry.seq, "kind": entry.kind}
     if entry.kind == "import":
-        parts = wire.imported_of(entry.payload, Limits()).parts
-        line["rollouts"] = sum(part.rewards.rewards.size for part in parts)
-        line["prompts"] = sum(len(part.prompt_ids) for part in parts)
+        # Compaction leaves of it what was answered.
+        answer = pb.ImportOutcomesResponse.FromString(entry.answer)
+        line["rollouts"], line["prompts"] = answer.imported_rollouts, answer.imported_prompts
         return line
-    request, answer = _MESSAGES[entry.kind]
-    for name, kind, data in (("request", request, entry.payload), ("answer", answer, entry.answer)):
+    pair = zip(
+        ("request", "answer"), _MESSAGES[entry.kind], (entry.payload, entry.answer), strict=True
+    )
+    for name, kind, data in pair:
         line[name] = MessageToDict(kind.FromString(data), preserving_proto_field_name=True)
     return line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextvars import ContextVar
 from datetime import UTC, datetime
 
 from knapsack_scheduler.events import (
@@ -16,8 +17,14 @@ from knapsack_scheduler.events import (
     RunRewound,
 )
 
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+"""Names the call that is being answered, in every line that is logged on its behalf."""
+
 _LOG = logging.getLogger("knapsack_scheduler")
-_REFUSED_BY_CALLER = {"INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION"}
+_FAULT_OF_CALLER = {
+    *("INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION"),
+    *("UNAUTHENTICATED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED"),
+}
 
 
 class JsonLines(logging.Formatter):
@@ -30,7 +37,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **getattr(record, "fields", {}),
+            **_fields(record),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -45,14 +52,37 @@ class Text(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as a line with its fields behind it."""
-        fields = getattr(record, "fields", {})
+        fields = _fields(record)
         return super().format(record) + "".join(f" {key}={value}" for key, value in fields.items())
 
 
-def configure(level: str, kind: str) -> None:
-    """Send every log of the process to stderr."""
+def _fields(record: logging.LogRecord) -> dict[str, object]:
+    call = {"request_id": REQUEST_ID.get()} if REQUEST_ID.get() else {}
+    return {**getattr(record, "fields", {}), **call}
+
+
+class _Hidden(logging.Formatter):
+    """Another formatter's lines without a secret, whoever put it there."""
+
+    def __init__(self, formatter: logging.Formatter, secret: tuple[str, str]) -> None:
+        super().__init__()
+        self._formatter = formatter
+        self._secret = secret
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._formatter.format(record).replace(*self._secret)
+
+
+def configure(level: str, kind: str, secret: tuple[str, str]) -> None:
+    """Send every log of the process to stderr.
+
+    Args:
+        level: debug, info, warning or error.
+        kind: json or text.
+        secret: what no line may hold, and what to write in its place.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if kind == "json" else Text())
+    handler.setFormatter(_Hidden(JsonLines() if kind == "json" else Text(), secret))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
@@ -64,7 +94,7 @@ def log_event(event: Event) -> None:
         case CallHandled(code="OK"):
             _write(logging.DEBUG, "call", method=event.method, **_ids(event))
         case CallHandled():
-            level = logging.WARNING if event.code in _REFUSED_BY_CALLER else logging.ERROR
+            level = logging.WARNING if event.code in _FAULT_OF_CALLER else logging.ERROR
             _write(
                 logging.INFO if event.code in ("CANCELLED", "NOT_FOUND") else level,
                 "call refused",

@@ -1,137 +1,364 @@
-"""The service as gRPC: one method per call, and the one place where errors become status."""
+"""The service as gRPC: the calls, and the one place where errors become status.
+
+Every method takes raw bytes as they come: a call is authenticated before its message is
+read, the message is read when there is room for it, and what cannot be parsed is the
+caller's fault and not an internal error.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, TypeAlias, TypeVar
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError, Message
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
-from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
-from knapsack_scheduler.errors import SchedulerError
-from knapsack_scheduler.events import CallHandled, Events
-from knapsack_scheduler.service import SchedulerService
+from knapsack_scheduler.admission import PATIENCE_SECONDS, Admission, Ticket
+from knapsack_scheduler.errors import InvalidArgument, ResourceExhausted, SchedulerError
+from knapsack_scheduler.events import CallBegun, CallHandled
+from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.logs import REQUEST_ID
+from knapsack_scheduler.memory import give_back
+from knapsack_scheduler.pages import page_size
+from knapsack_scheduler.security import EVERYBODY, Caller, TokenGuard
+from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
+from knapsack_scheduler.wire import ImportStream
 
 _LOG = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Guard = Callable[[Any, Context], None]
+SERVICE = pb.DESCRIPTOR.services_by_name["BudgetScheduler"]
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_PROMPT_BYTES = 4 * 1024 + 80
+_RUN_BYTES = 2048
+_IMPORT_FACTOR = 3
+"""An import is in memory as messages, as the parts of its entry and as the entry."""
 
 
-class SchedulerServicer(rpc.BudgetSchedulerServicer):
-    """Hands calls to the service; ``guard`` refuses those without a right to them."""
+class SchedulerServicer:
+    """Hands calls to the service.
 
-    def __init__(self, service: SchedulerService, guard: Guard | None = None) -> None:
+    Args:
+        service: what answers.
+        limits: of the server.
+        guard: refuses those without a right to their calls; None for no tokens.
+    """
+
+    def __init__(
+        self, service: SchedulerService, limits: Limits, guard: TokenGuard | None = None
+    ) -> None:
         self._service = service
-        self._events = service.events
+        self._limits = limits
         self._guard = guard
+        self._calls = Admission(limits.inflight_bytes)
+        # Of their own, so that a stream that trickles takes no room from other calls.
+        self._import_bytes = _IMPORT_FACTOR * limits.import_bytes + limits.receiving_bytes
+        self._imports = Admission(limits.imports * self._import_bytes)
+        self._large = asyncio.Semaphore(limits.large_calls)
+        self._work: set[asyncio.Task[Message]] = set()
 
-    async def CreateRun(self, request: pb.CreateRunRequest, context: Any) -> pb.Run:
-        """Answer CreateRun."""
-        return await self._call("CreateRun", request, context, self._service.create_run)
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve the contract's methods on a server."""
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+        for method in SERVICE.methods:
+            # On the wire a unary call is a stream of one message. Only what is received
+            # message by message can be kept within bounds; pages are sent so too.
+            as_stream = (
+                grpc.stream_stream_rpc_method_handler
+                if method.name in _PAGED
+                else grpc.stream_unary_rpc_method_handler
+            )
+            handlers[method.name] = as_stream(self._handler(method.name))
+        generic = grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
+        server.add_generic_rpc_handlers((generic,))
 
-    async def GetRun(self, request: pb.GetRunRequest, context: Any) -> pb.Run:
-        """Answer GetRun."""
-        return await self._call("GetRun", request, context, self._service.get_run)
+    async def settled(self) -> None:
+        """Wait for work whose callers have gone."""
+        while self._work:
+            await asyncio.wait(self._work)
 
-    async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsResponse:
-        """Answer ListRuns."""
-        return await self._call("ListRuns", request, context, self._service.list_runs)
+    def _handler(self, method: str) -> Callable[[Any, Any], Any]:
+        async def handle(_messages: object, context: Any) -> bytes | None:
+            call = _Call(method, context, self._service)
+            try:
+                caller = call.caller(self._guard)
+                if method == "ImportOutcomes":
+                    answer: bytes | None = await self._import(call, caller)
+                else:
+                    answer = await self._unary(call, caller, _REQUESTS[method])
+                call.code = "OK"
+                return answer
+            except SchedulerError as error:
+                call.code, call.message = error.code, str(error)
+                _without_frames(error)
+                await call.abort()
+            except asyncio.CancelledError:
+                call.code = "CANCELLED"
+                raise
+            except Exception:
+                call.code, call.message = "INTERNAL", "the scheduler failed; its log says why"
+                _LOG.exception("%s failed", method)
+                await call.abort()
+            finally:
+                call.handled()
 
-    async def DeleteRun(self, request: pb.DeleteRunRequest, context: Any) -> pb.DeleteRunResponse:
-        """Answer DeleteRun."""
-        return await self._call("DeleteRun", request, context, self._service.delete_run)
+        return handle
 
-    async def Allocate(self, request: pb.AllocateRequest, context: Any) -> pb.Allocation:
-        """Answer Allocate."""
-        return await self._call("Allocate", request, context, self._service.allocate)
+    async def _unary(self, call: _Call, caller: Caller, kind: type[Message]) -> bytes | None:
+        ticket = await self._admitted(self._calls, self._limits.receiving_bytes, call)
+        task = None
+        try:
+            async with ticket.transfer(
+                self._limits.transfer_seconds, "the request did not arrive whole"
+            ):
+                data = await call.context.read()
+            if data is grpc.aio.EOF:
+                raise InvalidArgument("request", "", "must be one message")
+            large = len(data) > self._limits.large_bytes
+            if large:
+                ticket.resize(len(data))
+                work = self._answer_large(call, caller, kind, data)
+            else:
+                request = self._checked(call, caller, kind, data)
+                # Room for the answer is kept of what receiving took, and not asked for anew.
+                ticket.resize(max(len(data), _answer_bytes(request)))
+                work = self._answer(call.method, request, caller)
+            del data
+            task = self._begin(work, ticket, large=large)
+            answer = (await asyncio.shield(task)).SerializeToString()
+            if call.method not in _PAGED:
+                return answer
+            async with ticket.transfer(
+                self._limits.transfer_seconds, "the answer was not taken whole"
+            ):
+                await call.context.write(answer)
+            return None
+        finally:
+            _leave(ticket, task)
 
-    async def Extend(self, request: pb.ExtendRequest, context: Any) -> pb.Allocation:
-        """Answer Extend."""
-        return await self._call("Extend", request, context, self._service.extend)
+    def _checked(self, call: _Call, caller: Caller, kind: type[Message], data: bytes) -> Any:
+        request = call.about(_parsed(kind, data, self._limits))
+        caller.check(getattr(request, "run_id", ""))
+        return request
 
-    async def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:
-        """Answer Report."""
-        return await self._call("Report", request, context, self._service.report)
+    async def _answer_large(
+        self, call: _Call, caller: Caller, kind: type[Message], data: bytes
+    ) -> Message:
+        """Return the answer to a large request, which is parsed when it is its turn."""
+        async with self._large:
+            request = self._checked(call, caller, kind, data)
+            del data
+            return await self._ask(call.method, request, caller)
 
-    async def RewindRun(self, request: pb.RewindRunRequest, context: Any) -> pb.Run:
-        """Answer RewindRun."""
-        return await self._call("RewindRun", request, context, self._service.rewind_run)
+    async def _answer(self, method: str, request: Any, caller: Caller) -> Message:
+        async with self._large if _answer_bytes(request) >= LARGEST_PAGE_BYTES else nullcontext():
+            return await self._ask(method, request, caller)
 
-    async def ListPromptStats(
-        self, request: pb.ListPromptStatsRequest, context: Any
-    ) -> pb.ListPromptStatsResponse:
-        """Answer ListPromptStats."""
-        return await self._call(
-            "ListPromptStats", request, context, self._service.list_prompt_stats
-        )
+    async def _import(self, call: _Call, caller: Caller) -> bytes:
+        limits = self._limits
+        ticket = await self._admitted(self._imports, self._import_bytes, call)
+        task = None
 
-    async def ImportOutcomes(
-        self, request_iterator: Any, context: Any
-    ) -> pb.ImportOutcomesResponse:
-        """Answer ImportOutcomes."""
-
-        async def guarded() -> Any:
-            async for message in request_iterator:
-                self._check(message, context)
+        async def messages() -> AsyncIterator[pb.ImportOutcomesRequest]:
+            is_first = True
+            while True:
+                async with ticket.transfer(
+                    limits.transfer_seconds, "the next message of the stream did not arrive"
+                ):
+                    data = await call.context.read()
+                if data is grpc.aio.EOF:
+                    return
+                if len(data) > limits.import_message_bytes:
+                    raise ResourceExhausted(
+                        f"a message of an import may hold {limits.import_message_bytes} bytes, "
+                        f"this one has {len(data)}; send more messages in the stream"
+                    )
+                message = _parsed(pb.ImportOutcomesRequest, data, limits)
+                if is_first:
+                    is_first = False
+                    call.about(message)
+                    caller.check(message.run_id)
                 yield message
 
-        return await self._call(
-            "ImportOutcomes", guarded(), context, self._service.import_outcomes, checked=True
-        )
-
-    def _check(self, request: Any, context: Context) -> None:
-        if self._guard is not None:
-            self._guard(request, context)
-
-    async def _call(
-        self,
-        method: str,
-        request: Any,
-        context: Any,
-        handler: Callable[[Any], Awaitable[Answer]],
-        *,
-        checked: bool = False,
-    ) -> Answer:
-        start = time.perf_counter()
-        code, message = "OK", ""
         try:
-            if not checked:
-                self._check(request, context)
-            return await handler(request)
-        except SchedulerError as error:
-            code, message = error.code, str(error)
-            await _abort(context, error.code, message)
-        except asyncio.CancelledError:
-            code = "CANCELLED"
-            raise
-        except Exception:
-            code, message = "INTERNAL", "the scheduler failed; its log says why"
-            _LOG.exception("%s failed", method)
-            await _abort(context, code, message)
+            received = await self._service.receive_outcomes(messages())
+            ticket.resize(_IMPORT_FACTOR * received.size)
+            large = received.size > limits.large_bytes
+            task = self._begin(self._apply(received, large), ticket, large=large)
+            return (await asyncio.shield(task)).SerializeToString()
         finally:
-            _emit(self._events, method, code, message, request, start)
+            _leave(ticket, task)
+
+    async def _apply(self, received: ImportStream, large: bool) -> Message:
+        async with self._large if large else nullcontext():
+            return await self._service.import_received(received)
+
+    async def _admitted(self, admission: Admission, size: int, call: _Call) -> Ticket:
+        left = call.context.time_remaining()
+        patience = PATIENCE_SECONDS if left is None else min(left, PATIENCE_SECONDS)
+        return await admission.admit(size, call.context.peer(), patience)
+
+    def _begin(self, work: Any, ticket: Ticket, *, large: bool = False) -> asyncio.Task[Message]:
+        """Start work that goes on when its caller goes away, and holds its room until then."""
+        task: asyncio.Task[Message] = asyncio.ensure_future(work)
+        self._work.add(task)
+
+        def done(_task: object) -> None:
+            self._work.discard(task)
+            if ticket.abandoned:
+                ticket.close()
+            if large:
+                asyncio.get_running_loop().run_in_executor(None, give_back)
+
+        task.add_done_callback(done)
+        return task
+
+    async def _ask(self, method: str, request: Any, caller: Caller) -> Message:
+        service = self._service
+        match method:
+            case "CreateRun":
+                return await service.create_run(request)
+            case "GetRun":
+                return await service.get_run(request)
+            case "ListRuns":
+                return await service.list_runs(request, caller.covers)
+            case "DeleteRun":
+                return await service.delete_run(request)
+            case "Allocate":
+                return await service.allocate(request)
+            case "Extend":
+                return await service.extend(request)
+            case "Report":
+                return await service.report(request)
+            case "RewindRun":
+                return await service.rewind_run(request)
+            case "ListPromptStats":
+                return await service.list_prompt_stats(request)
+        raise AssertionError(f"{method} has no handler")
 
 
-async def _abort(context: Context, code: str, message: str) -> NoReturn:
-    """End the call with a status; raises, so that no handler goes on."""
-    await context.abort(grpc.StatusCode[code], message)
+def _leave(ticket: Ticket, task: asyncio.Task[Message] | None) -> None:
+    """Give a call's room back, now or when its work is done."""
+    if task is None or task.done():
+        ticket.close()
+    else:
+        ticket.abandoned = True
 
 
-def _emit(events: Events, method: str, code: str, message: str, request: Any, start: float) -> None:
-    events.emit(
-        CallHandled(
-            method,
-            code,
-            time.perf_counter() - start,
-            str(getattr(request, "run_id", "")),
-            str(getattr(request, "request_id", "") or getattr(request, "report_id", "")),
-            message,
+_PAGED = ("ListRuns", "ListPromptStats")
+_REQUESTS: dict[str, type[Message]] = {
+    "CreateRun": pb.CreateRunRequest,
+    "GetRun": pb.GetRunRequest,
+    "ListRuns": pb.ListRunsRequest,
+    "DeleteRun": pb.DeleteRunRequest,
+    "Allocate": pb.AllocateRequest,
+    "Extend": pb.ExtendRequest,
+    "Report": pb.ReportRequest,
+    "RewindRun": pb.RewindRunRequest,
+    "ListPromptStats": pb.ListPromptStatsRequest,
+}
+
+
+class _Call:
+    """One call: what is known of it, for its refusal and for its event."""
+
+    def __init__(self, method: str, context: Any, service: SchedulerService) -> None:
+        self.method = method
+        self.context = context
+        self._about = ("", "")
+        self.code, self.message = "UNKNOWN", ""
+        self._events = service.events
+        self._start = time.perf_counter()
+        self._metadata = dict(context.invocation_metadata() or ())
+        given = str(self._metadata.get(REQUEST_ID_KEY, ""))
+        self._is_theirs = _REQUEST_ID.fullmatch(given) is not None
+        self._id = given if self._is_theirs else uuid.uuid4().hex[:16]
+        REQUEST_ID.set(self._id)
+        self._events.emit(CallBegun(method, self._id, self._metadata))
+
+    def caller(self, guard: TokenGuard | None) -> Caller:
+        """Return who calls; Unauthenticated for nobody."""
+        return guard.caller(self._metadata) if guard else EVERYBODY
+
+    def about(self, request: Any) -> Any:
+        """Note what the call is about; returns its request."""
+        call_id = getattr(request, "request_id", "") or getattr(request, "report_id", "")
+        self._about = (getattr(request, "run_id", ""), call_id)
+        return request
+
+    async def abort(self) -> NoReturn:
+        """End the call with its status; raises, so that no handler goes on."""
+        message = self.message
+        if self._is_theirs or self.code in ("INTERNAL", "UNAVAILABLE"):
+            message += f" ({REQUEST_ID_KEY} {self._id})"
+        trailer = ((REQUEST_ID_KEY, self._id),)
+        await self.context.abort(grpc.StatusCode[self.code], message, trailer)
+        raise AssertionError("unreachable: abort raises")
+
+    def handled(self) -> None:
+        """Tell how it ended."""
+        self._events.emit(
+            CallHandled(
+                self.method,
+                self.code,
+                time.perf_counter() - self._start,
+                *self._about,
+                self.message,
+                self._id,
+            )
         )
-    )
+
+
+def _without_frames(error: BaseException) -> None:
+    """Let go of the frames that an error passed.
+
+    They hold the request, and tasks among them hold the error: until the garbage collector
+    finds the circle, hundreds of megabytes could hang on a refusal.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        seen.__traceback__ = None
+        seen = seen.__context__
+
+
+def _parsed(kind: type[Message], data: bytes, limits: Limits) -> Any:
+    """Return a message none of whose fields is longer than any call's may be.
+
+    Short elements take twenty times their size once parsed. On the event loop, where no two
+    are parsed at once, only one message ever takes that.
+    """
+    try:
+        message = kind.FromString(data)
+    except DecodeError:
+        raise InvalidArgument(
+            "request", f"{len(data)} bytes", f"must be a serialised {kind.DESCRIPTOR.name}"
+        ) from None
+    if len(data) > limits.large_bytes:
+        for field in kind.DESCRIPTOR.fields:
+            if field.is_repeated:
+                count = len(getattr(message, field.name))
+                by_rollout = field.name in ("rewards", "completion_tokens")
+                most = limits.total_rollouts if by_rollout else limits.prompts
+                if count > most:
+                    raise InvalidArgument(
+                        field.name, f"{count} values", f"must be at most {most} in one call"
+                    )
+    return message
+
+
+def _answer_bytes(request: Message) -> int:
+    """Return at most how many bytes the answer to a list call will have; 0 for others."""
+    if isinstance(request, pb.ListPromptStatsRequest):
+        size = page_size(request.page_size, 1000, 100_000)
+        return min(size * _PROMPT_BYTES, LARGEST_PAGE_BYTES)
+    if isinstance(request, pb.ListRunsRequest):
+        return page_size(request.page_size, 100, 1000) * _RUN_BYTES
+    return 0

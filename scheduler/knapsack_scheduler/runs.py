@@ -3,12 +3,14 @@
 A run's state is read and changed only while its lock is held, in one worker thread at a
 time: first everything that was appended since is folded in, then the call decides and
 appends, and only what has been committed is folded. A process that died, or another
-replica, thus leaves nothing that this one could miss.
+replica, thus leaves nothing that this one could miss. Snapshots are written by a thread
+of their own, from a copy.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,119 +18,30 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
+from knapsack_scheduler.allocations import Counted
 from knapsack_scheduler.errors import (
     AlreadyExists,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
     ResourceExhausted,
+    RunNotFound,
+    StoreInterrupted,
     StoreUnavailable,
 )
 from knapsack_scheduler.events import Committed, Events
-from knapsack_scheduler.facts import ALWAYS, Fact
-from knapsack_scheduler.journal.journal import Entry, Journal, RunRow, Writing
+from knapsack_scheduler.journal.compaction import Retention
+from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.records import RunRow
+from knapsack_scheduler.journal.transaction import Reading, Writing
+from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.runconfig import RunConfig
-from knapsack_scheduler.state import Counted, RunState
+from knapsack_scheduler.snapshotting import Snapshotter
+
+_LOG = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
-
-
-class LoadedRun:
-    """One run's state and how far it has read the journal.
-
-    Attributes:
-        row: the run as stored.
-        state: what its journal folds to.
-        decided: what the entry about to be appended says, where its maker knows; it is
-            then not read from the entry again.
-    """
-
-    def __init__(self, row: RunRow) -> None:
-        self.row = row
-        self.decided: Fact | None = None
-        self.state = RunState(wire.parse_config(pb.RunConfig.FromString(row.config)))
-        self._seq = 0
-        self._calls: dict[tuple[str, str], tuple[int, bytes]] = {}
-        self._forgotten: set[tuple[str, bytes]] = set()
-
-    def catch_up(self, writing: Writing) -> None:
-        """Fold what was appended since."""
-        self.row = writing.run
-        if self._seq == writing.run.last_seq:
-            return
-        tail = list(writing.tail(self._seq))
-        if any(entry.kind == "rewind" for entry in tail):
-            self.refold(writing)
-            return
-        for entry in tail:
-            self.applied(entry)
-
-    def refold(self, writing: Writing, rewound_to: int | None = None) -> None:
-        """Fold the whole journal anew, without what its rewinds forget.
-
-        Args:
-            writing: the open transaction.
-            rewound_to: step of a rewind that is about to be appended.
-        """
-        self.state = RunState(self.state.config)
-        self._calls = {}
-        self._forgotten = set()
-        kept = _kept(writing, rewound_to)
-        for entry in writing.tail(0):
-            if entry.kind == "rewind" or kept[entry.seq]:
-                self.applied(entry)
-            else:
-                if entry.kind == "allocate":
-                    self.state.abandon(wire.fact_of(entry, self.state))
-                if entry.kind == "report":
-                    self._forgotten.add((entry.key, entry.digest))
-                self._seq = entry.seq
-
-    def applied(self, entry: Entry) -> Counted:
-        """Take in an entry that is committed; returns what it changed."""
-        counted = Counted()
-        if entry.kind != "rewind":
-            counted = self.state.fold(self.decided or wire.fact_of(entry, self.state))
-        self.decided = None
-        if entry.key:
-            self._calls[entry.kind, entry.key] = (entry.seq, entry.digest)
-        self._seq = entry.seq
-        return counted
-
-    def has_forgotten(self, report_id: str, digest: bytes) -> bool:
-        """Return whether a report is one that a rewind forgot, arriving once more."""
-        return (report_id, digest) in self._forgotten
-
-    def answered(self, writing: Writing, kind: str, key: str, digest: bytes) -> bytes | None:
-        """Return the stored answer of a call made before, or None.
-
-        Raises:
-            AlreadyExists: the id was used with other content.
-        """
-        known = self._calls.get((kind, key))
-        if known is None:
-            return None
-        seq, before = known
-        if before != digest:
-            field = "report_id" if kind == "report" else "request_id"
-            raise AlreadyExists(
-                f"{field} = {key!r}: was used before in run {self.row.run_id!r} with other "
-                "content; make a new id for a new call"
-            )
-        return writing.entry(seq).answer
-
-
-def _kept(writing: Writing, rewound_to: int | None) -> dict[int, bool]:
-    """Return, per entry number, whether no later rewind forgets it."""
-    limit = 2**63 if rewound_to is None else rewound_to
-    kept = {}
-    for seq, kind, step in reversed(writing.outline()):
-        kept[seq] = step == ALWAYS or step <= limit
-        if kind == "rewind":
-            limit = min(limit, step)
-    return kept
 
 
 @dataclass(slots=True, eq=False)
@@ -149,6 +62,7 @@ class Runs:
         *,
         auto_create_runs: bool,
         default_config: RunConfig,
+        retention: Retention,
     ) -> None:
         self._journal = journal
         self._events = events
@@ -157,10 +71,12 @@ class Runs:
         self._loaded: dict[str, LoadedRun] = {}
         self._turns: dict[str, _Turn] = {}
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="runs")
+        self._snapshots = Snapshotter(journal, retention)
 
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for what is under way; a snapshot is given up."""
         self._threads.shutdown(wait=True)
+        self._snapshots.close()
 
     async def in_thread(self, work: Callable[[], Answer]) -> Answer:
         """Run blocking work off the event loop."""
@@ -188,7 +104,7 @@ class Runs:
             What work returned, and what folding its entries changed.
 
         Raises:
-            NotFound: no run of that name.
+            RunNotFound: no run of that name.
         """
 
         async def locked() -> tuple[Answer, Counted]:
@@ -205,16 +121,54 @@ class Runs:
 
         return await asyncio.shield(asyncio.ensure_future(locked()))
 
+    async def look(self, run_id: str, work: Callable[[LoadedRun, Reading], Answer]) -> Answer:
+        """Return what work makes of a run that is level with the journal, changing nothing.
+
+        Raises:
+            RunNotFound: no run of that name.
+        """
+
+        async def locked() -> Answer:
+            async with self._turn(run_id):
+                return await self.in_thread(lambda: self._again(lambda: self._look(run_id, work)))
+
+        return await asyncio.shield(asyncio.ensure_future(locked()))
+
     async def create(self, run_id: str, config: RunConfig) -> None:
         """Create a run; AlreadyExists if one of that name is there."""
         await self.in_thread(lambda: self._create(run_id, config))
 
     async def delete(self, run_id: str) -> None:
-        """Delete a run; NotFound if there is none."""
+        """Delete a run; RunNotFound if there is none."""
         async with self._turn(run_id):
             await asyncio.shield(
                 asyncio.ensure_future(self.in_thread(lambda: self._delete(run_id)))
             )
+
+    async def preload(self, count: int) -> None:
+        """Load the runs that were written to last, so that their next call does not wait.
+
+        One that cannot be loaded is logged, and refused when it is asked for.
+        """
+
+        def load() -> None:
+            rows = self._journal.list_runs("", 10**9)
+            for row in sorted(rows, key=lambda row: -row.update_time)[:count]:
+                start = time.perf_counter()
+                try:
+                    run = self._load(row.run_id)
+                except Exception:
+                    _LOG.exception("run %r cannot be loaded", row.run_id)
+                    continue
+                _LOG.info(
+                    "run %r loaded: %d known prompts in %.1f s",
+                    row.run_id,
+                    run.state.known_prompts,
+                    time.perf_counter() - start,
+                )
+                self._keep(row.run_id, run)
+
+        await self.in_thread(load)
 
     @asynccontextmanager
     async def _turn(self, run_id: str) -> AsyncIterator[None]:
@@ -233,47 +187,111 @@ class Runs:
         self._loaded.pop(run_id, None)
         self._journal.delete_run(run_id)
 
-    def _create(self, run_id: str, config: RunConfig) -> None:
+    def _create(self, run_id: str, config: RunConfig) -> RunRow:
         message = wire.config_message(config).SerializeToString(deterministic=True)
-        self._journal.create_run(run_id, message, time.time_ns())
+        return self._journal.create_run(run_id, message, time.time_ns())
 
     def _work(
         self, run_id: str, work: Callable[[LoadedRun, Writing], Answer], create: bool
     ) -> tuple[Answer, Counted]:
-        created = create and self._auto_create and self._journal.find_run(run_id) is None
-        if created:
-            with suppress(AlreadyExists):
-                self._create(run_id, self._default_config)
+        def attempt() -> tuple[Answer, Counted]:
+            return self._again(lambda: self._transact(run_id, work))
+
         try:
-            return self._transact(run_id, work)
+            return attempt()
+        except RunNotFound:
+            if not (create and self._auto_create):
+                raise
+        created = None
+        with suppress(AlreadyExists):
+            created = self._create(run_id, self._default_config)
+        try:
+            return attempt()
         except _REFUSALS:
             if created:
                 # A refused call changes nothing, so neither does it create a run.
-                self._delete(run_id)
+                self._loaded.pop(run_id, None)
+                with suppress(RunNotFound):
+                    self._journal.delete_run(run_id, only_new=created.identity)
             raise
+
+    def _again(self, attempt: Callable[[], Answer]) -> Answer:
+        """Return what an attempt does, trying anew what another may do better.
+
+        A call whose commit was cut off may have been stored: the next attempt finds it
+        under its id and returns the stored answer.
+        """
+        for pause in _PAUSES:
+            try:
+                return attempt()
+            except _Behind:
+                continue
+            except StoreInterrupted as error:
+                _LOG.warning("a transaction is begun anew: %s", error)
+                time.sleep(pause)
+        try:
+            return attempt()
+        except _Behind:
+            raise StoreUnavailable("the run is rewound faster than it can be read") from None
+
+    def _load(self, run_id: str) -> LoadedRun:
+        with self._journal.reading(run_id) as reading:
+            return LoadedRun.load(reading)
+
+    def _keep(self, run_id: str, run: LoadedRun) -> None:
+        """Keep a run in memory, at the cost of those that were not used for longest."""
+        self._loaded[run_id] = run
+        for other in list(self._loaded)[:-_MOST_LOADED]:
+            self._loaded.pop(other, None)
+
+    def _look(self, run_id: str, work: Callable[[LoadedRun, Reading], Answer]) -> Answer:
+        run = self._loaded.pop(run_id, None)
+        try:
+            with self._journal.reading(run_id) as reading:
+                if run is None or not run.catch_up(reading):
+                    run = LoadedRun.load(reading)
+                return work(run, reading)
+        finally:
+            if run is not None and run.intact:
+                self._keep(run_id, run)
 
     def _transact(
         self, run_id: str, work: Callable[[LoadedRun, Writing], Answer]
     ) -> tuple[Answer, Counted]:
         # Set aside until all has gone well: half-folded state is no state.
         run = self._loaded.pop(run_id, None)
-        with self._journal.writing(run_id) as writing:
-            if run is None or run.row.run_key != writing.run.run_key:
-                run = LoadedRun(writing.run)
-            run.catch_up(writing)
-            try:
+        if run is None:
+            # Before the run is held: nobody else waits for a long fold.
+            run = self._load(run_id)
+        try:
+            with self._journal.writing(run_id) as writing:
+                if not run.catch_up(writing):
+                    raise _Behind
                 answer = work(run, writing)
-            except _REFUSALS:
-                self._loaded[run_id] = run
-                raise
+        except (*_REFUSALS, StoreUnavailable):
+            if run.intact:
+                self._keep(run_id, run)
+            raise
         counted = Counted()
         for entry in writing.appended:
             counted = run.applied(entry)
         if writing.appended:
             run.row = writing.run_after
-        self._loaded[run_id] = run
+        self._keep(run_id, run)
+        if writing.appended:
+            self._snapshots.offer(run)
         return answer, counted
 
+
+class _Behind(Exception):
+    """The run has to be read anew first, which is done without holding it."""
+
+
+_PAUSES = (0.05, 0.2, 0.5)
+"""Seconds before a transaction that was cut off is begun anew."""
+
+_MOST_LOADED = 64
+"""Runs in memory."""
 
 _REFUSALS = (InvalidArgument, NotFound, AlreadyExists, FailedPrecondition, ResourceExhausted)
 """Raised by work before it has changed anything."""

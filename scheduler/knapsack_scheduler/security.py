@@ -7,10 +7,13 @@ has become unreadable leaves the tokens as they were.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 
@@ -39,42 +42,82 @@ class Watched:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls: the runs that a token is for.
+
+    Attributes:
+        prefixes: of the names of those runs; ``*`` is every run.
+    """
+
+    prefixes: tuple[str, ...]
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether every run may be called, those to come among them."""
+        return "*" in self.prefixes
+
+    def covers(self, run_id: str) -> bool:
+        """Return whether calls of this run may be made."""
+        return self.is_everywhere or run_id.startswith(self.prefixes)
+
+    def check(self, run_id: str) -> None:
+        """Raise PermissionDenied unless calls of this run may be made.
+
+        A call that names no run passes: it is about the runs that the caller may see, or
+        refused for want of a name.
+        """
+        if run_id and not self.covers(run_id):
+            raise PermissionDenied(f"the token does not cover run {run_id!r}")
+
+
+EVERYBODY = Caller(("*",))
+"""Whoever can reach a server without tokens."""
+
+
 class TokenGuard:
-    """Refuses calls without a token of the file that covers their run."""
+    """Knows the callers by the tokens of a file, which is read again when it changes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = Watched(path)
         self._file.changed()
         self._prefixes = _parse(path, self._file.data)
+        self._failed = ""
 
-    def __call__(self, request: Any, context: Any) -> None:
-        """Raise Unauthenticated or PermissionDenied unless the call may be made."""
-        self._reload()
-        metadata = dict(context.invocation_metadata() or ())
+    def caller(self, metadata: Mapping[str, str | bytes]) -> Caller:
+        """Return who a call with this metadata is from; Unauthenticated for nobody."""
         value = str(metadata.get("authorization", ""))
         if not value.startswith(_BEARER):
             raise Unauthenticated("the call needs metadata authorization: Bearer TOKEN")
-        given = value[len(_BEARER) :].encode()
-        # Every token is compared, so that time tells nothing of which one is near.
-        prefixes = [prefix for token, prefix in self._prefixes if hmac.compare_digest(token, given)]
+        return self.bearer(value[len(_BEARER) :])
+
+    def bearer(self, token: str) -> Caller:
+        """Return whom a token is of; Unauthenticated for nobody."""
+        self._reload()
+        given = _fingerprint(token.encode())
+        # Every token is compared, so that time tells nothing of which one is near; and
+        # fingerprints are, so that it tells nothing of their lengths.
+        prefixes = [prefix for known, prefix in self._prefixes if hmac.compare_digest(known, given)]
         if not prefixes:
             raise Unauthenticated("the token is not known")
-        run_id = str(getattr(request, "run_id", ""))
-        if "*" in prefixes:
-            return
-        if not run_id:
-            raise PermissionDenied("the call is about every run; the token is for some")
-        if not any(run_id.startswith(prefix) for prefix in prefixes):
-            raise PermissionDenied(f"the token does not cover run {run_id!r}")
+        return Caller(tuple(prefixes))
 
     def _reload(self) -> None:
         try:
             if self._file.changed():
                 self._prefixes = _parse(self._path, self._file.data)
                 _LOG.warning("token file read again")
+                self._failed = ""
         except (OSError, ConfigError) as error:
-            _LOG.error("token file cannot be read, the old tokens stay: %s", error)
+            # Said once, not with every call.
+            if self._failed != str(error):
+                _LOG.error("token file cannot be read, the old tokens stay: %s", error)
+            self._failed = str(error)
+
+
+def _fingerprint(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()
 
 
 def _parse(path: Path, data: bytes) -> list[tuple[bytes, str]]:
@@ -87,10 +130,17 @@ def _parse(path: Path, data: bytes) -> list[tuple[bytes, str]]:
             raise ConfigError(
                 f"token_file = {str(path)!r}: line {number} must be a token and a run prefix"
             )
-        tokens.append((words[0].encode(), words[1]))
+        tokens.append((_fingerprint(words[0].encode()), words[1]))
     if not tokens:
         raise ConfigError(f"token_file = {str(path)!r}: holds no token; nobody could call")
     return tokens
+
+
+def warn_of_readable(paths: Iterable[Path | None]) -> None:
+    """Log a warning for each file of secrets that every user of the machine may read."""
+    for path in paths:
+        if path is not None and path.is_file() and path.stat().st_mode & stat.S_IROTH:
+            _LOG.warning("%s can be read by every user of this machine; chmod o-r it", path)
 
 
 def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:

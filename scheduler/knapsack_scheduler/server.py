@@ -15,23 +15,40 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry
 
-from knapsack_proto.v1 import scheduler_pb2 as pb
-from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
-from knapsack_scheduler.admin import LivePage, admin_app
+from knapsack_scheduler.admin import admin_app
 from knapsack_scheduler.config import Settings, default_config, host_and_port
 from knapsack_scheduler.errors import ConfigError
 from knapsack_scheduler.events import Events
+from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.livepage import LivePage
 from knapsack_scheduler.logs import log_event
 from knapsack_scheduler.metrics import Metrics
-from knapsack_scheduler.rpc import SchedulerServicer
-from knapsack_scheduler.security import TokenGuard, server_credentials
-from knapsack_scheduler.service import SchedulerService
+from knapsack_scheduler.rpc import SERVICE, SchedulerServicer
+from knapsack_scheduler.security import TokenGuard, server_credentials, warn_of_readable
+from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
+from knapsack_scheduler.tracing import Tracing
 
 READINESS = ""
 LIVENESS = "liveness"
-_SERVICE = pb.DESCRIPTOR.services_by_name["BudgetScheduler"].full_name
+_CONNECTION_OPTIONS = [
+    # One connection may not take every call that is served.
+    ("grpc.max_concurrent_streams", 256),
+    # A connection that nobody uses, or whose other end is gone, costs memory for nothing.
+    ("grpc.max_connection_idle_ms", 30 * 60 * 1000),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Clients may ask whether the server is there every 10 s, not more often.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_metadata_size", 16 * 1024),
+    # What a call may send before it is read. The size that the probe finds on a fast network
+    # is 16 MiB, of every call that waits.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 256 * 1024),
+]
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -42,13 +59,20 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._limits = Limits(
-            prompts=settings.max_prompts, concurrent_calls=settings.max_concurrent_calls
+            prompts=settings.max_prompts,
+            concurrent_calls=settings.max_concurrent_calls,
+            message_bytes=settings.max_message_bytes,
+            inflight_bytes=settings.max_inflight_bytes,
+            connections=settings.max_connections,
         )
         self._journal = Journal(settings.store)
         self._events = Events()
         self._health = health_aio.HealthServicer()
         self._serving = False
+        self._tracing: Tracing | None = None
+        self._guard = TokenGuard(settings.token_file) if settings.token_file else None
         self._service: SchedulerService | None = None
+        self._servicer: SchedulerServicer | None = None
         self._api: grpc.aio.Server | None = None
         self._probes: grpc.aio.Server | None = None
         self._admin: web.AppRunner | None = None
@@ -58,6 +82,7 @@ class Server:
         """Open the store and every socket; ConfigError says which of them failed."""
         settings = self._settings
         await asyncio.to_thread(self._journal.open)
+        warn_of_readable([settings.token_file, settings.tls_key])
         try:
             self._service = SchedulerService(
                 self._journal,
@@ -65,31 +90,38 @@ class Server:
                 default_config=default_config(settings),
                 limits=self._limits,
                 events=self._events,
+                retention=Retention(settings.rewind_horizon, settings.journal_calls),
             )
+            await self._set_ready(False)
+            await self._health.set(LIVENESS, _SERVING)
             await self._start_admin()
             await self._start_probes()
+            # Alive but not ready: a trainer whose call had to wait for this would give up.
+            await self._service.preload(settings.preload_runs)
             await self._start_api(self._service)
         except BaseException:
             await self.stop(0.0)
             raise
-        await self._health.set(LIVENESS, _SERVING)
         await self._set_ready(True)
 
     async def _start_api(self, service: SchedulerService) -> None:
         settings = self._settings
-        guard = TokenGuard(settings.token_file) if settings.token_file else None
-        size = self._limits.message_bytes
+        limits = self._limits
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", size),
-                ("grpc.max_send_message_length", size),
+                ("grpc.max_receive_message_length", limits.message_bytes),
+                # Pages end before they grow larger.
+                ("grpc.max_send_message_length", 2 * LARGEST_PAGE_BYTES),
+                *_CONNECTION_OPTIONS,
+                ("grpc.max_allowed_incoming_connections", limits.connections),
             ],
-            maximum_concurrent_rpcs=self._limits.concurrent_calls,
+            maximum_concurrent_rpcs=limits.concurrent_calls,
         )
-        rpc.add_BudgetSchedulerServicer_to_server(SchedulerServicer(service, guard), server)  # type: ignore[no-untyped-call]
+        self._servicer = SchedulerServicer(service, limits, self._guard)
+        self._servicer.add_to(server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (_SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        names = (SERVICE.full_name, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
         credentials = None
         if settings.tls_cert and settings.tls_key:
@@ -114,7 +146,10 @@ class Server:
         page = LivePage()
         for listener in (Metrics(registry), page, log_event):
             self._events.listen(listener)
-        runner = web.AppRunner(admin_app(registry, page, lambda: self._serving))
+        if self._settings.tracing:
+            self._tracing = Tracing.exporting()
+            self._events.listen(self._tracing)
+        runner = web.AppRunner(admin_app(registry, page, lambda: self._serving, self._guard))
         await runner.setup()
         self._admin = runner
         host, port = host_and_port("admin_listen", self._settings.admin_listen)
@@ -128,7 +163,7 @@ class Server:
 
     async def _set_ready(self, ready: bool) -> None:
         self._serving = ready
-        for name in (READINESS, _SERVICE):
+        for name in (READINESS, SERVICE.full_name):
             await self._health.set(name, _SERVING if ready else _NOT_SERVING)
 
     async def stop(self, grace: float) -> None:
@@ -136,6 +171,8 @@ class Server:
         await self._set_ready(False)
         if self._api:
             await self._api.stop(grace)
+        if self._servicer:
+            await self._servicer.settled()
         if self._service:
             await asyncio.to_thread(self._service.close)
         await asyncio.to_thread(self._journal.close)
@@ -143,6 +180,8 @@ class Server:
             await self._probes.stop(0)
         if self._admin:
             await self._admin.cleanup()
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close)
 
 
 def _bind(

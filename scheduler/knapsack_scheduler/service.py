@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 
 import numpy as np
 from google.protobuf.message import Message
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import pages, validation, wire
+from knapsack_scheduler.allocations import OpenAllocation
 from knapsack_scheduler.core.policy import plan_allocation, plan_extension
 from knapsack_scheduler.core.problem import Budget, Decision, InfeasibleBudget
 from knapsack_scheduler.errors import (
@@ -37,13 +39,16 @@ from knapsack_scheduler.facts import (
     OutcomesReported,
     Rewards,
 )
-from knapsack_scheduler.journal.journal import Entry, Journal, Writing
+from knapsack_scheduler.journal.compaction import Retention
+from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.records import Entry
+from knapsack_scheduler.journal.transaction import Writing
 from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.runconfig import RunConfig
-from knapsack_scheduler.runs import LoadedRun, Runs
-from knapsack_scheduler.state import OpenAllocation
+from knapsack_scheduler.runs import Runs
 
-_PAGE_BYTES = 32 * 2**20
+LARGEST_PAGE_BYTES = 32 * 2**20
 """A page of statistics ends before it outgrows a message."""
 
 
@@ -58,6 +63,7 @@ class SchedulerService:
         default_config: RunConfig | None = None,
         limits: Limits | None = None,
         events: Events | None = None,
+        retention: Retention | None = None,
     ) -> None:
         self._journal = journal
         self._default_config = default_config or RunConfig()
@@ -68,7 +74,12 @@ class SchedulerService:
             self.events,
             auto_create_runs=auto_create_runs,
             default_config=self._default_config,
+            retention=retention or Retention(),
         )
+
+    async def preload(self, count: int) -> None:
+        """Load the runs that were written to last, before the first call comes."""
+        await self._runs.preload(count)
 
     def close(self) -> None:
         """Wait for calls under way; the journal is closed by whoever opened it."""
@@ -95,24 +106,31 @@ class SchedulerService:
     async def get_run(self, request: pb.GetRunRequest) -> pb.Run:
         """Return one run."""
         run_id = validation.name("run_id", request.run_id)
-        run, _ = await self._runs.alone(
-            run_id, lambda run, _writing: wire.run_message(run.row, run.state)
+        return await self._runs.look(
+            run_id, lambda run, _reading: wire.run_message(run.row, run.state)
         )
-        return run
 
-    async def list_runs(self, request: pb.ListRunsRequest) -> pb.ListRunsResponse:
-        """Return a page of runs."""
+    async def list_runs(
+        self, request: pb.ListRunsRequest, may_see: Callable[[str], bool] = lambda _run_id: True
+    ) -> pb.ListRunsResponse:
+        """Return a page of the runs that the caller may see."""
         size = pages.page_size(request.page_size, 100, 1000)
         after = pages.key_before(request.page_token)
-        rows = await self._runs.in_thread(lambda: self._journal.list_runs(after, size + 1))
+        names: list[str] = []
+        while True:
+            rows = await self._runs.in_thread(partial(self._journal.list_runs, after, size + 1))
+            names += [row.run_id for row in rows if may_see(row.run_id)]
+            if len(rows) <= size or len(names) > size:
+                break
+            after = rows[-1].run_id
         answer = pb.ListRunsResponse()
-        for row in rows[:size]:
+        for name in names[:size]:
             try:
-                answer.runs.append(await self.get_run(pb.GetRunRequest(run_id=row.run_id)))
+                answer.runs.append(await self.get_run(pb.GetRunRequest(run_id=name)))
             except NotFound:
                 continue  # Deleted since.
-        if len(rows) > size:
-            answer.next_page_token = pages.token_after(rows[size - 1].run_id)
+        if len(names) > size:
+            answer.next_page_token = pages.token_after(names[size - 1])
         return answer
 
     async def delete_run(self, request: pb.DeleteRunRequest) -> pb.DeleteRunResponse:
@@ -165,7 +183,8 @@ class SchedulerService:
         except InfeasibleBudget as error:
             raise InvalidArgument(error.field, error.value, error.allowed) from None
         seconds = time.perf_counter() - start
-        name = wire.allocation_id(run.row.run_key, run.row.branch, request.request_id)
+        divided = _divided(run, request.step, 1, decision, seconds)
+        name = wire.allocation_id(run.row.identity, run.row.branch, request.request_id)
         answer = wire.allocation_message(name, run.row.run_id, request.step, 1, decision, prior)
         writing.append(
             _entry("allocate", request.request_id, request.step, digest, request, answer)
@@ -179,7 +198,7 @@ class SchedulerService:
             decision.num_rollouts,
             decision.chances,
         )
-        return answer, _divided(run, request.step, 1, decision, seconds)
+        return answer, divided
 
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
         """Spend what an allocation has left."""
@@ -222,6 +241,7 @@ class SchedulerService:
         )
         seconds = time.perf_counter() - start
         wave = allocation.wave + 1
+        divided = _divided(run, allocation.step, wave, decision, seconds)
         answer = wire.allocation_message(
             request.allocation_id, run.row.run_id, allocation.step, wave, decision, prior
         )
@@ -235,7 +255,7 @@ class SchedulerService:
             request.keep_outstanding,
             decision.chances,
         )
-        return answer, _divided(run, allocation.step, wave, decision, seconds)
+        return answer, divided
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
@@ -264,7 +284,7 @@ class SchedulerService:
         if not request.allocation_id and run.has_forgotten(request.report_id, digest):
             # Nothing is recorded: its id is free for a report of the step done anew.
             return pb.ReportResponse(ignored_rollouts=count), request.step, run
-        ignored = request.allocation_id in run.state.abandoned
+        ignored = run.is_abandoned(request.allocation_id)
         if ignored:
             answer = pb.ReportResponse(ignored_rollouts=count)
             step = ALWAYS
@@ -274,6 +294,12 @@ class SchedulerService:
             answer = pb.ReportResponse(accepted_rollouts=count)
             step = allocation.step
         else:
+            if request.step <= run.row.closed_step:
+                raise FailedPrecondition(
+                    f"step = {request.step}: run {run.row.run_id!r} takes reports of step "
+                    f"{run.row.closed_step + 1} and later ones; of older steps it could not "
+                    "tell a repeated report from a new one"
+                )
             answer = pb.ReportResponse(accepted_rollouts=count)
             step = request.step
         writing.append(_entry("report", request.report_id, step, digest, request, answer))
@@ -308,7 +334,7 @@ class SchedulerService:
             before = run.answered(writing, "rewind", request.request_id, digest)
             if before is not None:
                 return pb.Run.FromString(before), False
-        run.refold(writing, rewound_to=request.step)
+        run.become(LoadedRun.load(writing, rewound_to=request.step))
         answer = wire.run_message(run.row, run.state)
         answer.rewinds += 1
         # Without an id of its own a rewind is named for its place in the journal.
@@ -323,18 +349,27 @@ class SchedulerService:
         validation.name("run_id", request.run_id)
         size = pages.page_size(request.page_size, 1000, 100_000)
         after = pages.key_before(request.page_token)
-        answer, _ = await self._runs.alone(
-            request.run_id, lambda run, _writing: _stats_page(run, after, size)
+        return await self._runs.look(
+            request.run_id, lambda run, _reading: _stats_page(run, after, size)
         )
-        return answer
 
     async def import_outcomes(
         self, requests: AsyncIterator[pb.ImportOutcomesRequest]
     ) -> pb.ImportOutcomesResponse:
         """Add the outcomes of an earlier run."""
+        return await self.import_received(await self.receive_outcomes(requests))
+
+    async def receive_outcomes(
+        self, requests: AsyncIterator[pb.ImportOutcomesRequest]
+    ) -> wire.ImportStream:
+        """Return the messages of an import, checked as they arrive; adds nothing yet."""
         stream = wire.ImportStream(self._limits)
         async for message in requests:
             stream.add(message)
+        return stream
+
+    async def import_received(self, stream: wire.ImportStream) -> pb.ImportOutcomesResponse:
+        """Add the outcomes of a whole stream."""
         payload = await self._runs.in_thread(stream.payload)
         (answer, run), counted = await self._runs.alone(
             stream.run_id,
@@ -392,7 +427,11 @@ def _allocation(run: LoadedRun, name: str) -> OpenAllocation:
     allocation = run.state.allocations.get(name)
     if allocation is not None:
         return allocation
-    reason = "was forgotten by a rewind" if name in run.state.abandoned else "does not exist"
+    reason = "does not exist"
+    if run.is_abandoned(name):
+        reason = "was forgotten by a rewind"
+    elif run.row.floor_seq:
+        reason = f"does not exist or is of step {run.row.floor_step} or before, long since closed,"
     raise NotFound(f"allocation_id = {name!r}: {reason} in run {run.row.run_id!r}")
 
 
@@ -432,6 +471,7 @@ def _divided(
         decision.reasons,
         decision.num_rollouts,
         seconds,
+        time.time_ns(),
     )
 
 
@@ -441,7 +481,7 @@ def _stats_page(run: LoadedRun, after: str, size: int) -> pb.ListPromptStatsResp
     page = known[start : start + size]
     # UTF-8 takes up to 4 bytes a character, the columns less than 80 a row.
     sizes = np.cumsum([4 * len(p) + 80 for p, _ in page])
-    size = max(int(np.searchsorted(sizes, _PAGE_BYTES, side="right")), 1)
+    size = max(int(np.searchsorted(sizes, LARGEST_PAGE_BYTES, side="right")), 1)
     page = page[:size]
     rows = np.fromiter((row for _, row in page), np.int64, len(page))
     answer = wire.stats_message([p for p, _ in page], run.state.stats_of(rows))

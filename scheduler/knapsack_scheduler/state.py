@@ -7,12 +7,21 @@ folds the journal anew without what it forgets; nothing is ever taken back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from knapsack_scheduler.allocations import (
+    Counted,
+    OpenAllocation,
+    allocation_columns,
+    allocations_of,
+)
 from knapsack_scheduler.core.calibration import Calibration
 from knapsack_scheduler.core.drift import PROMPTS as DRIFT_PROMPTS
 from knapsack_scheduler.core.drift import Drift
@@ -35,13 +44,9 @@ from knapsack_scheduler.core.posterior import (
 from knapsack_scheduler.core.problem import (
     Begun,
     Beliefs,
-    BoolArray,
-    Bounds,
-    Budget,
     FloatArray,
     IntArray,
     Posterior,
-    WaveOutcomes,
     tie_keys,
 )
 from knapsack_scheduler.core.rates import PROMPTS as PRIOR_PROMPTS
@@ -56,93 +61,11 @@ from knapsack_scheduler.facts import (
     Rewards,
     Rewound,
 )
+from knapsack_scheduler.journal.columns import decode_text, encode_text, text_column
 from knapsack_scheduler.runconfig import RunConfig
 
 TOKEN_SHRINKAGE = 4
 """A prompt's mean length counts like this many rollouts of the run's mean length more."""
-
-
-@dataclass(slots=True)
-class OpenAllocation:
-    """An allocation that reports may still arrive for.
-
-    Attributes:
-        step: the trainer's.
-        rows: of the prompt at each position, int32[M].
-        bounds: of whole groups.
-        budget: of all waves.
-        wave: the newest.
-        allocated, delivered, successes: int32[M], all waves so far.
-        low, high: lowest and highest reward at each position, float32[M].
-        chance: that the group is effective when ``awaited`` rollouts of it came, as
-            predicted by the newest wave, float32[M]; NaN where nothing is predicted, or
-            has been judged.
-        awaited: int32[M].
-    """
-
-    step: int
-    rows: npt.NDArray[np.int32]
-    bounds: Bounds
-    budget: Budget
-    wave: int
-    allocated: npt.NDArray[np.int32]
-    delivered: npt.NDArray[np.int32]
-    successes: npt.NDArray[np.int32]
-    low: npt.NDArray[np.float32]
-    high: npt.NDArray[np.float32]
-    chance: npt.NDArray[np.float32]
-    awaited: npt.NDArray[np.int32]
-
-    @property
-    def mixed(self) -> BoolArray:
-        """Positions whose rewards are not all equal, bool[M]."""
-        return self.low < self.high
-
-    def outcomes(self, levels: RewardLevels) -> WaveOutcomes:
-        """Return what became of the waves so far; ``levels`` are those of the run."""
-        mixed = self.mixed
-        level = None
-        if levels.plural:
-            alike = (self.delivered > 0) & ~mixed
-            level = np.where(alike, levels.index(np.where(alike, self.low, 0.0)), -1)
-        return WaveOutcomes(
-            self.allocated.astype(np.int64),
-            self.delivered.astype(np.int64),
-            self.successes.astype(np.int64),
-            mixed,
-            level,
-        )
-
-    def predict(self, new: IntArray, chances: FloatArray) -> None:
-        """Await ``new`` rollouts at each position, and what they are said to lead to."""
-        predicted = (new > 0) & ~self.mixed
-        self.chance = np.where(predicted, chances, np.nan).astype(np.float32)
-        self.awaited = self.delivered + new.astype(np.int32)
-
-
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """What folding a report changed.
-
-    Attributes:
-        accepted: rollouts counted.
-        ignored: rollouts of a forgotten allocation.
-        groups: positions that had their first rollout.
-        effective_groups: positions whose rewards became unequal.
-        effective_rollouts: rollouts that came to lie in groups with unequal rewards.
-        judged_groups: groups whose rollouts have all come, of which a chance was predicted.
-        judged_effective_groups: those of them that are effective.
-        predicted_effective_groups: the sum of their chances.
-    """
-
-    accepted: int = 0
-    ignored: int = 0
-    groups: int = 0
-    effective_groups: int = 0
-    effective_rollouts: int = 0
-    judged_groups: int = 0
-    judged_effective_groups: int = 0
-    predicted_effective_groups: float = 0.0
 
 
 class RunState:
@@ -155,7 +78,6 @@ class RunState:
         )
         self.prompt_ids: list[str] = []
         self.allocations: dict[str, OpenAllocation] = {}
-        self.abandoned: set[str] = set()
         self.last_step = -1
         self.last_policy_version = 0
         self.known_prompts = 0
@@ -191,11 +113,6 @@ class RunState:
             case Rewound():
                 raise AssertionError("a rewind is a new fold of the journal")
         return Counted()
-
-    def abandon(self, fact: Fact) -> None:
-        """Remember of a forgotten fact what must be: the name of its allocation."""
-        if isinstance(fact, AllocationMade):
-            self.abandoned.add(fact.allocation_id)
 
     def rows_of(self, prompt_ids: tuple[str, ...]) -> IntArray:
         """Return the row of each prompt, int64[M]; -1 where there is none."""
@@ -294,19 +211,8 @@ class RunState:
         if chances is None:
             believed = self._posterior(rows, fact.step, self.prior())
             chances = effective_chances(believed, Begun.nothing(count), fact.num_rollouts)
-        allocation = OpenAllocation(
-            fact.step,
-            rows.astype(np.int32),
-            fact.bounds,
-            fact.budget,
-            1,
-            fact.num_rollouts.astype(np.int32),
-            np.zeros(count, np.int32),
-            np.zeros(count, np.int32),
-            np.full(count, np.inf, np.float32),
-            np.full(count, -np.inf, np.float32),
-            np.full(count, np.nan, np.float32),
-            np.zeros(count, np.int32),
+        allocation = OpenAllocation.made(
+            fact.step, rows, fact.bounds, fact.budget, fact.num_rollouts
         )
         allocation.predict(fact.num_rollouts, chances)
         self.allocations[fact.allocation_id] = allocation
@@ -339,7 +245,7 @@ class RunState:
         outcomes = self._outcomes(fact.rewards, rows.size)
         self._learn(rows, outcomes, fact.rewards, fact.step, fact.policy_version)
         if allocation is not None:
-            counted = _deliver(allocation, outcomes)
+            counted = allocation.deliver(outcomes)
             return self._judge(allocation, counted)
         mixed = outcomes.reward_min < outcomes.reward_max
         return Counted(
@@ -432,6 +338,67 @@ class RunState:
         level = levels.index(rewards.rewards)
         return counted_by_level(owner, level, unique.size, levels.values.size)
 
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """Return all that there is to the state as columns, for ``from_columns``.
+
+        A field that is not in here, in ``Visits`` or in ``_POSITION_COLUMNS`` is lost
+        with the process.
+        """
+        return self.frozen()()
+
+    def frozen(self) -> Callable[[], dict[str, npt.NDArray[Any]]]:
+        """Return a function that makes ``columns()`` of the state as it is now, later on.
+
+        What changes is copied here; what is only ever appended to is read there.
+        """
+        size, ids, keys = len(self.prompt_ids), self.prompt_ids, self._keys
+        scalars = {name: getattr(self, name) for name in _SCALARS}
+        scalars["levels_kept"] = self.reward_levels.kept
+        copied = {
+            "scalars": text_column(json.dumps(scalars)),
+            "sums": self._sums[:, :size].copy(),
+            "levels.values": self.reward_levels.values,
+            "levels.rollouts": self.reward_levels.rollouts,
+            **{
+                f"calibration.{each.name}": getattr(self.calibration, each.name)
+                for each in fields(Calibration)
+            },
+            **_named("visits", self._visits.columns()),
+            **_named("visited", self._visited.columns()),
+            **_named("revisited", self._revisited.columns()),
+            **allocation_columns(self.allocations),
+        }
+
+        def columns() -> dict[str, npt.NDArray[Any]]:
+            data, lengths = encode_text(ids[:size])
+            named = {"prompt_ids": data, "prompt_id_lengths": lengths, "keys": keys[:size]}
+            return {**copied, **named}
+
+        return columns
+
+    @classmethod
+    def from_columns(cls, config: RunConfig, columns: Mapping[str, npt.NDArray[Any]]) -> RunState:
+        """Return the state of ``columns()``."""
+        state = cls(config)
+        scalars = json.loads(columns["scalars"].tobytes())
+        kept = scalars.pop("levels_kept")
+        state.__dict__.update(scalars)
+        state.reward_levels = RewardLevels(
+            config.success_threshold, columns["levels.values"], columns["levels.rollouts"], kept
+        )
+        state.calibration = Calibration(
+            *(columns[f"calibration.{each.name}"] for each in fields(Calibration))
+        )
+        state.prompt_ids = decode_text(columns["prompt_ids"], columns["prompt_id_lengths"])
+        state._rows = dict(zip(state.prompt_ids, range(len(state.prompt_ids)), strict=True))
+        state._sums, state._keys = columns["sums"], columns["keys"]
+        state._visits = Visits.from_columns(_of_name("visits", columns))
+        state._visited = LastVisited.from_columns(_of_name("visited", columns), twice=False)
+        state._revisited = LastVisited.from_columns(_of_name("revisited", columns), twice=True)
+        state._prior = state._drift = None
+        state.allocations = allocations_of(columns)
+        return state
+
     def sorted_prompts(self) -> list[tuple[str, int]]:
         """Return (prompt id, row) of every prompt with an outcome, in the order of ids."""
         if self._sorted is None:
@@ -474,18 +441,22 @@ class PromptColumns:
 _ROLLOUTS, _SUCCESSES, _LAST_STEP, _LAST_VERSION, _TOKENS, _TOKEN_ROLLOUTS, _SUMS = range(7)
 
 
-def _deliver(allocation: OpenAllocation, outcomes: GroupOutcomes) -> Counted:
-    """Count delivered rollouts at their positions."""
-    begun, mixed = allocation.delivered > 0, allocation.mixed
-    in_effective = int(allocation.delivered[mixed].sum())
-    allocation.delivered += outcomes.rollouts.astype(np.int32)
-    allocation.successes += outcomes.successes.astype(np.int32)
-    np.minimum(allocation.low, outcomes.reward_min, out=allocation.low)
-    np.maximum(allocation.high, outcomes.reward_max, out=allocation.high)
-    now_mixed = allocation.mixed
-    return Counted(
-        accepted=int(outcomes.rollouts.sum()),
-        groups=int(np.count_nonzero((allocation.delivered > 0) & ~begun)),
-        effective_groups=int(np.count_nonzero(now_mixed & ~mixed)),
-        effective_rollouts=int(allocation.delivered[now_mixed].sum()) - in_effective,
-    )
+_SCALARS = (
+    "last_step",
+    "last_policy_version",
+    "known_prompts",
+    "total_rollouts",
+    "total_successes",
+    "ignored_rollouts",
+    "_token_sum",
+    "_token_rollouts",
+)
+
+
+def _named(name: str, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    return {f"{name}.{each}": column for each, column in columns.items()}
+
+
+def _of_name(name: str, columns: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    start = f"{name}."
+    return {each.removeprefix(start): c for each, c in columns.items() if each.startswith(start)}

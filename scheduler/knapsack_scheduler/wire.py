@@ -24,6 +24,7 @@ from knapsack_scheduler.core.posterior import Prior
 from knapsack_scheduler.core.problem import Bounds, Budget, Decision, FloatArray
 from knapsack_scheduler.errors import InvalidArgument, ResourceExhausted
 from knapsack_scheduler.facts import (
+    ALWAYS,
     AllocationExtended,
     AllocationMade,
     Fact,
@@ -33,7 +34,7 @@ from knapsack_scheduler.facts import (
     Rewards,
     Rewound,
 )
-from knapsack_scheduler.journal.journal import Entry, RunRow
+from knapsack_scheduler.journal.records import Entry, RunRow
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.state import PromptColumns, RunState
@@ -237,9 +238,9 @@ def check_extend(request: pb.ExtendRequest) -> None:
     validation.fraction("wave_fraction", request.wave_fraction)
 
 
-def allocation_id(run_key: int, branch: int, request_id: str) -> str:
+def allocation_id(identity: int, branch: int, request_id: str) -> str:
     """Return the name of an allocation: the same for the same call of the same run."""
-    text = f"{run_key}/{branch}/{request_id}".encode()
+    text = f"{identity}/{branch}/{request_id}".encode()
     return "a-" + hashlib.blake2b(text, digest_size=12).hexdigest()
 
 
@@ -429,7 +430,8 @@ def fact_of(entry: Entry, state: RunState) -> Fact:
                 tuple(report.prompt_ids),
                 report.policy_version,
                 rewards_of(report, positions),
-                pb.ReportResponse.FromString(entry.answer).ignored_rollouts > 0,
+                # Not told by the answer: a late report may hold no rollout.
+                ignored=entry.step == ALWAYS,
             )
         case "import":
             return imported_of(entry.payload, Limits())

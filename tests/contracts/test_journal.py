@@ -10,14 +10,22 @@ from pathlib import Path
 import pytest
 
 from knapsack_scheduler.errors import AlreadyExists, ConfigError, NotFound, StoreUnavailable
-from knapsack_scheduler.journal.journal import Entry, Journal
+from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.records import Entry
 
 
-@pytest.fixture(params=["sqlite file", "sqlite memory"])
-def journal(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Journal]:
+@pytest.fixture(params=["sqlite file", "sqlite memory", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty store of each kind."""
+    if request.param == "postgresql":
+        return request.getfixturevalue("postgres").new_store()
+    return "sqlite://" if request.param == "sqlite memory" else f"sqlite:///{tmp_path / 's.db'}"
+
+
+@pytest.fixture
+def journal(store: str) -> Iterator[Journal]:
     """An open journal."""
-    url = "sqlite://" if request.param == "sqlite memory" else f"sqlite:///{tmp_path / 's.db'}"
-    opened = Journal(url)
+    opened = Journal(store)
     opened.open()
     yield opened
     opened.close()
@@ -51,7 +59,11 @@ def test_entries_are_numbered_in_order_and_found_again(journal: Journal) -> None
         assert [e.seq for e in found] == [2, 3]
         assert found[0] == writing.entry(2)
         assert (found[0].step, found[0].payload) == (3, bytes(range(256)))
-        assert writing.outline() == [(1, "report", 0), (2, "report", 3), (3, "report", 0)]
+        assert [(e.seq, e.kind, e.step) for e in writing.outline()] == [
+            (1, "report", 0),
+            (2, "report", 3),
+            (3, "report", 0),
+        ]
         assert (writing.run.last_seq, writing.run.config, writing.run.create_time) == (
             3, b"config", 7,
         )  # fmt: skip
@@ -104,6 +116,42 @@ def test_runs_are_apart_and_named_once(journal: Journal) -> None:
     again = journal.create_run("run", b"", 0)
     assert again.run_key != first.run_key
     assert keys(journal) == []
+
+
+def test_a_run_that_is_looked_at_is_not_held(journal: Journal) -> None:
+    """A reader sees one moment, to its end, whatever is appended meanwhile."""
+    journal.create_run("run", b"", 0)
+    append(journal, entry("a"))
+    with journal.reading("run") as reading:
+        assert [e.key for e in reading.tail(0)] == ["a"]
+    append(journal, entry("b"))
+    with journal.reading("run") as reading:
+        assert (reading.run.last_seq, [e.key for e in reading.tail(0)]) == (2, ["a", "b"])
+    with pytest.raises(NotFound), journal.reading("other"):
+        pass
+
+
+def test_a_long_tail_comes_in_order_and_whole(journal: Journal) -> None:
+    """However many batches it is fetched in."""
+    journal.create_run("run", b"", 0)
+    append(journal, *[entry(f"{i}") for i in range(450)])
+    assert keys(journal) == [f"{i}" for i in range(450)]
+    assert keys(journal, after=250) == [f"{i}" for i in range(250, 450)]
+
+
+def test_a_run_made_anew_is_another_one(journal: Journal) -> None:
+    """Deleted only if nothing was recorded in it, where that is asked for."""
+    first = journal.create_run("run", b"", 0)
+    journal.delete_run("run", only_new=first.identity + 1)
+    assert journal.find_run("run") == first
+    append(journal, entry("a"))
+    journal.delete_run("run", only_new=first.identity)
+    assert keys(journal) == ["a"]
+    journal.delete_run("run")
+    second = journal.create_run("run", b"", 0)
+    assert second.identity != first.identity
+    journal.delete_run("run", only_new=second.identity)
+    assert journal.find_run("run") is None
 
 
 def test_writers_of_one_run_wait_for_each_other(journal: Journal) -> None:

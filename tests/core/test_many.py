@@ -50,6 +50,7 @@ class Paths:
         """
         self._patch.setattr(many, "MANY_PROMPTS", 0)
         self._patch.setattr(states, "_REPEATED", repeated)
+        self._patch.setattr(states, "_REPEATED_OFTEN", repeated)
         self._patch.setattr(states, "_BITS", int(rng.choice([5, 16])))
         self._patch.setattr(states, "_CHUNK", int(rng.choice([3, 64, 1 << 15])))
         self._patch.setattr(bins, "_BINS", int(rng.choice([256, 1024, 16384])))
@@ -264,6 +265,7 @@ def test_states_are_those_of_equal_bits(rows: list[tuple[float, int]], bits: int
         patch.setattr(states, "_BITS", bits)
         patch.setattr(states, "_MORE_BITS", bits)
         patch.setattr(states, "_REPEATED", 2.0)
+        patch.setattr(states, "_REPEATED_OFTEN", 2.0)
         patch.setattr(states, "_CHUNK", 4)
         found = find_states([numbers, bounds])
     if found is None:

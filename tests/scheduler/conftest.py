@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
+from knapsack_scheduler.cli import main
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.service import SchedulerService
 
@@ -105,13 +107,35 @@ async def service() -> AsyncIterator[SchedulerService]:
         yield opened
 
 
+@dataclass(frozen=True)
+class Done:
+    """What became of a command."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command(capsys) -> Callable[..., Done]:
+    """A function that runs a command in this process."""
+
+    def run(*arguments: object) -> Done:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return Done(ended.value.code, shown.out, shown.err)
+
+    return run
+
+
 class Scheduler:
     """A real ``knapsack-scheduler serve`` on free ports, with a stub to call it."""
 
-    def __init__(self, store: Path, *flags: str) -> None:
+    def __init__(self, store: str, log: Path, *flags: str) -> None:
         self._command = [sys.executable, "-m", "knapsack_scheduler.cli", "serve"]
-        self._command += ["--store", f"sqlite:///{store}", *flags]
-        self._log = store.with_suffix(".log")
+        self._command += ["--store", store, *flags]
+        self._log = log
         self.addresses: dict[str, str] = {}
         self.process: subprocess.Popen[str] | None = None
         self._channel: grpc.Channel | None = None
@@ -170,11 +194,12 @@ class Scheduler:
 
 @pytest.fixture
 def start_scheduler(tmp_path: Path) -> Iterator[Callable[..., Scheduler]]:
-    """A function that starts schedulers with some flags."""
+    """A function that starts schedulers with some flags, on a file or on a database's URL."""
     started: list[Scheduler] = []
 
     def start(*flags: str, store: str = "stats.db") -> Scheduler:
-        scheduler = Scheduler(tmp_path / store, *flags)
+        url = store if "://" in store else f"sqlite:///{tmp_path / store}"
+        scheduler = Scheduler(url, tmp_path / f"scheduler-{len(started)}.log", *flags)
         started.append(scheduler)
         scheduler.start()
         return scheduler

@@ -7,10 +7,10 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from knapsack_scheduler.allocations import Counted
 from knapsack_scheduler.bulk_histogram import BulkHistogram
 from knapsack_scheduler.events import OutcomesCounted, RunRemoved
 from knapsack_scheduler.metrics import Metrics
-from knapsack_scheduler.state import Counted
 
 
 def samples(registry: CollectorRegistry) -> dict[tuple[str, str, str], float]:

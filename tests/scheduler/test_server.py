@@ -219,7 +219,7 @@ def test_settings_that_cannot_be_are_refused(tmp_path) -> None:
     assert "no such file" in refused("--token-file", str(tmp_path / "none"))
     assert "max_prompts" in refused("--max-prompts", "0")
     assert "such as sqlite:///stats.db for a file" in refused("--store", "stats.db")
-    assert "not a database that" in refused("--store", "nonsense://host/name")
+    assert "postgresql://" in refused("--store", "nonsense://host/name")
     missing = tmp_path / "missing" / "stats.db"
     assert f"there is no folder {missing.parent}" in refused("--store", f"sqlite:///{missing}")
     assert not missing.parent.exists()

@@ -67,6 +67,23 @@ def test_large_group_is_clipped() -> None:
     assert group_advantages(rewards, clip=5.0)[0][0] == 5.0
 
 
+def test_std_is_bounded_from_below() -> None:
+    """min_std divides a group of small spread by less, and leaves the others alone."""
+    rewards = [[3.0, 0.0, 0.0], [0.3, 0.0, 0.0]]
+
+    answer = group_advantages(rewards, epsilon=0.0, min_std=1.0)
+
+    assert answer[0] == pytest.approx([2 / ROOT_3, -1 / ROOT_3, -1 / ROOT_3])
+    assert answer[1] == pytest.approx([0.2, -0.1, -0.1])
+
+
+def test_population_std_divides_by_n() -> None:
+    """The std of 1 and 0 divided by N is 1/2."""
+    answer = group_advantages([[1.0, 0.0]], scale="population_std", epsilon=0.0)
+
+    assert answer == [pytest.approx([1.0, -1.0])]
+
+
 def _oracle(group: list[float], method: str) -> list[float]:
     """Return advantages by exact arithmetic."""
     exact = [Fraction(r) for r in group]
@@ -180,7 +197,8 @@ def test_wrong_groups_are_refused(arguments: Any, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "ppo"}, {"scale": "max"}, {"clip": 0.0}, {"epsilon": -1.0}]
+    "options",
+    [{"method": "ppo"}, {"scale": "max"}, {"clip": 0.0}, {"epsilon": -1.0}, {"min_std": -1.0}],
 )
 def test_wrong_options_are_refused(options: Any) -> None:
     """An unknown method or a senseless number is refused by name."""

@@ -9,6 +9,7 @@
 Loads the standard library, grpc and protobuf, and nothing else.
 """
 
+from knapsack_trainer_client.batches import BudgetedBatch, budgeted_batches
 from knapsack_trainer_client.client import AsyncBudgetClient
 from knapsack_trainer_client.errors import (
     AccessDenied,
@@ -21,6 +22,7 @@ from knapsack_trainer_client.errors import (
     RunConfigConflict,
     SchedulerUnavailable,
     WeightUpdateFailed,
+    WrongGroups,
 )
 from knapsack_trainer_client.groups import group_advantages, loss_weights, repeat_by_allocation
 from knapsack_trainer_client.nouns import (
@@ -40,8 +42,10 @@ from knapsack_trainer_client.rollouts import (
     RolloutClient,
     RolloutGroups,
 )
+from knapsack_trainer_client.stream import PlannedPrompt, PromptStream, StreamState
 from knapsack_trainer_client.sync import BudgetClient
 from knapsack_trainer_client.telemetry import ClientStats
+from knapsack_trainer_client.verify import verify_groups
 
 __all__ = [
     "TLS",
@@ -51,6 +55,7 @@ __all__ = [
     "AsyncBudgetClient",
     "AsyncRolloutClient",
     "BudgetClient",
+    "BudgetedBatch",
     "Calibration",
     "ClientMisuse",
     "ClientStats",
@@ -60,7 +65,9 @@ __all__ = [
     "InvalidRequest",
     "KnapsackError",
     "Limits",
+    "PlannedPrompt",
     "PromptStats",
+    "PromptStream",
     "ReportReceipt",
     "Rollout",
     "RolloutClient",
@@ -69,8 +76,12 @@ __all__ = [
     "RunConfig",
     "RunConfigConflict",
     "SchedulerUnavailable",
+    "StreamState",
     "WeightUpdateFailed",
+    "WrongGroups",
+    "budgeted_batches",
     "group_advantages",
     "loss_weights",
     "repeat_by_allocation",
+    "verify_groups",
 ]

@@ -136,13 +136,16 @@ def check_timeout(name: str, value: float) -> float:
 
 def check_address(address: str) -> str:
     """Return a gRPC target: HOST:PORT, or one with a scheme that gRPC knows."""
-    wanted = 'must be HOST:PORT, such as "localhost:50051"'
+    wanted = (
+        'must be HOST:PORT, such as "localhost:50051"; of several schedulers on one database '
+        '"dns:///NAME:PORT" or "ipv4:ADDRESS:PORT,ADDRESS:PORT"'
+    )
     if not isinstance(address, str) or not address or not address.isprintable():
         raise refused("address", address, wanted)
     if address.startswith(_TARGET_SCHEMES):
         return address
     host, _, port = address.rpartition(":")
-    if not host or "/" in host or " " in host or not port.isdecimal() or int(port) > 65535:
+    if not host or any(sign in host for sign in "/ ,") or not port.isdecimal() or int(port) > 65535:
         raise refused("address", address, wanted)
     return address
 

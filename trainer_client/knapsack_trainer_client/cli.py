@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from knapsack_trainer_client.calls import Caller
 from knapsack_trainer_client.errors import InvalidRequest, KnapsackError, SchedulerUnavailable
 from knapsack_trainer_client.nouns import TLS, PromptStats, Run
 from knapsack_trainer_client.queries import fetch_prompt_stats, fetch_runs, no_fallback
+from knapsack_trainer_client.top import Screen, show
 from knapsack_trainer_client.transport import GrpcTransport
 
 DEFAULT_ADDRESS = "localhost:50051"
@@ -119,6 +121,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_connection(runs)
     runs.set_defaults(command=_runs)
+    top = commands.add_parser(
+        "top",
+        help="watch the runs of a scheduler, refreshed in place",
+        description="Watch the runs of a scheduler, refreshed in place, those that move most "
+        "first. effective and predicted: as for runs; success: share of rewards above the "
+        "run's threshold; ignored: rollouts reported of steps that a rewind had forgotten.",
+    )
+    _add_connection(top)
+    top.add_argument(
+        "--every",
+        type=_seconds,
+        default=2.0,
+        metavar="SECONDS",
+        help="time between refreshes (default: %(default)s)",
+    )
+    top.add_argument("--once", action="store_true", help="print one table and end, for scripts")
+    top.set_defaults(command=_top)
     stats = commands.add_parser(
         "stats",
         help="list what is known of each prompt of a run",
@@ -192,6 +211,20 @@ def _runs(arguments: argparse.Namespace) -> int:
     heads = ["run", "policy", "objective", "step", "prompts", "rollouts", "success"]
     heads += ["effective", "predicted", "created"]
     print(_table(heads, rows, left={0, 1, 2, 9}) if rows else "no runs")
+    return 0
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    def fetch() -> list[Run]:
+        return list(_ask(arguments, lambda caller: fetch_runs(caller, arguments.timeout)))
+
+    screen = Screen(_table, _percent)
+    if arguments.once:
+        print("\n".join(screen.lines(fetch(), time.monotonic())))
+    elif sys.stdout.isatty():
+        show(fetch, arguments.address, arguments.every, screen)
+    else:
+        raise InvalidRequest("top needs a terminal; --once prints one table")
     return 0
 
 

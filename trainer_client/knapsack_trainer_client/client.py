@@ -83,7 +83,9 @@ class AsyncBudgetClient:
     blocked by training delivers nothing meanwhile; ``BudgetClient`` has a loop of its own.
 
     Args:
-        address: gRPC target of the scheduler, such as ``"localhost:50051"``.
+        address: gRPC target of the scheduler, such as ``"localhost:50051"``. Of several
+            schedulers on one database ``"dns:///NAME:PORT"``, a name with an address of
+            each, or ``"ipv4:ADDRESS:PORT,ADDRESS:PORT"``; calls go to those that are up.
         run_id: name of the experiment. Unknown: the run is created.
         timeout: longest that a call waits for the scheduler, retries included, seconds.
             Putting a report into the outbox may add up to 2 s where the disk hangs.

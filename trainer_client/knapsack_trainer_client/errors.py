@@ -7,6 +7,7 @@ KnapsackError
 ├── GeneratorUnavailable  (ConnectionError)  the generation server did not answer, or stopped
 ├── GeneratorBusy         (ConnectionError)  the generation server's queue is full
 ├── WeightUpdateFailed    (RuntimeError)     the old weights serve on
+├── WrongGroups           (RuntimeError)     advantages of groups that are not the allocation's
 ├── AccessDenied          (PermissionError)  the scheduler does not accept the caller
 ├── ClientMisuse          (RuntimeError)     closed, forked or in another event loop
 └── ExtraMissing          (ImportError)      an optional part is not installed
@@ -50,6 +51,10 @@ class GeneratorBusy(KnapsackError, ConnectionError):
 
 class WeightUpdateFailed(KnapsackError, RuntimeError):
     """The generation server refused or could not load the weights; the old ones serve on."""
+
+
+class WrongGroups(KnapsackError, RuntimeError):
+    """Advantages were not computed within the groups of the allocation; says how they were."""
 
 
 class AccessDenied(KnapsackError, PermissionError):

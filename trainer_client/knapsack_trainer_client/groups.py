@@ -17,7 +17,7 @@ from knapsack_trainer_client.errors import refused
 from knapsack_trainer_client.rewards import is_sequence, to_groups, to_list, to_reward
 
 Method: TypeAlias = Literal["grpo", "dr_grpo", "rloo"]
-Scale: TypeAlias = Literal["std", "none"]
+Scale: TypeAlias = Literal["std", "population_std", "none"]
 Mode: TypeAlias = Literal["sample", "prompt", "sqrt"]
 
 
@@ -42,13 +42,14 @@ def group_advantages(
     scale: Scale | None = None,
     clip: float | None = None,
     epsilon: float = 1e-6,
+    min_std: float = 0.0,
 ) -> Any:
     """Return the advantage of every rollout within its group, in the shape of ``rewards``.
 
     With r a reward, mean and std over the N rewards of its group (std unbiased, divided by
     N - 1, as ``torch.std``):
 
-    - ``"grpo"``: (r - mean) / (std + epsilon)
+    - ``"grpo"``: (r - mean) / (max(std, min_std) + epsilon)
     - ``"dr_grpo"``: r - mean
     - ``"rloo"``: r - mean of the other N - 1 rewards, which is N / (N - 1) (r - mean)
 
@@ -62,17 +63,19 @@ def group_advantages(
     0.0, and left out of N, mean and std.
 
     One success among N failures has a grpo advantage near sqrt(N): 2.5 for 8, 9.5 for 93.
-    ``clip`` bounds that.
+    ``clip`` bounds that by cutting off, ``min_std`` by dividing the whole group by less.
 
     Args:
         rewards: one sequence per group (lists, arrays or tensors), or all rewards in one
             flat sequence with ``group_sizes``. A matrix is one group per row.
         group_sizes: rollouts of each group, for flat rewards: numbers or an allocation.
         method: the baseline, as above.
-        scale: "std" divides by std + epsilon, "none" does not. None: what the method
+        scale: "std" divides by max(std, min_std) + epsilon, "population_std" by the std
+            that is divided by N instead of N - 1, "none" does not divide. None: what the method
             says, which is "std" for grpo and "none" for the others.
         clip: bound of the absolute advantage, above 0; None for no bound.
         epsilon: added to std, 0 or more.
+        min_std: least std that is divided by, 0 or more, in units of the rewards.
 
     Returns:
         Nested lists for nested lists, a flat container for a flat one. Floating arrays
@@ -84,17 +87,19 @@ def group_advantages(
     """
     if method not in ("grpo", "dr_grpo", "rloo"):
         raise refused("method", method, 'must be "grpo", "dr_grpo" or "rloo"')
-    if scale not in (None, "std", "none"):
-        raise refused("scale", scale, 'must be "std" or "none"')
+    if scale not in (None, "std", "population_std", "none"):
+        raise refused("scale", scale, 'must be "std", "population_std" or "none"')
     if clip is not None and not clip > 0:
         raise refused("clip", clip, "must be above 0, or None")
     if not epsilon >= 0:
         raise refused("epsilon", epsilon, "must be 0 or more")
-    scaled = scale == "std" if scale is not None else method == "grpo"
+    if not min_std >= 0:
+        raise refused("min_std", min_std, "must be 0 or more")
+    divisor = scale or ("std" if method == "grpo" else "none")
 
     def one_group(position: int, group: Sequence[Any]) -> list[float]:
         known = [to_reward(f"rewards[{position}][{i}]", raw) for i, raw in enumerate(group)]
-        advantages = _centred(known, method, scaled, epsilon)
+        advantages = _centred(known, method, divisor, epsilon, min_std)
         if clip is None:
             return advantages
         return [min(max(a, -clip), clip) for a in advantages]
@@ -180,7 +185,11 @@ def counts_of(counts: Counts) -> list[int]:
 
 
 def _centred(
-    rewards: Sequence[float | None], method: Method, scaled: bool, epsilon: float
+    rewards: Sequence[float | None],
+    method: Method,
+    divisor: Scale,
+    epsilon: float,
+    min_std: float,
 ) -> list[float]:
     known = [r for r in rewards if r is not None]
     count = len(known)
@@ -190,11 +199,12 @@ def _centred(
         return [0.0] * len(rewards)
     mean = math.fsum(known) / count
     factor = count / (count - 1) if method == "rloo" else 1.0
-    if scaled:
+    if divisor != "none":
         # In units of the spread, so that squares of tiny differences do not vanish.
         spread = max(known) - min(known)
         squares = math.fsum(((r - mean) / spread) ** 2 for r in known)
-        factor /= spread * math.sqrt(squares / (count - 1)) + epsilon
+        freedom = count - 1 if divisor == "std" else count
+        factor /= max(spread * math.sqrt(squares / freedom), min_std) + epsilon
     return [0.0 if r is None else (r - mean) * factor for r in rewards]
 
 

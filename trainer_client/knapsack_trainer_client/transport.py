@@ -71,7 +71,7 @@ class Transport(Protocol):
 
 
 class GrpcTransport:
-    """Calls over one gRPC channel."""
+    """Calls over one gRPC channel, to one scheduler or to several on one database."""
 
     def __init__(self, address: str, token: Token | None, tls: TLS | bool | None) -> None:
         self._address = check_address(address)
@@ -89,6 +89,10 @@ class GrpcTransport:
             # Two clients must not share a connection's backoff or its credentials.
             ("grpc.use_local_subchannel_pool", 1),
         ]
+        if self._address.startswith(("dns:", "ipv4:", "ipv6:")):
+            # Several schedulers: every call goes to the next one that is up.
+            balance = '{"loadBalancingConfig": [{"round_robin": {}}]}'
+            self._options.append(("grpc.service_config", balance))
         if server_name:
             self._options.append(("grpc.ssl_target_name_override", server_name))
         self._channel: grpc.Channel | None = None

@@ -13,8 +13,24 @@ from knapsack_scheduler.core.problem import FloatArray
 _LN2 = 0.6931471805599453
 _SQRT_HALF = 0.7071067811865476
 _ATANH_TERMS = 12
-_EXP_TERMS = 16
 _MOST = 700.0
+
+_PARTS = 32
+"""Of a power of two: what is left of an exponent is so small that few terms are enough."""
+
+_EXP_TERMS = (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0, 1.0)
+"""1 / k!, highest k first: the next one adds less than 4e-18."""
+
+
+def _roots() -> FloatArray:
+    """Return 2^(k / 32) for k = 0 .. 31: square roots are exactly rounded, too."""
+    root = np.float64(2.0)
+    for _ in range(5):
+        root = np.sqrt(root)
+    return np.multiply.accumulate(np.concatenate([[1.0], np.full(_PARTS - 1, root)]))
+
+
+_ROOTS = _roots()
 
 
 def log(x: FloatArray) -> FloatArray:
@@ -28,7 +44,8 @@ def log(x: FloatArray) -> FloatArray:
     square = ratio * ratio
     series = np.full_like(ratio, 1.0 / (2 * _ATANH_TERMS + 1))
     for k in reversed(range(_ATANH_TERMS)):
-        series = series * square + 1.0 / (2 * k + 1)
+        series *= square
+        series += 1.0 / (2 * k + 1)
     result: FloatArray = exponent * _LN2 + 2.0 * ratio * series
     return result
 
@@ -36,9 +53,11 @@ def log(x: FloatArray) -> FloatArray:
 def exp(x: FloatArray) -> FloatArray:
     """Return e to the power of finite numbers, held within -700 and 700."""
     held = np.clip(x, -_MOST, _MOST)
-    power = np.rint(held / _LN2)
-    rest = held - power * _LN2
-    series = np.ones_like(rest)
-    for k in reversed(range(1, _EXP_TERMS)):
-        series = series * rest / k + 1.0
-    return np.ldexp(series, power.astype(np.int32))
+    parts = np.rint(held * (_PARTS / _LN2))
+    rest = held - parts * (_LN2 / _PARTS)
+    series = np.full_like(rest, _EXP_TERMS[0])
+    for term in _EXP_TERMS[1:]:
+        series *= rest
+        series += term
+    whole = parts.astype(np.int64)
+    return np.ldexp(series * _ROOTS[whole % _PARTS], (whole // _PARTS).astype(np.int32))

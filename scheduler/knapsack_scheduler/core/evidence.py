@@ -8,6 +8,7 @@ reports arrive, nor on how they were cut into parts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -66,6 +67,34 @@ class Visits:
             if self.by_level is not None:
                 self.by_level = _resized(self.by_level, capacity, 0)
         self._size = max(self._size, rows)
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what ``from_columns`` makes the same windows of: the filled slots."""
+        filled = self.rollouts[: self._size] > 0
+        at = np.flatnonzero(filled)
+        packed = {}
+        for name in _COLUMNS:
+            column = getattr(self, name)
+            if column is not None:
+                slots = column[: self._size].reshape(-1, *column.shape[2:])
+                packed[name] = slots.take(at, axis=0)
+        return {"filled": np.packbits(filled, axis=1), **packed}
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, npt.NDArray[Any]]) -> Visits:
+        """Return the windows of ``columns()``."""
+        filled = np.unpackbits(columns["filled"], axis=1, count=WINDOW).astype(bool)
+        visits = cls(filled.shape[0])
+        if "by_level" in columns:
+            levels = columns["by_level"].shape[1]
+            visits.by_level = np.zeros((*visits.step.shape, levels), np.int32)
+        for name in _COLUMNS:
+            if name in columns:
+                getattr(visits, name)[: filled.shape[0]][filled] = columns[name]
+        return visits
+
+
+_COLUMNS = ("step", "policy_version", "rollouts", "successes", "by_level")
 
 
 def _resized(column: npt.NDArray[_Item], rows: int, fill: int) -> npt.NDArray[_Item]:

@@ -8,6 +8,9 @@ from knapsack_scheduler.core.problem import FloatArray
 
 _STIRLING_FROM = 10
 
+_CHUNK = 4096
+"""Numbers worked on at once: what is in between stays in the cache."""
+
 
 def moment(alpha: FloatArray, beta: FloatArray, x: int, y: int) -> FloatArray:
     """Return E[p^x q^y] of Beta(alpha, beta), by multiplication and division only."""
@@ -21,8 +24,19 @@ def moment(alpha: FloatArray, beta: FloatArray, x: int, y: int) -> FloatArray:
 
 
 def log_rising(x: FloatArray, n: FloatArray) -> FloatArray:
-    """Return log(Gamma(x + n) / Gamma(x)): Stirling's series after a shift by 10."""
-    return _log_gamma(x + n) - _log_gamma(x)
+    """Return log(Gamma(x + n) / Gamma(x)): Stirling's series after a shift by 10.
+
+    Args:
+        x: float64[.., M], > 0.
+        n: float64[M], >= 0.
+    """
+    arguments = np.stack([x + n, x]).ravel()
+    logs = np.empty_like(arguments)
+    for start in range(0, logs.size, _CHUNK):
+        logs[start : start + _CHUNK] = _log_gamma(arguments[start : start + _CHUNK])
+    ends = logs.reshape(2, *x.shape)
+    rising: FloatArray = ends[0] - ends[1]
+    return rising
 
 
 def _log_gamma(x: FloatArray) -> FloatArray:

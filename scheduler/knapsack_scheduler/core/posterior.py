@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knapsack_scheduler.core.drift import FEWEST_PROMPTS, Drift, fit_drift
-from knapsack_scheduler.core.evidence import Visits
+from knapsack_scheduler.core.evidence import WINDOW, Visits
 from knapsack_scheduler.core.levels import class_weights
 from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray, Levels, Posterior
 from knapsack_scheduler.core.rates import believed, fit_rates
@@ -228,10 +228,12 @@ def _weights(
     # The age of a visit is the number of different steps among the newer ones.
     begins = others.copy()
     begins[:, 1:] &= ~(others[:, :-1] & (step[:, 1:] == step[:, :-1]))
-    age = np.maximum(np.cumsum(begins, axis=1) - 1, 0)
-    distance = np.maximum(newest_policy_version - visits.policy_version[picked], 0)
-    weight = _power(discounts.visit, age) * _power(discounts.version, distance)
+    age = np.cumsum(begins, axis=1, dtype=np.int8)
+    # Nothing is younger than the first of the others, whose age is 0.
+    weight = _power(discounts.visit, np.maximum(np.arange(WINDOW + 1) - 1, 0))[age]
     weight[~others] = 0.0
+    distance = np.maximum(newest_policy_version - visits.policy_version[picked], 0)
+    weight *= _power(discounts.version, distance)
     total = _row_sum(weight * rollouts)
     over = total > discounts.cap
     weight[over] *= (discounts.cap / total[over])[:, None]

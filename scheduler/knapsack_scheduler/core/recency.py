@@ -6,7 +6,11 @@ visit was at which step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from knapsack_scheduler.core.evidence import Visits
 from knapsack_scheduler.core.problem import IntArray, KeyArray
@@ -25,7 +29,7 @@ class LastVisited:
         self._by_step: dict[int, list[IntArray]] = {}
 
     def add(self, rows: IntArray, visits: Visits) -> None:
-        """Take in that something was learned of these rows, int64[n], each once."""
+        """Take in that something was learned of these rows, int64[n]."""
         step = visits.step[rows]
         if self._twice:
             older = (visits.rollouts[rows] > 0) & (step != step[:, :1])
@@ -34,6 +38,24 @@ class LastVisited:
         newest = step[:, 0]
         for at in np.unique(newest).tolist():
             self._by_step.setdefault(at, []).append(rows[newest == at])
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what ``from_columns`` makes the same of."""
+        parts = {step: np.concatenate(rows) for step, rows in self._by_step.items()}
+        return {
+            "step": np.array(list(parts), np.int64),
+            "size": np.array([rows.size for rows in parts.values()], np.int64),
+            "rows": np.concatenate([np.zeros(0, np.int64), *parts.values()]),
+        }
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, npt.NDArray[Any]], twice: bool) -> LastVisited:
+        """Return that of ``columns()``, with the same ``twice``."""
+        last = cls(twice)
+        rows = np.split(columns["rows"], np.cumsum(columns["size"])[:-1])
+        steps = columns["step"].tolist()
+        last._by_step = {step: [rows[at]] for at, step in enumerate(steps)}
+        return last
 
     def newest(self, count: int, visits: Visits, keys: KeyArray) -> IntArray:
         """Return the rows whose newest visit is newest, in the order of their keys.
@@ -53,8 +75,7 @@ class LastVisited:
             if total >= count:
                 del self._by_step[step]
                 continue
-            parts = self._by_step[step]
-            rows = parts[0] if len(parts) == 1 else np.unique(np.concatenate(parts))
+            rows = np.unique(np.concatenate(self._by_step[step]))
             rows = rows[visits.step[rows, 0] == step]
             self._by_step[step] = [rows]
             found.append(rows)

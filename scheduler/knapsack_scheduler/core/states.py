@@ -26,6 +26,10 @@ _SAMPLE = 8192
 _REPEATED = 0.75
 """At most this part of the sample is different in a batch whose states repeat."""
 
+_REPEATED_OFTEN = 0.35
+_LARGE = 1 << 17
+"""Up to so many positions are swept fast enough one by one, so that states have to be few."""
+
 _BITS = 16
 _MORE_BITS = 18
 """Of the hash: a table that fits the fastest cache, or one for many states."""
@@ -90,14 +94,14 @@ def find_states(columns: Sequence[FloatArray | IntArray]) -> States | None:
     """
     numbers = [np.ascontiguousarray(column).view(np.uint64) for column in columns]
     count = numbers[0].size
-    sample = np.arange(0, count, max(count // _SAMPLE, 1))
+    sample = np.arange(0, count, max(count // (_SAMPLE if count > _LARGE else _SAMPLE // 4), 1))
     picked = [column[sample] for column in numbers]
-    bits = _BITS
     different = np.unique(_hashed(picked, 32, 0)).size
-    if different > _REPEATED * sample.size:
+    if different > (_REPEATED if count > _LARGE else _REPEATED_OFTEN) * sample.size:
         return None
-    if different > sample.size // 2:
-        bits = _MORE_BITS
+    bits = _MORE_BITS if different > sample.size // 2 else _BITS
+    # A table that is larger than the batch would cost more than the batch.
+    bits = min(bits, count.bit_length() + 1)
     of = np.empty(count, np.int32)
     rows = _first_round(numbers, sample, bits, of)
     tables = [rows]

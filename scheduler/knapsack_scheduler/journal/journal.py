@@ -10,273 +10,280 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 
 import sqlalchemy as sa
 from alembic.util.exc import CommandError
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
-from knapsack_scheduler.errors import AlreadyExists, ConfigError, NotFound, StoreUnavailable
-from knapsack_scheduler.journal.schema import entries, runs
-from knapsack_scheduler.journal.store import FileLock, migrate, open_engine, revisions, sqlite_file
-
-
-@dataclass(frozen=True, slots=True)
-class RunRow:
-    """A run as stored.
-
-    Attributes:
-        run_key: tells it from a later run of the same name.
-        run_id: its name.
-        config: serialised RunConfig.
-        create_time: nanoseconds since 1970.
-        last_seq: number of its newest entry; 0 if it has none.
-        branch: rewinds so far.
-    """
-
-    run_key: int
-    run_id: str
-    config: bytes
-    create_time: int
-    last_seq: int
-    branch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One call as recorded.
-
-    Attributes:
-        seq: its number in the run; 0 before it is appended.
-        kind: what was called: allocate, extend, report, import or rewind.
-        key: the call's request or report id.
-        branch: rewinds of the run before it.
-        step: the trainer's step it belongs to.
-        digest: hash of the request, to tell a repetition from another call.
-        payload: serialised request.
-        answer: serialised answer.
-    """
-
-    seq: int
-    kind: str
-    key: str
-    branch: int
-    step: int
-    digest: bytes
-    payload: bytes
-    answer: bytes
+from knapsack_scheduler.errors import (
+    AlreadyExists,
+    ConfigError,
+    RunNotFound,
+    StoreInterrupted,
+    StoreUnavailable,
+)
+from knapsack_scheduler.journal.records import RunRow
+from knapsack_scheduler.journal.schema import entries, runs, snapshot_parts, snapshots
+from knapsack_scheduler.journal.store import (
+    FileLock,
+    migrate,
+    open_engine,
+    reading_engine,
+    revisions,
+    safe_url,
+    sqlite_file,
+)
+from knapsack_scheduler.journal.transaction import (
+    RUN,
+    RUN_HELD,
+    RUN_OF_NAME,
+    Reading,
+    Writing,
+    columns_of,
+)
 
 
 class Journal:
     """The journals of all runs in one database.
 
     Blocking; call it from worker threads. Thread-safe.
+
+    Args:
+        url: of the store.
+        read_only: look at a store that a server may hold at the same time.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, read_only: bool = False) -> None:
         self._url = url
+        self._shown = safe_url(url)
         self._engine = open_engine(url)
         self._sqlite = self._engine.dialect.name == "sqlite"
-        file = sqlite_file(url) if self._sqlite else None
-        self._file_lock = FileLock(file) if file else None
+        self._reading_engine = reading_engine(url, self._engine)
+        self._file = sqlite_file(url) if self._sqlite else None
+        self._file_lock = FileLock(self._file) if self._file and not read_only else None
+        self._read_only = read_only
         # SQLite has one writer; waiting here is fairer than its busy handler.
         self._one: AbstractContextManager[object] = (
             threading.Lock() if self._sqlite else nullcontext()
         )
 
-    def open(self, *, upgrade: bool = True) -> None:
+    @property
+    def shared(self) -> bool:
+        """Whether other processes may append to the runs too."""
+        return not self._sqlite
+
+    def open(self) -> None:
         """Lock a SQLite file and bring the schema up to date.
 
-        Args:
-            upgrade: False refuses a schema that is not the newest instead.
+        A journal that only reads does neither: it refuses a schema that is not the newest.
 
         Raises:
             ConfigError: the store cannot be opened; says why.
         """
-        file = sqlite_file(self._url) if self._sqlite else None
-        if file and not upgrade and not file.is_file():
-            raise ConfigError(f"store = {self._url!r}: there is no file {file}")
-        if file and not file.parent.is_dir():
+        if self._file and self._read_only and not self._file.is_file():
+            raise ConfigError(f"store = {self._shown!r}: there is no file {self._file}")
+        if self._file and not self._file.parent.is_dir():
             raise ConfigError(
-                f"store = {self._url!r}: there is no folder {file.parent}; make it first"
+                f"store = {self._shown!r}: there is no folder {self._file.parent}; make it first"
             )
         if self._file_lock:
             self._file_lock.acquire()
         try:
-            with self._one:
-                if upgrade:
+            if self._read_only:
+                current, newest = revisions(self._reading_engine or self._engine)
+            else:
+                with self._one:
                     migrate(self._engine)
-                current, newest = revisions(self._engine)
+                    current, newest = revisions(self._engine)
+                    # A database that can only be read is found out now, not by a trainer.
+                    with self._engine.begin() as connection:
+                        connection.execute(sa.update(runs).where(sa.false()).values(last_seq=0))
         except (SQLAlchemyError, OSError, CommandError) as error:
             self.close()
             raise ConfigError(
-                f"store = {self._url!r}: cannot be opened: {_cause(error)}"
+                f"store = {self._shown!r}: cannot be opened: {_cause(error)}"
             ) from error
         if current != newest:
             self.close()
             raise ConfigError(
-                f"store = {self._url!r}: schema revision {current}, this program needs {newest}; "
-                "run knapsack-scheduler migrate"
+                f"store = {self._shown!r}: schema revision {current}, this program needs "
+                f"{newest}; run knapsack-scheduler migrate"
             )
 
     def close(self) -> None:
         """Close every connection and release the file."""
+        if self._reading_engine is not None:
+            self._reading_engine.dispose()
         self._engine.dispose()
         if self._file_lock:
             self._file_lock.release()
 
     @contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
-        try:
-            with self._one, self._engine.begin() as connection:
+    def transaction(self) -> Iterator[sa.Connection]:
+        """Yield a connection whose changes are committed when the block ends.
+
+        Raises:
+            StoreUnavailable: nothing was stored, or it is not known whether it was.
+        """
+        with self._named_errors(), self._one, self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _view(self) -> Iterator[sa.Connection]:
+        """Yield a connection that sees one moment and changes nothing."""
+        if self._reading_engine is None:
+            with self.transaction() as connection:
                 yield connection
+            return
+        with self._named_errors(), self._reading_engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
         except IntegrityError:
             raise
         except SQLAlchemyError as error:
-            raise StoreUnavailable(f"the store cannot be used: {_cause(error)}") from error
+            kind = StoreInterrupted if self._passing(error) else StoreUnavailable
+            raise kind(f"the store cannot be used: {_cause(error)}") from error
+
+    def _passing(self, error: SQLAlchemyError) -> bool:
+        """Return whether the same transaction may well work if begun anew."""
+        if self._sqlite or not isinstance(error, DBAPIError):
+            return False
+        state = getattr(error.orig, "sqlstate", None) or ""
+        # Without a state the connection was lost, or could not be made.
+        lost = error.connection_invalidated or not state
+        return lost or state[:2] in _PASSING_CLASSES or state in _PASSING_STATES
+
+    @contextmanager
+    def claim(self, number: int) -> Iterator[bool]:
+        """Yield whether this is the only process that has claimed the number.
+
+        The claim ends with the block, and with the process.
+        """
+        if self._sqlite:
+            yield True
+            return
+        with self._named_errors(), self._engine.connect() as connection:
+            mine = connection.execute(sa.select(sa.func.pg_try_advisory_lock(number))).scalar_one()
+            connection.commit()
+            try:
+                yield bool(mine)
+            finally:
+                if mine:
+                    connection.execute(sa.select(sa.func.pg_advisory_unlock(number)))
+                    connection.commit()
 
     def ping(self) -> None:
         """Raise StoreUnavailable if the database does not answer."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.execute(sa.select(sa.literal(1)))
 
     def integrity(self) -> list[str]:
         """Return what the database itself finds wrong with its file; empty if nothing."""
         if not self._sqlite:
             return []
-        with self._transaction() as connection:
+        with self._view() as connection:
             lines = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
         return [line for line in lines if line != "ok"]
 
     def create_run(self, run_id: str, config: bytes, create_time: int) -> RunRow:
         """Store a new run; AlreadyExists if one of that name is there."""
+        run = RunRow(
+            0,
+            run_id,
+            config,
+            create_time,
+            identity=secrets.randbits(62),
+            update_time=create_time,
+        )
         try:
-            with self._transaction() as connection:
-                result = connection.execute(
-                    sa.insert(runs).values(
-                        run_id=run_id,
-                        config=config,
-                        create_time=create_time,
-                        last_seq=0,
-                        branch=0,
-                    )
-                )
-                (key,) = result.inserted_primary_key or (0,)
+            with self.transaction() as connection:
+                return insert_run(connection, run)
         except IntegrityError:
             raise AlreadyExists(f"run {run_id!r} exists") from None
-        return RunRow(int(key), run_id, config, create_time, 0, 0)
 
     def find_run(self, run_id: str) -> RunRow | None:
         """Return the run of that name, or None."""
-        with self._transaction() as connection:
-            row = connection.execute(_RUN.where(runs.c.run_id == run_id)).first()
+        with self._view() as connection:
+            row = connection.execute(RUN_OF_NAME, {"name": run_id}).first()
         return RunRow(*row) if row else None
 
     def list_runs(self, after: str, count: int) -> list[RunRow]:
         """Return up to ``count`` runs whose names sort after ``after``, in their order."""
         # Sorted here: databases differ in how they order text.
-        with self._transaction() as connection:
-            rows = connection.execute(_RUN).all()
+        with self._view() as connection:
+            rows = connection.execute(RUN).all()
         found = sorted((RunRow(*row) for row in rows), key=lambda run: run.run_id)
         return [run for run in found if run.run_id > after][:count]
 
-    def delete_run(self, run_id: str) -> None:
-        """Remove a run and its entries; NotFound if there is none."""
-        with self._transaction() as connection:
-            row = connection.execute(_RUN.where(runs.c.run_id == run_id).with_for_update()).first()
+    def delete_run(self, run_id: str, *, only_new: int | None = None) -> None:
+        """Remove a run and all that is stored of it; RunNotFound if there is none.
+
+        Args:
+            run_id: of the run.
+            only_new: do nothing unless the run has this identity and no entry.
+        """
+        with self.transaction() as connection:
+            row = connection.execute(RUN_HELD, {"name": run_id}).first()
             if row is None:
-                raise NotFound(f"run {run_id!r} does not exist")
-            key = RunRow(*row).run_key
-            connection.execute(sa.delete(entries).where(entries.c.run_key == key))
-            connection.execute(sa.delete(runs).where(runs.c.run_key == key))
+                raise RunNotFound(f"run {run_id!r} does not exist")
+            run = RunRow(*row)
+            if only_new is not None and (run.identity != only_new or run.last_seq):
+                return
+            for table in (snapshot_parts, snapshots, entries, runs):
+                connection.execute(sa.delete(table).where(table.c.run_key == run.run_key))
 
     @contextmanager
     def writing(self, run_id: str) -> Iterator[Writing]:
         """Hold the run alone, read what is new, append; committed when the block ends.
 
         Raises:
-            NotFound: no run of that name.
+            RunNotFound: no run of that name.
             StoreUnavailable: nothing was stored.
         """
-        with self._transaction() as connection:
-            row = connection.execute(_RUN.where(runs.c.run_id == run_id).with_for_update()).first()
+        with self.transaction() as connection:
+            row = connection.execute(RUN_HELD, {"name": run_id}).first()
             if row is None:
-                raise NotFound(f"run {run_id!r} does not exist")
+                raise RunNotFound(f"run {run_id!r} does not exist")
             writing = Writing(connection, RunRow(*row))
             yield writing
             writing.finish()
 
+    @contextmanager
+    def reading(self, run_id: str) -> Iterator[Reading]:
+        """Look at a run as of one moment without holding it.
 
-class Writing:
-    """One transaction on one run."""
-
-    def __init__(self, connection: sa.Connection, run: RunRow) -> None:
-        self._connection = connection
-        self.run = run
-        self.run_after = run
-        self.appended: list[Entry] = []
-
-    def tail(self, after: int) -> Iterator[Entry]:
-        """Yield the entries with a number above ``after``, in order."""
-        query = _ENTRY.where(entries.c.run_key == self.run.run_key, entries.c.seq > after)
-        for row in self._connection.execute(query.order_by(entries.c.seq)):
-            yield Entry(*row)
-
-    def entry(self, seq: int) -> Entry:
-        """Return the entry of that number."""
-        query = _ENTRY.where(entries.c.run_key == self.run.run_key, entries.c.seq == seq)
-        return Entry(*self._connection.execute(query).one())
-
-    def outline(self) -> list[tuple[int, str, int]]:
-        """Return (number, kind, step) of every entry, in order."""
-        query = sa.select(entries.c.seq, entries.c.kind, entries.c.step)
-        query = query.where(entries.c.run_key == self.run.run_key).order_by(entries.c.seq)
-        return [(row.seq, row.kind, row.step) for row in self._connection.execute(query)]
-
-    def append(self, entry: Entry) -> None:
-        """Store an entry under the next number, in the run's present branch.
-
-        A rewind begins the next branch, in which ids may be used again.
+        Raises:
+            RunNotFound: no run of that name.
         """
-        run = self.run_after
-        numbered = replace(entry, seq=run.last_seq + 1, branch=run.branch)
-        self._connection.execute(
-            sa.insert(entries).values(run_key=run.run_key, **_columns(numbered))
-        )
-        rewound = int(entry.kind == "rewind")
-        self.run_after = replace(run, last_seq=numbered.seq, branch=run.branch + rewound)
-        self.appended.append(numbered)
-
-    def finish(self) -> None:
-        """Move the run's newest number; called by ``Journal.writing``."""
-        if self.appended:
-            self._connection.execute(
-                sa.update(runs)
-                .where(runs.c.run_key == self.run.run_key)
-                .values(last_seq=self.run_after.last_seq, branch=self.run_after.branch)
-            )
+        with self._view() as connection:
+            row = connection.execute(RUN_OF_NAME, {"name": run_id}).first()
+            if row is None:
+                raise RunNotFound(f"run {run_id!r} does not exist")
+            yield Reading(connection, RunRow(*row))
 
 
-def _columns(entry: Entry) -> dict[str, object]:
-    return {field.name: getattr(entry, field.name) for field in fields(entry)}
+def insert_run(connection: sa.Connection, run: RunRow) -> RunRow:
+    """Store a run's row and return it with its key."""
+    values = columns_of(run)
+    del values["run_key"]
+    result = connection.execute(sa.insert(runs).values(values))
+    (key,) = result.inserted_primary_key or (0,)
+    return replace(run, run_key=int(key))
 
 
-_RUN = sa.select(
-    runs.c.run_key, runs.c.run_id, runs.c.config, runs.c.create_time, runs.c.last_seq, runs.c.branch
-)
-_ENTRY = sa.select(
-    entries.c.seq,
-    entries.c.kind,
-    entries.c.key,
-    entries.c.branch,
-    entries.c.step,
-    entries.c.digest,
-    entries.c.payload,
-    entries.c.answer,
-)
+# Of PostgreSQL: connection lost (08), transaction rolled back for another's sake (40),
+# and a server that stops, starts or is cut off (57P).
+_PASSING_CLASSES = ("08", "40")
+_PASSING_STATES = ("57P01", "57P02", "57P03", "25P03")
 
 
 def _cause(error: BaseException) -> str:

@@ -16,19 +16,25 @@ metadata = sa.MetaData(
 # SQLite counts rowids for INTEGER PRIMARY KEY only.
 _RUN_KEY = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
+# What a column means is said in records.py.
 runs = sa.Table(
     "runs",
     metadata,
-    # Tells a run from a later one of the same name.
     sa.Column("run_key", _RUN_KEY, primary_key=True, autoincrement=True),
     sa.Column("run_id", sa.Text, nullable=False, unique=True),
     sa.Column("config", sa.LargeBinary, nullable=False),
-    sa.Column("create_time", sa.BigInteger, nullable=False),  # nanoseconds since 1970
-    # Of the newest entry. Appending locks this row, so that entries become visible in
-    # the order of their numbers.
+    sa.Column("create_time", sa.BigInteger, nullable=False),
+    # Appending locks this row, so that entries become visible in the order of their
+    # numbers.
     sa.Column("last_seq", sa.BigInteger, nullable=False),
-    # Rewinds so far: ids may be used again after one.
     sa.Column("branch", sa.BigInteger, nullable=False),
+    sa.Column("identity", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("update_time", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("snapshot_seq", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("snapshot_size", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("floor_seq", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("floor_step", sa.BigInteger, nullable=False, server_default="-1"),
+    sa.Column("closed_step", sa.BigInteger, nullable=False, server_default="-1"),
 )
 
 entries = sa.Table(
@@ -44,4 +50,25 @@ entries = sa.Table(
     sa.Column("payload", sa.LargeBinary, nullable=False),
     sa.Column("answer", sa.LargeBinary, nullable=False),
     sa.UniqueConstraint("run_key", "kind", "key", "branch", name="uq_entries_key"),
+)
+
+# A snapshot is complete when its row is here; parts without one are left-overs.
+snapshots = sa.Table(
+    "snapshots",
+    metadata,
+    sa.Column("run_key", _RUN_KEY, sa.ForeignKey("runs.run_key"), primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True),
+    sa.Column("step", sa.BigInteger, nullable=False),
+    sa.Column("parts", sa.BigInteger, nullable=False),
+    sa.Column("size", sa.BigInteger, nullable=False),
+    sa.Column("checksum", sa.LargeBinary, nullable=False),
+)
+
+snapshot_parts = sa.Table(
+    "snapshot_parts",
+    metadata,
+    sa.Column("run_key", _RUN_KEY, sa.ForeignKey("runs.run_key"), primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True),
+    sa.Column("part", sa.BigInteger, primary_key=True),
+    sa.Column("data", sa.LargeBinary, nullable=False),
 )

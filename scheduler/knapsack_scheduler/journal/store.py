@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import sqlalchemy as sa
 from alembic import command
@@ -13,49 +13,133 @@ from alembic.config import Config as AlembicConfig
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import QueuePool, StaticPool
 
 from knapsack_scheduler.errors import ConfigError
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
+_MIGRATION_LOCK = 0x6B6E6170
+"""Key of the advisory lock under which a schema is changed."""
 
 
 def open_engine(url: str) -> sa.Engine:
-    """Return the engine of a store URL.
+    """Return the engine of a store URL that writes.
 
     SQLite gets one connection in WAL mode with ``synchronous=FULL``, so that a commit
-    is on disk before it returns, and every transaction begins as a writer.
+    is on disk before it returns, and every transaction begins as a writer. PostgreSQL
+    gets a pool whose transactions see what was committed before each statement.
 
     Raises:
         ConfigError: the URL names no database that is supported here.
     """
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "postgresql":
+        return _postgres_engine(parsed)
+    engine = sa.create_engine(
+        parsed, poolclass=StaticPool, connect_args={"check_same_thread": False, "timeout": 5}
+    )
+    _on_sqlite(engine, ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"), "IMMEDIATE")
+    return engine
+
+
+def reading_engine(url: str, writing: sa.Engine) -> sa.Engine | None:
+    """Return an engine whose transactions see one moment, change nothing and block nobody.
+
+    None where there can be no second connection: SQLite in memory.
+    """
+    if writing.dialect.name == "postgresql":
+        return writing.execution_options(
+            isolation_level="REPEATABLE READ", postgresql_readonly=True
+        )
+    if sqlite_file(url) is None:
+        return None
+    engine = sa.create_engine(
+        _parse(url), poolclass=QueuePool, connect_args={"check_same_thread": False, "timeout": 5}
+    )
+    _on_sqlite(engine, ("query_only=ON",), "DEFERRED")
+    return engine
+
+
+def _parse(url: str) -> sa.URL:
     try:
         parsed = sa.make_url(url)
-        if parsed.get_backend_name() != "sqlite":
-            return sa.create_engine(parsed, pool_pre_ping=True)
-        engine = sa.create_engine(
-            parsed, poolclass=StaticPool, connect_args={"check_same_thread": False, "timeout": 5}
-        )
-    except (ArgumentError, ImportError, SQLAlchemyError) as error:
+    except ArgumentError as error:
         raise ConfigError(
             f"store = {url!r}: must be a database URL, such as sqlite:///{url} for a file"
             if "://" not in url
-            else f"store = {url!r}: not a database that can be opened: {error}"
+            else f"store = {safe_url(url)!r}: not a database that can be opened"
         ) from error
+    kind = parsed.get_backend_name()
+    if kind not in ("sqlite", "postgresql"):
+        raise ConfigError(
+            f"store = {safe_url(url)!r}: must be sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+        )
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    return parsed
+
+
+def _postgres_engine(url: sa.URL) -> sa.Engine:
+    try:
+        engine = sa.create_engine(
+            url,
+            isolation_level="READ COMMITTED",
+            # A connection that the server closed while it lay idle is replaced unseen.
+            pool_pre_ping=True,
+            pool_size=8,
+            connect_args={
+                "connect_timeout": 5,
+                "keepalives_idle": 10,
+                "keepalives_interval": 5,
+                "keepalives_count": 3,
+                "tcp_user_timeout": 15_000,
+                "application_name": "knapsack-scheduler",
+                # A replica that hangs with a run locked must not hold the others up for
+                # longer than their clients' patience.
+                "options": "-c lock_timeout=5s -c idle_in_transaction_session_timeout=120s",
+            },
+        )
+    except ImportError as error:
+        raise ConfigError(
+            f"store = {safe_url(url)!r}: {error.name or 'its driver'} is not installed; "
+            "pip install 'knapsack-rl[postgres]'"
+        ) from error
+    except SQLAlchemyError as error:
+        raise ConfigError(f"store = {safe_url(url)!r}: cannot be opened: {error}") from error
 
     @sa.event.listens_for(engine, "connect")
-    def on_connect(connection: object, _record: object) -> None:
-        connection.isolation_level = None  # type: ignore[attr-defined]
-        cursor = connection.cursor()  # type: ignore[attr-defined]
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    def on_connect(connection: Any, _record: object) -> None:
+        # A server may be set up to answer before a commit is on disk; we may not.
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW synchronous_commit")
+            if cursor.fetchone()[0] == "off":
+                cursor.execute("SET synchronous_commit = on")
+        connection.commit()
+
+    return engine
+
+
+def _on_sqlite(engine: sa.Engine, pragmas: tuple[str, ...], begin: str) -> None:
+    @sa.event.listens_for(engine, "connect")
+    def on_connect(connection: Any, _record: object) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in pragmas:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
     @sa.event.listens_for(engine, "begin")
     def on_begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        connection.exec_driver_sql(f"BEGIN {begin}")
 
-    return engine
+
+def safe_url(url: str | sa.URL) -> str:
+    """Return a store URL without its password, for messages."""
+    try:
+        return sa.make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        scheme, at, rest = str(url).rpartition("@")
+        return f"{scheme.split('://')[0]}://***@{rest}" if at else str(url)
 
 
 def sqlite_file(url: str) -> Path | None:
@@ -112,10 +196,17 @@ def _alembic(connection: sa.Connection | None = None) -> AlembicConfig:
     return config
 
 
-def migrate(engine: sa.Engine) -> None:
-    """Bring the schema to the newest revision."""
+def migrate(engine: sa.Engine, revision: str = "head") -> None:
+    """Bring the schema to a revision, the newest one by default.
+
+    Of several processes that start at once on one PostgreSQL database one does it and
+    the others wait.
+    """
     with engine.begin() as connection:
-        command.upgrade(_alembic(connection), "head")
+        if connection.dialect.name == "postgresql":
+            connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+        command.upgrade(_alembic(connection), revision)
 
 
 def revisions(engine: sa.Engine) -> tuple[str | None, str | None]:

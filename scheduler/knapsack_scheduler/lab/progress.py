@@ -24,7 +24,8 @@ class Progress:
             self._next = time.monotonic() + _EVERY_SECONDS
 
     def clear(self) -> None:
-        """Take the line away."""
+        """Take the line away; the next one is shown at once."""
+        self._next = 0.0
         if self._shown:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

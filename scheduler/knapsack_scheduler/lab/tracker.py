@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from knapsack_scheduler.allocations import Counted, OpenAllocation
 from knapsack_scheduler.core.policy import plan_allocation, plan_extension
 from knapsack_scheduler.core.problem import Bounds, Budget, Decision, IntArray
 from knapsack_scheduler.facts import (
@@ -19,7 +20,7 @@ from knapsack_scheduler.facts import (
     Rewards,
 )
 from knapsack_scheduler.runconfig import RunConfig
-from knapsack_scheduler.state import Counted, OpenAllocation, RunState
+from knapsack_scheduler.state import RunState
 
 _OPEN = "open"
 

@@ -1,0 +1,183 @@
+"""How many bytes of requests and answers may be in memory at once.
+
+A message is in memory from its first byte, and nobody knows its size before the last one.
+So a call first reserves the largest message there may be, receives, and then keeps what it
+really holds. Callers wait for room in turn, one of each connection after the other, and
+those who are slow to send or to receive give way to those who wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from knapsack_scheduler.errors import ResourceExhausted, TooSlow
+
+GRACE_SECONDS = 1.0
+"""How long a slow caller may hold room that others wait for."""
+
+PATIENCE_SECONDS = 10.0
+"""How long a call waits for room before it is refused."""
+
+
+class Ticket:
+    """Room that a call has; ``close`` gives it back.
+
+    Attributes:
+        size: bytes.
+        abandoned: the caller has gone; whoever works for it still closes the ticket.
+        since: when the transfer under way began, on the loop's clock.
+        scope: ends the transfer under way.
+    """
+
+    __slots__ = ("_admission", "abandoned", "scope", "since", "size")
+
+    def __init__(self, admission: Admission, size: int) -> None:
+        self._admission = admission
+        self.size = size
+        self.abandoned = False
+        self.since = 0.0
+        self.scope: asyncio.Timeout | None = None
+
+    @asynccontextmanager
+    async def transfer(self, seconds: float, what: str) -> AsyncIterator[None]:
+        """Let a block wait for the other side, but not for ever.
+
+        Args:
+            seconds: longest wait if nobody else needs the room.
+            what: for the message, such as "the request did not arrive".
+
+        Raises:
+            TooSlow: it took too long.
+        """
+        loop = asyncio.get_running_loop()
+        self.since = loop.time()
+        try:
+            async with asyncio.timeout(seconds) as self.scope:
+                self._admission.watch(self)
+                yield
+        except TimeoutError:
+            waited = loop.time() - self.since
+            raise TooSlow(
+                f"{what} within {waited:.1f} s; the limit is {seconds:g} s, or "
+                f"{GRACE_SECONDS:g} s while other calls wait"
+            ) from None
+        finally:
+            self._admission.unwatch(self)
+            self.scope = None
+
+    def resize(self, size: int) -> None:
+        """Keep this much instead; ResourceExhausted if there is no room for more."""
+        self._admission.resize(self, size)
+
+    def close(self) -> None:
+        """Give the room back. May be called twice."""
+        self._admission.resize(self, 0)
+
+
+class Admission:
+    """Room for a number of bytes."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.used = 0
+        self._waiting: OrderedDict[str, deque[tuple[int, asyncio.Future[None]]]] = OrderedDict()
+        self._transfers: dict[Ticket, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def admit(self, size: int, peer: str, patience: float = PATIENCE_SECONDS) -> Ticket:
+        """Return room for ``size`` bytes, at most the capacity, after waiting in turn.
+
+        Args:
+            size: bytes.
+            peer: connection of the caller; those who wait are served in turn.
+            patience: longest wait, s.
+
+        Raises:
+            ResourceExhausted: no room in time.
+        """
+        if not self._waiting and self.used + size <= self.capacity:
+            self.used += size
+            return Ticket(self, size)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(peer, deque()).append((size, turn))
+        self._make_room()
+        try:
+            async with asyncio.timeout(patience):
+                await turn
+        except BaseException as error:
+            self._leave(peer, size, turn)
+            if not isinstance(error, TimeoutError):
+                raise
+            raise ResourceExhausted(
+                f"the server holds {self.used} of {self.capacity} bytes of requests and answers, "
+                f"and had no room for this call within {patience:.1f} s; try again"
+            ) from None
+        return Ticket(self, size)
+
+    def _leave(self, peer: str, size: int, turn: asyncio.Future[None]) -> None:
+        if turn.done() and not turn.cancelled():
+            self.used -= size
+        elif (size, turn) in (queue := self._waiting.get(peer, deque())):
+            queue.remove((size, turn))
+            if not queue:
+                del self._waiting[peer]
+        self._let_in()
+
+    def resize(self, ticket: Ticket, size: int) -> None:
+        """Change what a ticket holds; see ``Ticket.resize``."""
+        more = size - ticket.size
+        if more > 0 and self.used + more > self.capacity:
+            raise ResourceExhausted(
+                f"the server holds {self.used} of {self.capacity} bytes of requests and answers; "
+                "try again later, or with less at once"
+            )
+        self.used += more
+        ticket.size = size
+        if more < 0:
+            self._let_in()
+
+    def watch(self, ticket: Ticket) -> None:
+        """Note that a ticket waits for the other side of its call."""
+        self._transfers[ticket] = None
+        if self._waiting and self._timer is None:
+            self._make_room()
+
+    def unwatch(self, ticket: Ticket) -> None:
+        """Note that it waits no longer."""
+        self._transfers.pop(ticket, None)
+
+    def _let_in(self) -> None:
+        while self._waiting:
+            peer, queue = next(iter(self._waiting.items()))
+            size, turn = queue[0]
+            if self.used + size > self.capacity:
+                break
+            queue.popleft()
+            self._waiting.move_to_end(peer)
+            if not queue:
+                del self._waiting[peer]
+            # Its caller may have gone, and not have been told so yet.
+            if not turn.done():
+                self.used += size
+                turn.set_result(None)
+
+    def _make_room(self) -> None:
+        """End the oldest transfer once it is past its grace, as long as somebody waits."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._waiting or not self._transfers:
+            return
+        loop = asyncio.get_running_loop()
+        oldest = next(iter(self._transfers))
+        due = oldest.since + GRACE_SECONDS
+        if due <= loop.time():
+            self.unwatch(oldest)
+            if oldest.scope is not None:
+                oldest.scope.reschedule(loop.time())
+            due = loop.time()
+        # Looks again while somebody waits; the next one may be past its grace already.
+        self._timer = loop.call_at(max(due, loop.time() + 0.01), self._make_room)

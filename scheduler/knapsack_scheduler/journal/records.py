@@ -1,0 +1,103 @@
+"""What the journal stores: runs, their entries, and marks of their snapshots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RunRow:
+    """A run as stored.
+
+    Attributes:
+        run_key: where its rows are in this database.
+        run_id: its name.
+        config: serialised RunConfig.
+        create_time: nanoseconds since 1970.
+        last_seq: number of its newest entry; 0 if it has none.
+        branch: rewinds so far.
+        identity: tells it from every other run, one of the same name included; the same
+            in every database that the run is imported into.
+        update_time: of its newest entry, nanoseconds since 1970.
+        snapshot_seq: of its newest snapshot; 0 if it has none.
+        snapshot_size: bytes of that snapshot.
+        floor_seq: entries up to this number have been compacted into snapshots. Only
+            imports and rewinds are left of them.
+        floor_step: oldest step that a rewind may still name, -1 apart, which begins anew.
+        closed_step: reports of rollouts that the scheduler did not allocate are refused
+            up to this step, because a repeated one could not be told any more.
+    """
+
+    run_key: int
+    run_id: str
+    config: bytes
+    create_time: int
+    last_seq: int = 0
+    branch: int = 0
+    identity: int = 0
+    update_time: int = 0
+    snapshot_seq: int = 0
+    snapshot_size: int = 0
+    floor_seq: int = 0
+    floor_step: int = -1
+    closed_step: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One call as recorded.
+
+    Attributes:
+        seq: its number in the run; 0 before it is appended.
+        kind: what was called: allocate, extend, report, import or rewind.
+        key: the call's request or report id.
+        branch: rewinds of the run before it.
+        step: the trainer's step it belongs to.
+        digest: hash of the request, to tell a repetition from another call.
+        payload: serialised request.
+        answer: serialised answer.
+    """
+
+    seq: int
+    kind: str
+    key: str
+    branch: int
+    step: int
+    digest: bytes
+    payload: bytes
+    answer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """An entry without its payload and answer; attributes as of ``Entry``."""
+
+    seq: int
+    kind: str
+    key: str
+    branch: int
+    step: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotMark:
+    """A complete snapshot: the state of a run after an entry.
+
+    Attributes:
+        seq: number of the newest entry in it.
+        step: highest step of the entries in it; -1 if none has one.
+        parts: stored pieces.
+        size: their bytes.
+        checksum: 16-byte BLAKE2b over run identity, seq, step and the parts in order.
+    """
+
+    seq: int
+    step: int
+    parts: int
+    size: int
+    checksum: bytes
+
+
+ALWAYS_KEPT = ("import", "rewind")
+"""Kinds of entries that compaction leaves: no rewind forgets what they did."""

@@ -1,0 +1,142 @@
+"""One transaction on one run: what can be read in it, and what appended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import sqlalchemy as sa
+
+from knapsack_scheduler.journal.records import (
+    ALWAYS_KEPT,
+    Entry,
+    Outline,
+    RunRow,
+    SnapshotMark,
+)
+from knapsack_scheduler.journal.schema import entries, runs, snapshot_parts, snapshots
+
+_BATCH = 200
+"""Entries fetched at once: a tail of any length is read in bounded memory."""
+
+
+class Reading:
+    """A view of one run as of one moment."""
+
+    def __init__(self, connection: sa.Connection, run: RunRow) -> None:
+        self._connection = connection
+        self.run = run
+
+    def tail(self, after: int) -> Iterator[Entry]:
+        """Yield the entries with a number above ``after``, in order.
+
+        Numbers up to the run's ``floor_seq`` are compacted and not among them.
+        """
+        after = max(after, self.run.floor_seq)
+        query = _ENTRY.where(entries.c.run_key == self.run.run_key).order_by(entries.c.seq)
+        while True:
+            rows = self._connection.execute(
+                query.where(entries.c.seq > after).limit(_BATCH)
+            ).fetchall()
+            for row in rows:
+                yield Entry(*row)
+            if len(rows) < _BATCH:
+                return
+            after = rows[-1].seq
+
+    def entry(self, seq: int) -> Entry:
+        """Return the entry of that number."""
+        query = _ENTRY.where(entries.c.run_key == self.run.run_key, entries.c.seq == seq)
+        return Entry(*self._connection.execute(query).one())
+
+    def outline(self) -> list[Outline]:
+        """Return every entry there is, without payload and answer, in order.
+
+        Of the compacted ones these are imports and rewinds.
+        """
+        kept = (entries.c.seq > self.run.floor_seq) | entries.c.kind.in_(ALWAYS_KEPT)
+        query = _OUTLINE.where(entries.c.run_key == self.run.run_key, kept)
+        rows = self._connection.execute(query.order_by(entries.c.seq))
+        return [Outline(*row) for row in rows]
+
+    def snapshots(self) -> list[SnapshotMark]:
+        """Return the run's complete snapshots, oldest first."""
+        query = _SNAPSHOT.where(snapshots.c.run_key == self.run.run_key)
+        rows = self._connection.execute(query.order_by(snapshots.c.seq))
+        return [SnapshotMark(*row) for row in rows]
+
+    def snapshot_parts(self, mark: SnapshotMark) -> Iterator[bytes]:
+        """Yield the parts of a snapshot that are there, in order."""
+        for part in range(mark.parts):
+            data = self._connection.execute(
+                sa.select(snapshot_parts.c.data).where(
+                    snapshot_parts.c.run_key == self.run.run_key,
+                    snapshot_parts.c.seq == mark.seq,
+                    snapshot_parts.c.part == part,
+                )
+            ).scalar_one_or_none()
+            if data is not None:
+                yield bytes(data)
+
+
+class Writing(Reading):
+    """Holds the run alone: nobody else appends until the transaction ends."""
+
+    def __init__(self, connection: sa.Connection, run: RunRow) -> None:
+        super().__init__(connection, run)
+        self.run_after = run
+        self.appended: list[Entry] = []
+
+    def append(self, entry: Entry) -> None:
+        """Store an entry under the next number, in the run's present branch.
+
+        A rewind begins the next branch, in which ids may be used again.
+        """
+        run = self.run_after
+        numbered = replace(entry, seq=run.last_seq + 1, branch=run.branch)
+        self._connection.execute(_INSERT_ENTRY, {"run_key": run.run_key, **columns_of(numbered)})
+        rewound = entry.kind == "rewind"
+        self.run_after = replace(
+            run,
+            last_seq=numbered.seq,
+            branch=run.branch + int(rewound),
+            closed_step=min(run.closed_step, entry.step) if rewound else run.closed_step,
+            update_time=max(time.time_ns(), run.update_time),
+        )
+        self.appended.append(numbered)
+
+    def finish(self) -> None:
+        """Move the run's newest number; called by ``Journal.writing``."""
+        if self.appended:
+            self._connection.execute(
+                _MOVE_RUN,
+                {
+                    "of_run": self.run.run_key,
+                    "last_seq": self.run_after.last_seq,
+                    "branch": self.run_after.branch,
+                    "closed_step": self.run_after.closed_step,
+                    "update_time": self.run_after.update_time,
+                },
+            )
+
+
+def columns_of(record: Entry | RunRow | SnapshotMark) -> dict[str, object]:
+    """Return a record's values by column."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+# Statements of every call are built once: building one takes as long as running it.
+RUN = sa.select(*[runs.c[field.name] for field in fields(RunRow)])
+RUN_OF_NAME = RUN.where(runs.c.run_id == sa.bindparam("name"))
+RUN_HELD = RUN_OF_NAME.with_for_update()
+_INSERT_ENTRY = sa.insert(entries)
+_MOVED = ("last_seq", "branch", "closed_step", "update_time")
+_MOVE_RUN = (
+    sa.update(runs)
+    .where(runs.c.run_key == sa.bindparam("of_run"))
+    .values({name: sa.bindparam(name) for name in _MOVED})
+)
+_ENTRY = sa.select(*[entries.c[field.name] for field in fields(Entry)])
+_OUTLINE = sa.select(*[entries.c[field.name] for field in fields(Outline)])
+_SNAPSHOT = sa.select(*[snapshots.c[field.name] for field in fields(SnapshotMark)])

@@ -1,0 +1,75 @@
+"""Room for calls: never more than there is, all of it given back, nobody left waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from knapsack_scheduler.admission import Admission
+from knapsack_scheduler.errors import ResourceExhausted
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32), callers=st.integers(1, 40))
+async def test_room_is_kept_and_given_back(seed: int, callers: int) -> None:
+    """Whoever comes, waits, gives up or is cancelled, at whatever moment."""
+    draw, admission, held = random.Random(seed), Admission(10), [0]
+
+    async def call(number: int) -> None:
+        size = draw.randrange(1, 11)
+        ticket = await admission.admit(size, f"peer-{number % 4}", draw.choice([0.0, 0.001, 30.0]))
+        held[0] += size
+        try:
+            assert held[0] <= admission.capacity
+            for _ in range(draw.randrange(4)):
+                await asyncio.sleep(0)
+        finally:
+            held[0] -= size
+            ticket.close()
+
+    tasks = [asyncio.ensure_future(call(number)) for number in range(callers)]
+    while any(not task.done() for task in tasks):
+        await asyncio.sleep(0)
+        if draw.random() < 0.3:
+            draw.choice(tasks).cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError, ResourceExhausted):
+            await task
+    assert admission.used == 0
+    (await admission.admit(10, "after", 1.0)).close()
+
+
+async def test_connections_are_served_in_turn() -> None:
+    """One that asks for much does not keep the others waiting behind all of it."""
+    admission, served = Admission(1), []
+    first = await admission.admit(1, "greedy")
+
+    async def call(peer: str) -> None:
+        ticket = await admission.admit(1, peer)
+        served.append(peer)
+        ticket.close()
+
+    tasks = [asyncio.ensure_future(call("greedy")) for _ in range(20)]
+    tasks.append(asyncio.ensure_future(call("modest")))
+    await asyncio.sleep(0)
+    first.close()
+    await asyncio.gather(*tasks)
+    assert served.index("modest") <= 1
+
+
+async def test_what_does_not_fit_is_refused_with_the_figures() -> None:
+    """The message says how much there is and how much is taken."""
+    admission = Admission(100)
+    ticket = await admission.admit(60, "a")
+    with pytest.raises(ResourceExhausted, match="holds 60 of 100 bytes"):
+        await admission.admit(50, "b", 0.001)
+    with pytest.raises(ResourceExhausted, match="holds 60 of 100 bytes"):
+        ticket.resize(101)
+    ticket.resize(100)
+    ticket.close()
+    assert admission.used == 0

@@ -1,0 +1,200 @@
+"""Three schedulers on one PostgreSQL, killed in turn: no call is lost, doubled or differs.
+
+``KNAPSACK_TEST_KILLS=200`` makes a soak of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+
+from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_scheduler.embedded import open_service
+from knapsack_trainer_client import AsyncBudgetClient
+
+REPLICAS = 3
+KILLS = int(os.environ.get("KNAPSACK_TEST_KILLS", "6"))
+STEPS = 12 * KILLS
+SHARED = [f"shared-{i}" for i in range(8)]
+
+
+class Worker:
+    """Calls any replica, each call at another one, until it is answered."""
+
+    def __init__(self, name: str, replicas: list[Any]) -> None:
+        self.name = name
+        self.replicas = replicas
+        self.counted: Counter[str] = Counter()
+        self.allocations: list[tuple[Any, Any]] = []
+        self.wrong: list[object] = []
+        self._random = random.Random(name)
+
+    def call(self, method: str, request: Any) -> Any:
+        """Return the answer of whoever gives one first."""
+        for _ in range(400):
+            stub = self._random.choice(self.replicas).stub
+            try:
+                return getattr(stub, method)(request, timeout=20)
+            except grpc.RpcError as error:
+                if error.code() not in (
+                    grpc.StatusCode.UNAVAILABLE,
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                ):
+                    raise
+                # Its successor is being started; the others answer meanwhile.
+                threading.Event().wait(0.02)
+        raise AssertionError("nobody answered 400 times")
+
+    def steps(self) -> Iterator[None]:
+        """Allocate and report, one step after another."""
+        ids = [f"{self.name}-a", f"{self.name}-b", *SHARED]
+        for step in range(STEPS):
+            request = pb.AllocateRequest(
+                run_id="run",
+                step=step,
+                request_id=f"{self.name}-{step}",
+                prompt_ids=ids,
+                total_rollouts=4 * len(ids),
+            )
+            answer = self.call("Allocate", request)
+            self.allocations.append((request, answer))
+            rewards = [float(self._random.random() < 0.5) for _ in range(answer.allocated_rollouts)]
+            report = pb.ReportRequest(
+                run_id="run",
+                allocation_id=answer.allocation_id,
+                report_id=f"{self.name}-{step}",
+                policy_version=step,
+                prompt_indices=range(len(ids)),
+                num_rewards=answer.num_rollouts,
+                rewards=rewards,
+            )
+            reported = self.call("Report", report)
+            if reported.accepted_rollouts != len(rewards):
+                self.wrong.append(reported)
+            self.counted.update(dict(zip(ids, answer.num_rollouts, strict=True)))
+            yield
+
+    def work(self, done: Callable[[], object]) -> None:
+        """Do all steps; keeps what went wrong."""
+        try:
+            for _ in self.steps():
+                done()
+        except BaseException as error:
+            self.wrong.append(error)
+            for _ in range(STEPS):
+                done()
+
+
+async def train(name: str, address: str, counted: Counter[str], done: Callable[[], object]) -> None:
+    """Do the steps of a trainer with the client, on all replicas as one address."""
+    ids = [f"{name}-a", f"{name}-b", *SHARED]
+    async with AsyncBudgetClient(
+        address, "run", timeout=60, on_unavailable="raise", outbox=False
+    ) as client:
+        for step in range(STEPS):
+            allocation = await client.allocate(ids, 4 * len(ids), step)
+            assert not allocation.is_fallback
+            rewards = [[float(i % 2) for i in range(n)] for n in allocation.num_rollouts]
+            await client.report(allocation, rewards, policy_version=step)
+            counted.update(dict(zip(ids, allocation.num_rollouts, strict=True)))
+            done()
+        assert await client.flush(60)
+
+
+@pytest.mark.timeout(120 + 20 * KILLS)
+def test_replicas_killed_in_turn_lose_and_double_nothing(postgres, start_scheduler) -> None:
+    """Workers and trainers that retry see no error; afterwards every replica agrees."""
+    store = postgres.new_store()
+    replicas = [
+        start_scheduler("--auto-create-runs", "--rewind-horizon=20", store=store)
+        for _ in range(REPLICAS)
+    ]
+    workers = [Worker(f"w{i}", replicas) for i in range(2)]
+    addresses = "ipv4:" + ",".join(replica.addresses["listen"] for replica in replicas)
+    trained: Counter[str] = Counter()
+    wrong: list[BaseException] = []
+    finished = threading.Semaphore(0)
+
+    def train_both() -> None:
+        async def both() -> None:
+            await asyncio.gather(
+                *(train(f"t{i}", addresses, trained, finished.release) for i in range(2))
+            )
+
+        try:
+            asyncio.run(both())
+        except BaseException as error:
+            wrong.append(error)
+            for _ in range(2 * STEPS):
+                finished.release()
+
+    threads = [threading.Thread(target=w.work, args=(finished.release,)) for w in workers]
+    threads.append(threading.Thread(target=train_both))
+    for thread in threads:
+        thread.start()
+    for victim in itertools.islice(itertools.cycle(replicas), KILLS):
+        for _ in range(4 * STEPS // (KILLS + 1)):
+            assert finished.acquire(timeout=100)
+        assert victim.end(signal.SIGKILL) == -signal.SIGKILL
+        victim.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+
+    assert not wrong, wrong
+    assert [worker.wrong for worker in workers] == [[], []]
+    counted = sum((worker.counted for worker in workers), trained)
+    pages = [
+        replica.stub.ListPromptStats(pb.ListPromptStatsRequest(run_id="run"), timeout=20)
+        for replica in replicas
+    ]
+    assert dict(zip(pages[0].prompt_ids, pages[0].total_rollouts, strict=True)) == counted
+    assert pages[0].SerializeToString() == pages[1].SerializeToString()
+    assert pages[0].SerializeToString() == pages[2].SerializeToString()
+    for worker in workers:
+        # The newest ones: what is more than the horizon behind is answered anew.
+        for request, answer in worker.allocations[-10:]:
+            again = [replica.stub.Allocate(request, timeout=20) for replica in replicas]
+            assert again == [answer] * REPLICAS
+
+
+async def test_one_replica_goes_on_where_another_stopped(postgres, calls) -> None:
+    """Waves, reports and rewinds of one run over three services at once, as over one."""
+    answers = []
+    for count in (1, 3):
+        store = postgres.new_store()
+        async with (
+            open_service(store) as one,
+            open_service(store) as two,
+            open_service(store) as three,
+        ):
+            services = itertools.cycle([one, two, three][:count])
+            seen = []
+            for step in range(6):
+                ids = ["a", "b", f"c{step}"]
+                answer = await next(services).allocate(
+                    calls.allocate(ids, 24, step, f"{count}-{step}", wave_fraction=0.5)
+                )
+                rewards = [[float((step + i) % 2)] * n for i, n in enumerate(answer.num_rollouts)]
+                await next(services).report(calls.report(answer.allocation_id, rewards))
+                second = await next(services).extend(calls.extend(answer.allocation_id))
+                seen += [list(answer.num_rollouts), list(second.num_rollouts)]
+                if step == 4:
+                    run = await next(services).rewind_run(calls.rewind(2))
+                    assert run.rewinds == 1
+            request = pb.ListPromptStatsRequest(run_id="run")
+            for service in (one, two, three):
+                page = await service.list_prompt_stats(request)
+                seen.append(page.SerializeToString())
+            answers.append(seen)
+    assert answers[0] == answers[1]

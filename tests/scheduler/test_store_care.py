@@ -1,0 +1,185 @@
+"""Looking after a store: backup while it is written, a run as one file, the check."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+
+from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_scheduler.embedded import open_service
+from knapsack_scheduler.journal.compaction import Retention
+from knapsack_scheduler.service import SchedulerService
+
+NEVER = 10**9
+
+
+async def prompts(service: SchedulerService, run_id: str = "run") -> bytes:
+    """Return the statistics of every prompt, bit by bit."""
+    page = await service.list_prompt_stats(pb.ListPromptStatsRequest(run_id=run_id))
+    return page.SerializeToString()
+
+
+@pytest.fixture
+async def store(tmp_path: Path, calls) -> str:
+    """URL of a store with a run that is compacted, imported into and rewound."""
+    url = f"sqlite:///{tmp_path / 'stats.db'}"
+
+    async def earlier():
+        yield pb.ImportOutcomesRequest(
+            run_id="run", request_id="old", prompt_ids=["a"], num_rewards=[1], rewards=[1.0]
+        )
+
+    async with open_service(url, retention=Retention(6, NEVER, 3)) as service:
+        await service.import_outcomes(earlier())
+        for step in range(24):
+            answer = await service.allocate(
+                calls.allocate(["a", "b"], 8, step, f"allocate-{step}", wave_fraction=0.5)
+            )
+            await service.report(calls.report(answer.allocation_id, [[1.0], [0.0]]))
+            if step % 9 == 8:
+                await service.rewind_run(calls.rewind(step - 2))
+            service._runs._snapshots._thread.submit(lambda: None).result(30)
+    return url
+
+
+def test_a_backup_of_a_store_in_use_is_whole(
+    start_scheduler, tmp_path: Path, calls, command
+) -> None:
+    """Made while a scheduler writes: every report that was answered before it is in it."""
+    scheduler = start_scheduler("--auto-create-runs")
+    store = f"sqlite:///{tmp_path / 'stats.db'}"
+    begun, stop = threading.Event(), threading.Event()
+    answered = 0
+
+    def write() -> None:
+        nonlocal answered
+        while not stop.is_set():
+            scheduler.stub.Report(calls.own_report(["a"], [[1.0]], answered))
+            answered += 1
+            if answered == 20:
+                begun.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert begun.wait(60)
+        least = answered
+        copy = tmp_path / "copy.db"
+        done = command("backup", "--store", store, "--to", copy)
+        assert done.returncode == 0, done.stderr
+        assert f"{copy}: " in done.stdout
+        again = command("backup", "--store", store, "--to", copy)
+        assert (again.returncode, "exists already" in again.stderr) == (2, True)
+        online = command("check", "--store", store)
+        assert online.returncode == 0, online.stderr
+    finally:
+        stop.set()
+        writer.join(60)
+    done = command("check", "--store", f"sqlite:///{copy}")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in tmp_path.glob("copy*")) == ["copy.db"]
+    restored = start_scheduler(store="copy.db")
+    counted = restored.stub.GetRun(pb.GetRunRequest(run_id="run")).total_rollouts
+    assert least <= counted <= answered
+
+
+def test_a_backup_that_cannot_be_made_leaves_nothing(tmp_path: Path, postgres, command) -> None:
+    """No file, another database, or a damaged one."""
+    (tmp_path / "text.db").write_text("This is not a database." * 1000)
+    for store, why in (
+        (f"sqlite:///{tmp_path / 'none.db'}", "there is no file"),
+        (f"sqlite:///{tmp_path / 'text.db'}", "cannot be copied"),
+        (postgres.new_store(), "pg_dump"),
+    ):
+        done = command("backup", "--store", store, "--to", tmp_path / "copy.db")
+        assert done.returncode == 2
+        assert why in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["text.db"]
+
+
+async def test_a_run_goes_through_a_file_to_the_bit(
+    store: str, tmp_path: Path, postgres, command
+) -> None:
+    """Statistics, next allocations and their names, repeats and rewinds; on PostgreSQL too."""
+    file = tmp_path / "run.knapsack"
+    done = command("export", "--store", store, "--run", "run", "--to", file)
+    assert done.returncode == 0, done.stderr
+    assert command("export", "--store", store, "--run", "run", "--to", file).returncode == 2
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    shared = postgres.new_store()
+    for url in (other, shared):
+        done = command("import", "--store", url, "--from", file)
+        assert done.stdout.startswith("run 'run': imported up to entry"), done.stderr
+    done = command("import", "--store", other, "--from", file)
+    assert (done.returncode, "exists; give another name" in done.stderr) == (2, True)
+    assert command("import", "--store", other, "--from", file, "--run", "two").returncode == 0
+
+    seen = []
+    for url, run_id in ((store, "run"), (other, "run"), (shared, "run"), (other, "two")):
+        async with open_service(url) as service:
+            answers = [await prompts(service, run_id)]
+            # A repeated call is known by its content, of which the run's name is a part.
+            repeated = [(23, "allocate-23")] if run_id == "run" else []
+            for step, request_id in (*repeated, (24, "next")):
+                answer = await service.allocate(
+                    pb.AllocateRequest(
+                        run_id=run_id, step=step, request_id=request_id, prompt_ids=["a", "b"],
+                        total_rollouts=8, wave_fraction=0.5,
+                    )
+                )  # fmt: skip
+                answer.run_id = ""
+                answers.append(answer.SerializeToString())
+            run = await service.rewind_run(pb.RewindRunRequest(run_id=run_id, step=20))
+            run.run_id = ""
+            answers += [run.SerializeToString(), await prompts(service, run_id)]
+        seen.append(answers)
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[3] == [seen[0][0], *seen[0][2:]]
+
+
+def test_a_damaged_file_is_refused_whole(store: str, tmp_path: Path, command) -> None:
+    """Any byte of it changed, or its end missing."""
+    file = tmp_path / "run.knapsack"
+    assert command("export", "--store", store, "--run", "run", "--to", file).returncode == 0
+    data = file.read_bytes()
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    damaged = [data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
+               for at in (3, 9, 30, len(data) // 3, len(data) // 2, len(data) - 1)]  # fmt: skip
+    for wrong in (*damaged, data[: len(data) * 2 // 3], data + b"more", b""):
+        file.write_bytes(wrong)
+        done = command("import", "--store", other, "--from", file)
+        assert done.returncode == 2
+        assert "the file is" in done.stderr
+    assert command("check", "--store", other).stdout == "0 runs\n"
+
+
+def test_the_check_finds_a_damaged_and_a_false_snapshot(store: str, command) -> None:
+    """By its checksum, or because the entries come to something else."""
+    assert command("check", "--store", store).returncode == 0
+    file = store.removeprefix("sqlite:///")
+    with sqlite3.connect(file) as database:
+        (first,) = database.execute("SELECT min(seq) FROM snapshots").fetchone()
+        (later,) = database.execute(
+            "SELECT min(seq) FROM entries WHERE kind='report' AND seq > ?", (first,)
+        ).fetchone()
+        payload = database.execute(
+            "SELECT payload FROM entries WHERE seq = ?", (later,)
+        ).fetchone()[0]
+        request = pb.ReportRequest.FromString(payload)
+        request.rewards[0] = 0.0
+        database.execute(
+            "UPDATE entries SET payload = ? WHERE seq = ?", (request.SerializeToString(), later)
+        )
+    database.close()
+    done = command("check", "--store", store)
+    assert done.returncode == 1
+    assert "its newest snapshot is not what its entries come to" in done.stderr
+    with sqlite3.connect(file) as database:
+        database.execute("UPDATE snapshots SET checksum = x'00' WHERE seq = ?", (first,))
+    database.close()
+    done = command("check", "--store", store)
+    assert done.returncode == 1
+    assert f"its snapshot at entry {first} is damaged" in done.stderr

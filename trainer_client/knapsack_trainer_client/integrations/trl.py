@@ -1,0 +1,395 @@
+"""TRL's ``GRPOTrainer`` with a number of rollouts for each prompt.
+
+    from knapsack_trainer_client.integrations.trl import BudgetedGRPOTrainer
+
+    trainer = BudgetedGRPOTrainer(
+        model=model, reward_funcs=reward, args=GRPOConfig(...), train_dataset=dataset,
+        scheduler="localhost:50051", prompt_id_column="id", max_rollouts=64,
+    )
+
+A generation batch has as many rows as before, ``generation_batch_size``, which is the
+budget; what changes is how many of them each prompt gets. So memory, steps and every
+loss's normaliser stay what they are. For TRL 1.0 to 1.16.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from knapsack_trainer_client.errors import ExtraMissing, WrongGroups, refused
+from knapsack_trainer_client.integrations.prompt_identity import (
+    check_column,
+    check_ids,
+    prompt_id,
+)
+from knapsack_trainer_client.integrations.trl_advantages import (
+    AGGREGATIONS,
+    SCALES,
+    ScoredRollouts,
+)
+from knapsack_trainer_client.nouns import Allocation, RunConfig
+from knapsack_trainer_client.sync import BudgetClient
+
+try:
+    import torch
+    import trl
+    from accelerate.utils import broadcast_object_list, gather_object
+    from transformers import TrainerCallback
+    from trl import GRPOTrainer
+except ImportError as error:
+    raise ExtraMissing(
+        f"the TRL integration needs more packages: pip install 'knapsack-rl[trl]' ({error})"
+    ) from error
+
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo", "luspo")
+"""Losses that are sums over rows, each with its own advantage."""
+
+_TELLING_SPREAD = 1e-2
+_FORMULA_TOLERANCE = 1e-3
+
+
+@dataclass(slots=True)
+class _Batch:
+    """A generation batch under way.
+
+    Attributes:
+        prompt_ids: by group.
+        sizes: rows of each group.
+        allocation: in the main process; None in the others.
+        is_fallback: the scheduler did not answer.
+        owners: group of each of this process's rows.
+        by_function: rewards of all processes' rows, once they are there.
+        lengths: completion tokens of all processes' rows.
+    """
+
+    prompt_ids: list[str]
+    sizes: list[int]
+    allocation: Allocation | None
+    is_fallback: bool
+    owners: list[int] = field(default_factory=list)
+    by_function: Any = None
+    lengths: list[int] = field(default_factory=list)
+
+
+class BudgetedMixin:
+    """Gives a ``GRPOTrainer`` unequal groups; put it before the trainer's class.
+
+        class MyBudgetedTrainer(BudgetedMixin, MyTrainer): ...
+
+    In every process the arguments must be the same; only the main process talks to the
+    scheduler. A training that begins at step 0 begins its run anew, and one that resumes
+    from a checkpoint rewinds the run to it. Evaluation is left alone.
+
+    Every step it computes TRL's own advantages too and compares them with TRL's, so that a
+    TRL, or a subclass, with a formula unknown here stops the run instead of being
+    replaced by another.
+
+    Args:
+        scheduler: address of a scheduler; a ``BudgetClient``; or None for a scheduler
+            within the main process, with its statistics in
+            ``knapsack.db`` of ``args.output_dir``, which needs ``knapsack-rl[scheduler]``.
+        prompt_id_column: column of the training set, of strings or integers, that names
+            the prompt. None: a hash of the prompt.
+        max_rollouts: most rollouts of a prompt, at least ``num_generations``. None: the
+            run's, 128 unless it was created with another.
+        run_id: name of the run; None for ``args.run_name``, else ``args.output_dir``. Not
+            with a client, which has one.
+        run_config: how the run decides, for example ``{"success_threshold": 0.0}``. Not
+            with a client.
+
+    Raises:
+        InvalidRequest: an argument, or an option of the trainer that unequal groups are
+            not known to be right with; names it.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        scheduler: str | BudgetClient | None = None,
+        prompt_id_column: str | None = None,
+        max_rollouts: int | None = None,
+        run_id: str | None = None,
+        run_config: RunConfig | Mapping[str, object] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(self, GRPOTrainer):
+            raise refused("trainer", type(self).__name__, "must be a subclass of trl.GRPOTrainer")
+        if scheduler is not None and not isinstance(scheduler, str | BudgetClient):
+            raise refused("scheduler", scheduler, "must be an address, a BudgetClient or None")
+        if isinstance(scheduler, BudgetClient) and (run_id or run_config):
+            raise refused("scheduler", scheduler, "has a run already; leave out run_id, run_config")
+        if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 0):
+            raise refused("trl", trl.__version__, "must be at least 1.0")
+        self._prompt_id_column = prompt_id_column
+        self._max_rollouts = max_rollouts
+        self._batch: _Batch | None = None
+        self._budget: BudgetClient | None = None
+        super().__init__(*args, **kwargs)
+        _check_options(self, prompt_id_column, max_rollouts)
+        if getattr(self, "use_vllm", False):
+            _generate_row_by_row(self)
+        if self.accelerator.is_main_process:
+            self._budget = _client(self.args, scheduler, run_id, run_config)
+            self.add_callback(_Rewind(self._budget))
+
+    def _set_signature_columns_if_needed(self: Any) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        column = self._prompt_id_column
+        if column is not None and column not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, column]
+
+    def _generate_and_score_completions(self: Any, inputs: list[Any]) -> dict[str, Any]:
+        if not self.model.training:
+            return super()._generate_and_score_completions(inputs)  # type: ignore[misc, no-any-return]
+        rows, batch = self._divide(inputs)
+        self._batch = batch
+        try:
+            output: dict[str, Any] = super()._generate_and_score_completions(rows)  # type: ignore[misc]
+        finally:
+            self._batch = None
+        self._settle(batch, output)
+        return output
+
+    def _calculate_rewards(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        by_function = super()._calculate_rewards(inputs, *args, **kwargs)  # type: ignore[misc]
+        if self._batch is not None:
+            completion_ids = kwargs["completion_ids_list"] if kwargs else args[-1]
+            local = torch.tensor(
+                [len(ids) for ids in completion_ids], device=self.accelerator.device
+            )
+            self._batch.by_function = by_function
+            self._batch.lengths = self.accelerator.gather(local).tolist()
+        return by_function
+
+    def _divide(self: Any, inputs: list[Any]) -> tuple[list[Any], _Batch]:
+        """Return this process's rows of a batch with groups as the scheduler says."""
+        size, rank = self.num_generations, self.accelerator.process_index
+        column, count = self._prompt_id_column, len(inputs)
+        ids = gather_object([prompt_id(row, column) for row in inputs])
+        firsts = [i for i in range(count) if (rank * count + i) % size == 0]
+        uniques = gather_object([inputs[i] for i in firsts])
+        group_ids = ids[::size]
+        if len(ids) % size or any(ids[i] != group_ids[i // size] for i in range(len(ids))):
+            raise WrongGroups(
+                f"a generation batch of {len(ids)} rows is not made of groups of "
+                f"num_generations = {size} equal prompts; the sampler of the training set "
+                "must be GRPOTrainer's own."
+            )
+        check_ids(group_ids, [row.get("prompt") for row in uniques], column)
+        batch = self._allocate(group_ids, len(ids))
+        whole = [at for at, n in enumerate(batch.sizes) for _ in range(n)]
+        batch.owners = whole[rank * count : (rank + 1) * count]
+        return [dict(uniques[at]) for at in batch.owners], batch
+
+    def _allocate(self: Any, ids: list[str], total: int) -> _Batch:
+        allocation, error = None, None
+        if self._budget is not None:
+            try:
+                allocation = self._budget.allocate(
+                    ids, total, self.state.global_step, max_rollouts=self._max_rollouts
+                )
+            except Exception as raised:
+                error = raised
+        sizes = allocation.num_rollouts if allocation is not None else None
+        is_fallback = allocation is not None and allocation.is_fallback
+        # A failure is told, too: processes that are not told wait for ever.
+        told = [(sizes, is_fallback, None if error is None else repr(error))]
+        broadcast_object_list(told, from_process=0)
+        if error is not None:
+            raise error
+        sizes, is_fallback, failure = told[0]
+        if failure is not None:
+            raise RuntimeError(f"the main process could not allocate: {failure}")
+        assert sizes is not None
+        return _Batch(ids, sizes, allocation, is_fallback)
+
+    def _settle(self: Any, batch: _Batch, output: dict[str, Any]) -> None:
+        """Put the groups' advantages where TRL's are, and report the rewards."""
+        if self.rollout_func is not None:
+            _check_rollouts(self, batch.owners, output)
+        scored = _score(self, batch.by_function)
+        found = self.accelerator.gather(output["advantages"])
+        _check_formula(scored, found, self.num_generations)
+        advantages = scored.advantages(batch.sizes)
+        count, rank = len(output["advantages"]), self.accelerator.process_index
+        output["advantages"] = torch.tensor(
+            advantages[rank * count : (rank + 1) * count],
+            dtype=found.dtype,
+            device=found.device,
+        )
+        self._correct_logs(batch, scored, advantages)
+        if self._budget is not None and batch.allocation is not None:
+            lengths, start = [], 0
+            for size in batch.sizes:
+                lengths.append(batch.lengths[start : start + size])
+                start += size
+            self._budget.report(
+                batch.allocation,
+                scored.groups(batch.sizes),
+                policy_version=self.state.global_step,
+                completion_tokens=lengths,
+            )
+
+    def _correct_logs(
+        self: Any, batch: _Batch, scored: ScoredRollouts, advantages: list[float]
+    ) -> None:
+        metrics, table = self._metrics["train"], self._logs["advantages"]
+        metrics["frac_reward_zero_std"][-1] = scored.zero_std_fraction(batch.sizes)
+        for _ in range(min(len(table), len(advantages))):
+            table.pop()
+        table.extend(advantages)
+        effective = scored.effective_sizes(batch.sizes)
+        metrics["knapsack/effective_group_rate"].append(len(effective) / len(batch.sizes))
+        metrics["knapsack/effective_rollout_rate"].append(sum(effective) / len(advantages))
+        metrics["knapsack/largest_group"].append(float(max(batch.sizes)))
+        metrics["knapsack/fallback"].append(float(batch.is_fallback))
+
+
+class BudgetedGRPOTrainer(BudgetedMixin, GRPOTrainer):
+    """``trl.GRPOTrainer`` with a number of rollouts for each prompt.
+
+    Takes what ``GRPOTrainer`` takes and what ``BudgetedMixin`` adds to it.
+    """
+
+
+class _Rewind(TrainerCallback):
+    """Takes the run back to the step that a training begins at."""
+
+    def __init__(self, budget: BudgetClient) -> None:
+        self._budget = budget
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget the allocations of this step and later ones."""
+        self._budget.rewind(state.global_step - 1)
+
+
+def _client(
+    args: Any,
+    scheduler: str | BudgetClient | None,
+    run_id: str | None,
+    config: RunConfig | Mapping[str, object] | None,
+) -> BudgetClient:
+    if isinstance(scheduler, BudgetClient):
+        return scheduler
+    name = run_id or args.run_name or args.output_dir
+    if scheduler is not None:
+        return BudgetClient(scheduler, name, config=config)
+    os.makedirs(args.output_dir, exist_ok=True)
+    return BudgetClient.embedded(os.path.join(args.output_dir, "knapsack.db"), name, config=config)
+
+
+def _check_options(trainer: Any, column: str | None, max_rollouts: int | None) -> None:
+    """Refuse what unequal groups are not known to be right with."""
+    version = trl.__version__
+    for option, known in (
+        ("loss_type", LOSS_TYPES),
+        ("scale_rewards", SCALES),
+        ("multi_objective_aggregation", AGGREGATIONS),
+    ):
+        value = getattr(trainer, option)
+        if value not in known:
+            raise refused(option, value, f"must be one of {', '.join(known)} (TRL {version})")
+    if max_rollouts is not None and max_rollouts < trainer.num_generations:
+        raise refused(
+            "max_rollouts",
+            max_rollouts,
+            f"must be at least num_generations = {trainer.num_generations}, or the prompts of "
+            "a batch cannot hold its rollouts",
+        )
+    columns = getattr(trainer.train_dataset, "column_names", None)
+    if columns is not None:
+        check_column(columns, column)
+
+
+def _generate_row_by_row(trainer: Any) -> None:
+    """Let a vLLM server generate one rollout for each row.
+
+    TRL asks it for ``num_generations`` rollouts of every ``num_generations``-th row.
+    """
+    generate = trainer.vllm_generation.generate
+
+    def for_rows(*args: Any, **kwargs: Any) -> Any:
+        if trainer._batch is not None:
+            kwargs["num_generations"] = 1
+        return generate(*args, **kwargs)
+
+    trainer.vllm_generation.generate = for_rows
+
+
+def _check_rollouts(trainer: Any, owners: Sequence[int], output: Mapping[str, Any]) -> None:
+    """Stop where a ``rollout_func`` generated ``num_generations`` rollouts a prompt.
+
+    Raises:
+        WrongGroups: rows of one group have different prompts, and those of equal groups do not.
+    """
+    prompts = [
+        tuple(ids[mask.bool()].tolist())
+        for ids, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)
+    ]
+    first, size = trainer.accelerator.process_index * len(prompts), trainer.num_generations
+    blocks = [(first + row) // size for row in range(len(prompts))]
+    if len(set(zip(blocks, prompts, strict=True))) == len(set(blocks)) and len(
+        set(zip(owners, prompts, strict=True))
+    ) > len(set(owners)):
+        raise WrongGroups(
+            f"rollout_func made {size} rollouts of every {size}-th prompt; it must make one of "
+            "each prompt that it is given, in their order."
+        )
+
+
+def _score(trainer: Any, by_function: Any) -> ScoredRollouts:
+    weights = trainer.reward_weights.to(by_function.device)
+    rewards = (by_function * weights.unsqueeze(0)).nansum(dim=1)
+    rewards[torch.isnan(by_function).all(dim=1)] = torch.nan
+    return ScoredRollouts(
+        by_function.tolist(),
+        rewards.tolist(),
+        weights.tolist(),
+        trainer.scale_rewards,
+        trainer.multi_objective_aggregation,
+    )
+
+
+def _check_formula(scored: ScoredRollouts, found: Any, size: int) -> None:
+    """Stop where TRL's own advantages are not those of its formula in equal groups.
+
+    Left out are groups of which float32 says nothing, their spread being small beside their
+    rewards, and those with rows without a reward, which TRL before 1.8 takes for failures.
+
+    Raises:
+        WrongGroups: says which advantage was not as it should be.
+    """
+    rewards = scored.rewards
+    if found.dim() != 1 or len(found) != len(rewards):
+        raise WrongGroups(
+            f"advantages of shape {tuple(found.shape)} where one per rollout ({len(rewards)}) "
+            "was expected; a subclass that makes others must come before BudgetedMixin."
+        )
+    separate = scored.aggregation == "normalize_then_sum"
+    columns = list(zip(*scored.by_function, strict=True)) if separate else [rewards]
+    groups = range(0, len(rewards), size)
+    telling = [all(_is_telling(c[at : at + size]) for c in columns) for at in groups]
+    # There one group's rounding, or its rows without a reward, reach all the others.
+    if (separate or scored.scale_rewards == "batch") and not all(telling):
+        return
+    expected = scored.advantages([size] * len(groups))
+    for row, (a, b) in enumerate(zip(found.tolist(), expected, strict=True)):
+        if telling[row // size] and not abs(a - b) <= _FORMULA_TOLERANCE * (1.0 + abs(b)):
+            raise WrongGroups(
+                f"TRL {trl.__version__} or a subclass computes advantages by a formula that is "
+                f"not known here: rollout {row} has {a:.6g} where {b:.6g} was expected with "
+                f"scale_rewards={scored.scale_rewards!r} and multi_objective_aggregation="
+                f"{scored.aggregation!r}. A subclass that changes advantages must come before "
+                "BudgetedMixin, so that it changes ours."
+            )
+
+
+def _is_telling(rewards: Sequence[float]) -> bool:
+    if any(map(math.isnan, rewards)):
+        return False
+    largest, spread = max(map(abs, rewards)), max(rewards) - min(rewards)
+    return spread > _TELLING_SPREAD * largest or (spread == 0.0 and largest <= 1.0)

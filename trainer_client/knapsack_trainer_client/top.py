@@ -1,0 +1,117 @@
+"""``knapsack-rl top``: the runs of a scheduler, refreshed in place."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from shutil import get_terminal_size
+
+from knapsack_trainer_client.errors import SchedulerUnavailable
+from knapsack_trainer_client.nouns import Run
+
+_HOME_AND_CLEAR = "\x1b[H\x1b[J"
+_ALTERNATE, _NORMAL = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+_BOLD, _DIM, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[0m"
+
+HEADS = (
+    *("run", "policy", "objective", "step", "version", "prompts", "rollouts", "rollouts/s"),
+    *("success", "effective", "predicted", "ignored", "rewinds"),
+)
+LEFT = {0, 1, 2}
+
+Table = Callable[[Sequence[str], Sequence[Sequence[str]], set[int]], str]
+
+
+class Screen:
+    """Remembers the answer before, for what changes per second.
+
+    Args:
+        table: lays out rows under their heads.
+        share: shows a share, or that there is none.
+    """
+
+    def __init__(self, table: Table, share: Callable[[float | None], str]) -> None:
+        self._table = table
+        self._share = share
+        self._before: dict[str, tuple[float, int]] = {}
+
+    def lines(self, runs: Sequence[Run], now: float) -> list[str]:
+        """Return the heads and a line per run, those that move most first.
+
+        Args:
+            runs: as the scheduler lists them.
+            now: seconds on the clock of the calls before.
+        """
+        rates = {run.run_id: self._rate(run, now) for run in runs}
+        self._before = {run.run_id: (now, run.total_rollouts) for run in runs}
+        moving = sorted(runs, key=lambda run: (-(rates[run.run_id] or 0.0), run.run_id))
+        rows = [self._row(run, rates[run.run_id]) for run in moving]
+        return self._table(HEADS, rows, LEFT).splitlines()
+
+    def _rate(self, run: Run, now: float) -> float | None:
+        before = self._before.get(run.run_id)
+        if before is None or now <= before[0]:
+            return None
+        # After a rewind there are fewer than before.
+        return max(run.total_rollouts - before[1], 0) / (now - before[0])
+
+    def _row(self, run: Run, rate: float | None) -> list[str]:
+        total, calibration = run.total_rollouts, run.calibration
+        return [
+            run.run_id,
+            run.config.policy or "",
+            run.config.objective or "",
+            str(run.last_step) if run.last_step >= 0 else "-",
+            str(run.last_policy_version),
+            f"{run.known_prompts:,}",
+            f"{total:,}",
+            "-" if rate is None else f"{rate:,.1f}",
+            self._share(run.total_successes / total if total else None),
+            self._share(calibration.effective_group_rate),
+            self._share(calibration.predicted_effective_group_rate),
+            f"{run.ignored_rollouts:,}",
+            f"{run.rewinds:,}",
+        ]
+
+
+def show(fetch: Callable[[], list[Run]], address: str, seconds: float, screen: Screen) -> None:
+    """Refresh until Ctrl-C; an answer that fails to come leaves the last one, and says so.
+
+    Args:
+        fetch: asks for the runs.
+        address: of the scheduler, for the title.
+        seconds: between refreshes.
+        screen: lays out the runs.
+    """
+    out, lines, state = sys.stdout, [], ""
+    out.write(_ALTERNATE)
+    try:
+        while True:
+            try:
+                lines, state = screen.lines(fetch(), time.monotonic()), "serving"
+            except SchedulerUnavailable as error:
+                state = "no answer: " + " ".join(str(error).split())
+            out.write(_HOME_AND_CLEAR + _frame(address, state, seconds, lines))
+            out.flush()
+            time.sleep(seconds)
+    finally:
+        out.write(_NORMAL)
+        out.flush()
+
+
+def _frame(address: str, state: str, seconds: float, lines: Sequence[str]) -> str:
+    """Return a screenful: what does not fit the terminal is cut, and said to be."""
+    width, height = get_terminal_size()
+    title = f"scheduler {address}  {time.strftime('%H:%M:%S')}  {state}"
+    rows = [f"{_BOLD}{title[:width]}{_PLAIN}", ""]
+    if lines:
+        rows.append(f"{_DIM}{lines[0][:width]}{_PLAIN}")
+        room = max(height - 5, 1)
+        rows += [line[:width] for line in lines[1 : room + 1]]
+        if len(lines) - 1 > room:
+            rows.append(f"{len(lines) - 1 - room:,} more runs; a taller terminal shows them")
+        if len(lines) == 1:
+            rows.append("no runs")
+    rows.append(f"{_DIM}every {seconds:g} s; Ctrl-C ends{_PLAIN}"[: width + 8])
+    return "\n".join(rows)
