@@ -70,9 +70,10 @@ def trimmed(state: RunState) -> RunState:
     size = len(same.prompt_ids)
     same._keys = same._keys[:size]
     same._sums = same._sums[:, :size]
-    # Of it only what it answers counts, not how much more it remembers.
-    same._revisited = state._revisited.newest(1024, state._visits, state._keys)
-    same._sorted = same._drift = None
+    # Of these only what they answer counts, not how much more they remember.
+    for name in ("_visited", "_revisited"):
+        setattr(same, name, getattr(state, name).newest(1024, state._visits, state._keys))
+    same._sorted = same._prior = same._drift = None
     same._looked_up = ((), 0, np.zeros(0, np.int64))
     return same
 

@@ -120,8 +120,9 @@ def _held(successes: FloatArray, failures: FloatArray) -> tuple[FloatArray, Floa
 
 def _likelihood(successes: FloatArray, failures: FloatArray) -> FloatArray:
     """Return the likelihood of each point, float64[points, n]: at least exp(-8 * 33)."""
-    likelihood: FloatArray = _PASSED[:, _units(successes)]
-    likelihood *= _FAILED[:, _units(failures)]
+    # Not by indexing, which would keep the points of a prompt together.
+    likelihood = _PASSED.take(_units(successes), axis=1)
+    likelihood *= _FAILED.take(_units(failures), axis=1)
     return likelihood
 
 
