@@ -2,10 +2,10 @@
 
 The counts of a visit weigh ``visit_discount`` less for each later step that visited the
 prompt and ``version_discount`` less for each policy version since, because the policy
-moves on; the prior is fitted to the run's own prompts, and so is the drift of success rates
-since they were seen (``core/drift.py``). A prompt that nobody has visited has the prior, one
-that is rarely visited drifts back to it, and a prompt that always failed keeps some chance of
-success: no case needs a rule of its own.
+moves on; the prior is fitted to the run's own prompts (``core/rates.py``), and so is the
+drift of success rates since they were seen (``core/drift.py``). A prompt that nobody has
+visited has the prior, one that is rarely visited drifts back to it, and a prompt that always
+failed keeps some chance of success: no case needs a rule of its own.
 """
 
 from __future__ import annotations
@@ -19,22 +19,11 @@ from knapsack_scheduler.core.drift import FEWEST_PROMPTS, Drift, fit_drift
 from knapsack_scheduler.core.evidence import WINDOW, Visits
 from knapsack_scheduler.core.levels import class_weights
 from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray, Levels, Posterior
+from knapsack_scheduler.core.rates import believed, fit_rates
 from knapsack_scheduler.core.rewardlevels import RewardLevels
-
-_FIXED_POINT = 2**40
-"""Scale of the exact integer sums of success rates."""
 
 _MAX_EXPONENT = 2**20
 """Version distances beyond this weigh the same: 0.99999 ** 2**20 is 3e-5."""
-
-PRIOR_PROMPTS = 16
-"""Pseudo-prompts of Beta(1/2, 1/2) in the fit: what is assumed before there is data."""
-
-PRIOR_STRENGTH = (0.3, 4.0)
-"""Least and most rollouts that the prior weighs."""
-
-PRIOR_MEAN = (0.02, 0.98)
-"""Least and greatest mean of the prior: a run that never fails may yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,89 +43,36 @@ class Discounts:
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """A Beta distribution of success rates, alpha > 0 and beta > 0."""
-
-    alpha: float
-    beta: float
-
-
-@dataclass(frozen=True, slots=True)
-class PriorStatistics:
-    """Sums over every prompt's newest visit, as exact integers.
-
-    Integers make the sums independent of the order of reports, and ``moved`` keeps
-    them up to date without a pass over the prompts.
+    """What is believed of a prompt before it is seen.
 
     Attributes:
-        prompts: prompts with a visit.
-        rate_sum: sum of successes/rollouts, in units of 2**-40.
-        pairs: prompts whose newest visit has two rollouts or more.
-        pair_sum: sum over those of the unbiased estimate of the squared success rate,
-            k(k-1) / n(n-1), in units of 2**-40.
+        alpha, beta: Beta distribution of its success rate, > 0.
+        weights: how success rates are spread, see ``core/rates.py``; () while no prompt has
+            been seen, and evidence is just added to alpha and beta.
     """
 
-    prompts: int = 0
-    rate_sum: int = 0
-    pairs: int = 0
-    pair_sum: int = 0
-
-    def moved(
-        self,
-        old_rollouts: IntArray,
-        old_successes: IntArray,
-        new_rollouts: IntArray,
-        new_successes: IntArray,
-    ) -> PriorStatistics:
-        """Return the sums after prompts' newest visits went from old to new counts.
-
-        Args:
-            old_rollouts, old_successes: [n], counts before; 0 rollouts for no visit.
-            new_rollouts, new_successes: [n], counts after.
-        """
-        old = _sums(old_rollouts, old_successes)
-        new = _sums(new_rollouts, new_successes)
-        return PriorStatistics(
-            self.prompts + new[0] - old[0],
-            self.rate_sum + new[1] - old[1],
-            self.pairs + new[2] - old[2],
-            self.pair_sum + new[3] - old[3],
-        )
+    alpha: float = 0.5
+    beta: float = 0.5
+    weights: tuple[float, ...] = ()
 
 
-def _sums(rollouts: IntArray, successes: IntArray) -> tuple[int, int, int, int]:
-    n = np.asarray(rollouts, np.int64)
-    k = np.asarray(successes, np.int64)
-    k, n = k[n > 0], n[n > 0]
-    rate = np.floor_divide(k * _FIXED_POINT, n) if n.size else n
-    k2, n2 = k[n > 1], n[n > 1]
-    # Dividing twice keeps the product inside 63 bits for groups of up to 2**20.
-    once = np.floor_divide(k2 * _FIXED_POINT, n2) if n2.size else n2
-    rest = np.maximum(k2 - 1, 0)
-    whole, part = np.divmod(once, np.maximum(n2 - 1, 1))
-    pair = whole * rest + np.floor_divide(part * rest, np.maximum(n2 - 1, 1))
-    return int(n.size), int(rate.sum()), int(n2.size), int(pair.sum())
+def newest_prior(
+    visits: Visits, rows: IntArray, newest_policy_version: int, discounts: Discounts
+) -> Prior:
+    """Return the prior that some prompts tell of; Beta(1/2, 1/2) if there are none.
 
-
-def fit_prior(statistics: PriorStatistics) -> Prior:
-    """Return the Beta distribution whose first two moments are those of the run.
-
-    Method of moments on unbiased per-prompt estimates, with ``PRIOR_PROMPTS``
-    pseudo-prompts of Beta(1/2, 1/2) and the strength and mean held within
-    ``PRIOR_STRENGTH`` and ``PRIOR_MEAN``.
+    Args:
+        visits: the run's windows.
+        rows: int64[n], prompts with a visit.
+        newest_policy_version: newest version reported to the run.
+        discounts: how fast evidence ages.
     """
-    mean = (statistics.rate_sum / _FIXED_POINT + PRIOR_PROMPTS * 0.5) / (
-        statistics.prompts + PRIOR_PROMPTS
-    )
-    square = (statistics.pair_sum / _FIXED_POINT + PRIOR_PROMPTS * 0.375) / (
-        statistics.pairs + PRIOR_PROMPTS
-    )
-    mean = min(max(mean, PRIOR_MEAN[0]), PRIOR_MEAN[1])
-    variance = square - mean * mean
-    least, most = PRIOR_STRENGTH
-    strength = most
-    if variance > 0.0:
-        strength = min(max(mean * (1.0 - mean) / variance - 1.0, least), most)
-    return Prior(mean * strength, (1.0 - mean) * strength)
+    if rows.size == 0:
+        return Prior()
+    weight, _ = _weights(visits, rows, None, newest_policy_version, discounts)
+    weights = fit_rates(*_evidence(visits, rows, weight))
+    alpha, beta = believed(weights, np.zeros(1), np.zeros(1))
+    return Prior(float(alpha[0]), float(beta[0]), weights)
 
 
 def posterior(
@@ -177,7 +113,12 @@ def posterior(
         older = columns[seen]
         for level, count in enumerate(counts):
             older[:, level] += _row_sum(weight * count)
-        older = _moved(older, success, _row_sum(weight) > 0.0, drift)
+        alpha, beta = _believed(prior, *_evidence(visits, picked, weight))
+        moved = drift.moved(alpha, beta)
+        has_evidence = _row_sum(weight) > 0.0
+        alpha = np.where(has_evidence, moved[0], alpha)
+        beta = np.where(has_evidence, moved[1], beta)
+        older = _scaled(older, success, alpha, beta)
         if now.any():
             for level, count in enumerate(counts):
                 older[:, level] += (now * count).sum(axis=1)
@@ -207,8 +148,7 @@ def newest_drift(
     newest = visits.step[rows, :1]
     weight, now = _weights(visits, rows, newest, version, discounts)
     successes, rollouts = visits.successes[rows], visits.rollouts[rows]
-    alpha = prior.alpha + _row_sum(weight * successes)
-    beta = prior.beta + _row_sum(weight * (rollouts - successes))
+    alpha, beta = _believed(prior, *_evidence(visits, rows, weight))
     return fit_drift(alpha, beta, (now * rollouts).sum(axis=1), (now * successes).sum(axis=1))
 
 
@@ -239,17 +179,32 @@ def _counts(visits: Visits, picked: IntArray) -> list[npt.NDArray[np.int32]]:
     return [visits.rollouts[picked] - successes, successes]
 
 
-def _moved(
-    columns: FloatArray, success: BoolArray, has_evidence: BoolArray, drift: Drift
+def _evidence(
+    visits: Visits, picked: IntArray, weight: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return the weighed successes and failures of each row, float64[n]."""
+    successes = visits.successes[picked]
+    failures = visits.rollouts[picked] - successes
+    return _row_sum(weight * successes), _row_sum(weight * failures)
+
+
+def _believed(
+    prior: Prior, successes: FloatArray, failures: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    if prior.weights:
+        return believed(prior.weights, successes, failures)
+    return prior.alpha + successes, prior.beta + failures
+
+
+def _scaled(
+    columns: FloatArray, success: BoolArray, alpha: FloatArray, beta: FloatArray
 ) -> FloatArray:
-    """Return the columns with the means of the rows that have evidence moved."""
-    if drift == Drift():
-        return columns
-    alpha, beta = class_weights(columns, success)
-    new_alpha, new_beta = drift.moved(alpha, beta)
+    """Return the columns with successes that weigh alpha and failures that weigh beta."""
+    if success.size == 2:
+        return np.stack([alpha if good else beta for good in success.tolist()], axis=1)
+    now = class_weights(columns, success)
     for level, good in enumerate(success.tolist()):
-        factor = new_alpha / alpha if good else new_beta / beta
-        columns[:, level] *= np.where(has_evidence, factor, 1.0)
+        columns[:, level] *= alpha / now[0] if good else beta / now[1]
     return columns
 
 

@@ -14,22 +14,33 @@ import numpy.typing as npt
 
 from knapsack_scheduler.core.evidence import Visits
 from knapsack_scheduler.core.problem import IntArray, KeyArray
+from knapsack_scheduler.core.ties import lowest_keys
 
 
-class Revisited:
-    """Prompts with visits at two steps or more, by the step of their newest one."""
+class LastVisited:
+    """Prompts with visits at one step or more, or at two, by the step of their newest one.
 
-    def __init__(self) -> None:
+    Args:
+        twice: only those with visits at two steps or more.
+    """
+
+    def __init__(self, twice: bool) -> None:
+        self._twice = twice
         self._by_step: dict[int, list[IntArray]] = {}
 
     def add(self, rows: IntArray, visits: Visits) -> None:
         """Take in that something was learned of these rows, int64[n]."""
         step = visits.step[rows]
-        older = (visits.rollouts[rows] > 0) & (step != step[:, :1])
-        revisited = older.any(axis=1)
-        rows, newest = rows[revisited], step[revisited, 0]
-        for at in np.unique(newest).tolist():
-            self._by_step.setdefault(at, []).append(rows[newest == at])
+        if self._twice:
+            older = (visits.rollouts[rows] > 0) & (step != step[:, :1])
+            again = older.any(axis=1)
+            rows, step = rows[again], step[again]
+        if not rows.size:
+            return
+        order = np.argsort(step[:, 0], kind="stable")
+        steps, begins = np.unique(step[order, 0], return_index=True)
+        for at, of_step in zip(steps.tolist(), np.split(rows[order], begins[1:]), strict=True):
+            self._by_step.setdefault(at, []).append(of_step)
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Return what ``from_columns`` makes the same of."""
@@ -41,13 +52,13 @@ class Revisited:
         }
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, npt.NDArray[Any]]) -> Revisited:
-        """Return that of ``columns()``."""
-        revisited = cls()
+    def from_columns(cls, columns: Mapping[str, npt.NDArray[Any]], twice: bool) -> LastVisited:
+        """Return that of ``columns()``, with the same ``twice``."""
+        last = cls(twice)
         rows = np.split(columns["rows"], np.cumsum(columns["size"])[:-1])
         steps = columns["step"].tolist()
-        revisited._by_step = {step: [rows[at]] for at, step in enumerate(steps)}
-        return revisited
+        last._by_step = {step: [rows[at]] for at, step in enumerate(steps)}
+        return last
 
     def newest(self, count: int, visits: Visits, keys: KeyArray) -> IntArray:
         """Return the rows whose newest visit is newest, in the order of their keys.
@@ -79,4 +90,5 @@ class Revisited:
         if not found:
             return np.zeros(0, np.int64)
         rows = np.concatenate(found)
-        return rows[np.argsort(keys[rows], kind="stable")[:count]]
+        rows = rows[lowest_keys(keys[rows], count)]
+        return rows[np.argsort(keys[rows], kind="stable")]
