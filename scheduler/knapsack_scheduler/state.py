@@ -162,6 +162,10 @@ class RunState:
             self.drift(prior),
         )
 
+    def prepare(self) -> None:
+        """Work out what every decision needs, which only a report changes."""
+        self.drift(self.prior())
+
     def prior(self) -> Prior:
         """Return what is believed of a prompt of the run before it is seen."""
         if self._prior is None:

@@ -43,8 +43,8 @@ _ROUNDS = 4
 _LEAST_VARIANCE = 1e-9
 _LEAST_STRENGTH = 0.05
 
-_CHUNK = 1 << 15
-"""Prompts at once: 6 MiB per array."""
+_CHUNK = 1 << 11
+"""Prompts at once: an array of 400 kB, which stays in the cache."""
 
 
 def _powers(sign: float) -> FloatArray:
@@ -91,19 +91,18 @@ def believed(
         weights: of the points, from ``fit_rates``; not ().
         successes, failures: discounted evidence of each prompt, float64[M], >= 0.
     """
-    prior = np.array(weights)
+    prior = np.array(weights)[:, None]
     alpha, beta = np.empty_like(successes), np.empty_like(failures)
     for start in range(0, successes.size, _CHUNK):
         part = slice(start, start + _CHUNK)
         passed, failed = _held(successes[part], failures[part])
         share = _likelihood(passed, failed)
-        share *= prior[:, None]
-        share /= _folded(share)
-        mean = _folded(share * _RATES[:, None])
-        away = _RATES[:, None] - mean
-        away *= away
-        away *= share
-        variance = _folded(away)
+        share *= prior
+        whole = _folded(share)
+        share *= _RATES[:, None]
+        mean = _folded(share) / whole
+        share *= _RATES[:, None]
+        variance = _folded(share) / whole - mean * mean
         strength = mean * (1.0 - mean) / np.maximum(variance, _LEAST_VARIANCE) - 1.0
         strength = np.maximum(strength, _LEAST_STRENGTH)
         alpha[part] = mean * strength + (successes[part] - passed)

@@ -29,16 +29,19 @@ class LastVisited:
         self._by_step: dict[int, list[IntArray]] = {}
 
     def add(self, rows: IntArray, visits: Visits) -> None:
-        """Take in that something was learned of these rows, int64[n]."""
-        step = visits.step[rows]
+        """Take in that something was learned of these rows, int64[n], each named once."""
+        newest = visits.step[rows, 0]
         if self._twice:
-            older = (visits.rollouts[rows] > 0) & (step != step[:, :1])
-            again = older.any(axis=1)
-            rows, step = rows[again], step[again]
+            again = (visits.rollouts[rows] > 0) & (visits.step[rows] != newest[:, None])
+            twice = again.any(axis=1)
+            rows, newest = rows[twice], newest[twice]
         if not rows.size:
             return
-        order = np.argsort(step[:, 0], kind="stable")
-        steps, begins = np.unique(step[order, 0], return_index=True)
+        if (newest == newest[0]).all():
+            self._by_step.setdefault(int(newest[0]), []).append(rows)
+            return
+        order = np.argsort(newest, kind="stable")
+        steps, begins = np.unique(newest[order], return_index=True)
         for at, of_step in zip(steps.tolist(), np.split(rows[order], begins[1:]), strict=True):
             self._by_step.setdefault(at, []).append(of_step)
 
@@ -78,7 +81,9 @@ class LastVisited:
             if total >= count:
                 del self._by_step[step]
                 continue
-            rows = np.unique(np.concatenate(self._by_step[step]))
+            rows = self._by_step[step][0]
+            if len(self._by_step[step]) > 1:
+                rows = np.unique(np.concatenate(self._by_step[step]))
             rows = rows[visits.step[rows, 0] == step]
             if rows.size == 0:
                 # All of them were visited again since.
