@@ -56,9 +56,7 @@ def test_groups_of_two_policies_are_two_reports(tmp_path: Any) -> None:
         groups = OpenGroups("verl")
         groups.open(["u1", "u2"], budget.allocate(["a", "b"], 8, step=4))
 
-        reports = groups.close(
-            ["u1", "u2"], [finished("u1", [1.0], 3), finished("u2", [0.0], 2)]
-        )
+        reports = groups.close(["u1", "u2"], [finished("u1", [1.0], 3), finished("u2", [0.0], 2)])
 
         assert [r.policy_version for r in reports] == [3, 2]
 
@@ -81,9 +79,7 @@ SESSIONS = st.dictionaries(
 
 
 @given(sessions=SESSIONS, limit=st.integers(0, 60))
-def test_trimming_keeps_the_limit_and_pairs(
-    sessions: dict[str, list[int]], limit: int
-) -> None:
+def test_trimming_keeps_the_limit_and_pairs(sessions: dict[str, list[int]], limit: int) -> None:
     """What is left is the limit, or two of each group; larger groups give first."""
     dropped = surplus_rollouts(sessions, limit)
 
@@ -146,9 +142,7 @@ def test_names_are_source_and_index() -> None:
         ([{"index": 1.5}, {"index": 2}], None, "extra_info.index = 1.5"),
     ],
 )
-def test_an_index_that_is_missing_or_constant_is_refused(
-    infos: Any, index: Any, said: str
-) -> None:
+def test_an_index_that_is_missing_or_constant_is_refused(infos: Any, index: Any, said: str) -> None:
     """verl's default of 0 for every row would make one prompt of the whole data set."""
     with pytest.raises(InvalidRequest, match="must") as caught:
         PromptNames().name([messages("x"), messages("y")], infos, index, ["s", "s"])
@@ -240,9 +234,9 @@ def test_a_filter_of_groups_needs_groups() -> None:
     filtered = {"algorithm__filter_groups__enable": True, "algorithm__filter_groups__metric": "acc"}
     assert read_settings(config(**filtered)).filter.metric == "acc"
 
-    with pytest.raises(InvalidRequest, match="filter_groups.enable"):
+    with pytest.raises(InvalidRequest, match=r"filter_groups\.enable"):
         read_settings(config(**filtered, **{f"{OURS}min_rollouts": 0}))
-    with pytest.raises(InvalidRequest, match="filter_groups.metric"):
+    with pytest.raises(InvalidRequest, match=r"filter_groups\.metric"):
         read_settings(config(**{"algorithm__filter_groups__enable": True}))
 
 

@@ -42,9 +42,9 @@ class World:
 
     def trainer(self, config: Any, kind: Any = None) -> tuple[Any, Any]:
         """Return a trainer that is ready to fit, and its manager, as verl's runner does."""
-        import tiny_verl
-
         from knapsack_trainer_client.integrations.verl import BudgetedAgentLoopManager
+
+        import tiny_verl
 
         trainer = (kind or tiny_verl.SyncOnCpu)(config)
         trainer.init()
@@ -68,8 +68,9 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """Ray, the TransferQueue and a generation server with a tiny model."""
     import ray
-    import tiny_verl
     import transfer_queue
+
+    import tiny_verl
 
     folder = tmp_path_factory.mktemp("world")
     tiny_verl.write_model(folder / "model")

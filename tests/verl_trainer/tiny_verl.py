@@ -85,14 +85,14 @@ def write_rows(path: Path, written: Sequence[dict[str, Any]]) -> None:
     pandas.DataFrame(list(written)).to_parquet(path)
 
 
-REWARD = '''
+REWARD = """
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 def compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs):
     first = solution_str[:1]
     token = LETTERS.index(first) + 2 if first in LETTERS and first else 1
     return {"score": float(token % int(ground_truth) == 0), "length": len(solution_str)}
-'''
+"""
 
 
 def flags(address: str | None) -> list[str]:
@@ -114,7 +114,7 @@ def make_config(
     for name, count in (("train", 8), ("val", 3)):
         if not (folder / f"{name}.parquet").exists():
             write_rows(folder / f"{name}.parquet", rows(count))
-    (folder / "reward.py").write_text(REWARD)
+    (model_of / "reward.py").write_text(REWARD)
     overrides = [
         "algorithm.adv_estimator=grpo",
         f"actor_rollout_ref.model.path={model_of / 'model'}",
@@ -133,7 +133,7 @@ def make_config(
         "data.max_prompt_length=8",
         "data.max_response_length=4",
         "data.dataloader_num_workers=0",
-        f"reward.custom_reward_function.path={folder / 'reward.py'}",
+        f"reward.custom_reward_function.path={model_of / 'reward.py'}",
         "reward.num_workers=1",
         "trainer.logger=[]",
         "trainer.n_gpus_per_node=1",
@@ -271,7 +271,8 @@ class OnCpu:
 
     def _compute_advantage(self: Any, batch: Any, metrics: Any) -> Any:
         batch = super()._compute_advantage(batch, metrics)  # type: ignore[misc]
-        self.seen.append({"step": self.global_steps, **read_batch(batch)})
+        surplus = int(self.replay_buffer._metrics["knapsack/surplus_rollouts"])
+        self.seen.append({"step": self.global_steps, "surplus": surplus, **read_batch(batch)})
         return batch
 
     def _compute_metrics(self: Any, batch: Any, metrics: Any, *args: Any, **kwargs: Any) -> None:
@@ -279,6 +280,7 @@ class OnCpu:
         self.seen[-1]["metrics"] = dict(metrics)
 
     def on_step_end(self: Any) -> None:
+        """Let the test meddle."""
         super().on_step_end()  # type: ignore[misc]
         self.after_step(self.global_steps)
 
@@ -300,13 +302,14 @@ def read_batch(batch: Any) -> dict[str, Any]:
         partition_id=batch.partition_id,
         select_fields=["uid", "index", "rm_scores", "advantages", "response_mask"],
     )
-    firsts = [float(row[mask.bool()][0]) for row, mask in zip(data["advantages"], data["response_mask"])]
+    masks = [mask.bool() for mask in data["response_mask"]]
+    firsts = [float(row[mask][0]) for row, mask in zip(data["advantages"], masks, strict=True)]
     return {
         "uid": [str(uid) for uid in data["uid"]],
         "index": [int(i) for i in data["index"]],
         "rewards": [float(row.sum()) for row in data["rm_scores"]],
         "advantages": firsts,
-        "lengths": [int(mask.sum()) for mask in data["response_mask"]],
+        "lengths": [int(mask.sum()) for mask in masks],
         "padding": len(batch.keys) - len(keys),
     }
 

@@ -14,7 +14,6 @@ replay buffer reports the rewards of every group that it samples, filters out or
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +33,7 @@ try:
     import verl
     from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
+    from verl.utils import tensordict_utils
 
     from knapsack_trainer_client.integrations.verl_rewards import (
         IDENTITY,
@@ -48,7 +48,9 @@ except ImportError as error:
         f"the verl integration needs verl 0.9 and more: pip install 'knapsack-rl[verl]' ({error})"
     ) from error
 
-logger = logging.getLogger(__name__)
+for _hook in ("_clear_groups", "_materialize_batch", "_validate_mode_config"):
+    if not hasattr(ReplayBuffer, _hook):
+        raise refused("verl", verl.__version__, f"must be 0.9; its ReplayBuffer has no {_hook}")
 
 _MANAGER_KEY = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
 _SAMPLER_KEY = "trainer.v1.sampler.custom_sampler"
@@ -85,7 +87,7 @@ class BudgetedAgentLoopManager(AgentLoopManagerTQ):
         Raises:
             InvalidRequest: prompts without a name of their own.
         """
-        if not ("validate" in prompts and prompts["validate"]):
+        if not tensordict_utils.get(prompts, "validate", False):
             prompts = self._divided(prompts)
         super().generate_sequences(prompts)
 

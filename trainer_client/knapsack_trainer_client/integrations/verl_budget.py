@@ -76,8 +76,7 @@ class VerlBudget:
         late = sum(1 for group in finished if group.uid not in self.groups)
         if late and not self._late:
             logger.info(
-                "knapsack: groups of before the restart at step %d are reported by prompt and "
-                "step",
+                "knapsack: groups of before the restart at step %d are reported by prompt and step",
                 self._first_step,
             )
         self._late += late

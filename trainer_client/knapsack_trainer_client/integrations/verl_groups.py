@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from knapsack_trainer_client.fallback import uniform_allocation
 from knapsack_trainer_client.arguments import AllocationAsk
+from knapsack_trainer_client.fallback import uniform_allocation
 from knapsack_trainer_client.nouns import Allocation
 
 

@@ -83,8 +83,9 @@ def _indices(
 ) -> list[int | str]:
     if extra_info is None and index is None:
         raise refused("extra_info.index", None, f"must name the prompt: {_HOW}")
-    found = []
+    found: list[int | str] = []
     for row in range(rows):
+        value: Any
         if extra_info is not None:
             info = extra_info[row]
             value = info.get("index") if isinstance(info, Mapping) else None

@@ -87,5 +87,7 @@ def columns(data: Any, name: str) -> list[Any] | None:
         return None
     values = data[name]
     listed = values.tolist() if hasattr(values, "tolist") else list(values)
-    return [getattr(value, "data", value) if type(value).__name__ == "NonTensorData" else value
-            for value in listed]
+    return [
+        getattr(value, "data", value) if type(value).__name__ == "NonTensorData" else value
+        for value in listed
+    ]

@@ -203,9 +203,7 @@ def _filter(config: Any, low: int) -> GroupFilter:
     if enabled and not metric:
         raise refused(f"{groups}.metric", metric, "must be given where groups are filtered")
     if enabled and low == 0:
-        raise refused(
-            f"{OPTIONS}.min_rollouts", low, f"must be at least 2 with {groups}.enable"
-        )
+        raise refused(f"{OPTIONS}.min_rollouts", low, f"must be at least 2 with {groups}.enable")
     return GroupFilter(
         str(metric) if enabled else None,
         bool(_at(config, "trainer.v1.sampler.sync_refill_failed_groups")),
