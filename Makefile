@@ -4,6 +4,7 @@
 #   make test [TEST_ARGS="-k wave"] every test
 #   make test-trl                   the TRL integration, with the oldest and the newest TRL
 #   make test-verl                  the verl integration, with verl's own trainer
+#   make test-loops                 tinker-cookbook, and what other trainers do with unequal groups
 #   make demo-trl                   the same training with TRL, with and without us
 #   make check                      formatting, lint, types, wire contract
 #   make audit                      known vulnerabilities of the pinned packages (needs pypi.org)
@@ -31,7 +32,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 INPUTS := pyproject.toml .ci/constraints.txt
 VERL_INPUTS := pyproject.toml .ci/verl-constraints.txt
 
-.PHONY: demo demo-trl test test-trl test-verl check audit bench soak proto proto-check format clean
+.PHONY: demo demo-trl test test-trl test-verl test-loops check audit bench soak proto proto-check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/knapsack-rl demo $(DEMO_ARGS)
@@ -48,6 +49,9 @@ test-trl-%: .venv-trl-%/.ready
 # verl, Ray and what they load warn of much that is not ours.
 test-verl: .venv-verl/.ready
 	.venv-verl/bin/python -m pytest tests/verl_trainer -W ignore --show-capture=no $(TEST_ARGS)
+
+test-loops: .venv-verl/.loops
+	.venv-verl/bin/python -m pytest tests/loops -W ignore $(TEST_ARGS)
 
 demo-trl: .venv-trl-$(TRL_NEWEST)/.demo
 	.venv-trl-$(TRL_NEWEST)/bin/python trainer_client/examples/trl/compare.py $(DEMO_ARGS)
@@ -143,6 +147,12 @@ $(VENV)/.audit: | $(BIN)/python
 		--constraint .ci/verl-constraints.txt $(PIP_EXTRA) \
 		--editable '.[scheduler,genserver,verl]' \
 		pytest pytest-asyncio pytest-timeout hypothesis
+	@touch $@
+
+# Of other trainers the packages alone: their code is run, not their engines.
+.venv-verl/.loops: .ci/loops-requirements.txt | .venv-verl/.ready
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--ignore-requires-python --requirement .ci/loops-requirements.txt
 	@touch $@
 
 .PRECIOUS: .venv-trl-%/.ready .venv-trl-%/.demo
