@@ -110,6 +110,7 @@ class Prometheus(Program):
         targets: host and port by job.
         rules: files of rules.
         alertmanager: host and port, or empty.
+        credentials: bearer token that targets are asked with; empty for none.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class Prometheus(Program):
         targets: Mapping[str, str],
         rules: Sequence[Path] = (),
         alertmanager: str = "",
+        credentials: str = "",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {
@@ -132,6 +134,9 @@ class Prometheus(Program):
                 for job, target in targets.items()
             ],
         }
+        if credentials:
+            for scrape in config["scrape_configs"]:
+                scrape["authorization"] = {"credentials": credentials}
         if alertmanager:
             config["alerting"] = {
                 "alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]
