@@ -20,12 +20,12 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import rules
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
 from knapsack_trainer_client import BudgetClient, KnapsackError, RolloutClient
 
+import rules
 from programs import (
     ROOT,
     Alertmanager,
@@ -152,9 +152,9 @@ def locked_store(program: Program, stage: Stage) -> None:
     calling = threading.Thread(target=calls)
     calling.start()
     with closing(sqlite3.connect(stage.folder / "locked.db", isolation_level=None)) as other:
-        # The slow answers first: what fails for the same reason is told without them.
-        for seconds, alert in ((1.5, "KnapsackAnswersSlow"), (8, "KnapsackStoreFailing")):
-            for _ in stage.until(alert):
+        slow, failing = ("KnapsackStoreSlow", "KnapsackAnswersSlow"), ("KnapsackStoreFailing",)
+        for seconds, alerts in ((1.5, slow), (8, failing)):
+            for _ in stage.until(*alerts):
                 other.execute("BEGIN IMMEDIATE")
                 stage.over.wait(seconds)
                 other.execute("ROLLBACK")
