@@ -3,6 +3,9 @@
 #   make demo [DEMO_ARGS=--quick]   train a small transformer, uniform against knapsack
 #   make test [TEST_ARGS="-k wave"] every test
 #   make test-trl                   the TRL integration, with the oldest and the newest TRL
+#   make test-watch                 metrics, dashboards and alerts on a real Prometheus
+#   make dashboards                 write the dashboards anew from their source
+#   make dashboards-picture         draw the Run dashboard of a sped-up run to a picture
 #   make demo-trl                   the same training with TRL, with and without us
 #   make check                      formatting, lint, types, wire contract
 #   make audit                      known vulnerabilities of the pinned packages (needs pypi.org)
@@ -29,7 +32,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 	--constraint .ci/constraints.txt $(PIP_EXTRA)
 INPUTS := pyproject.toml .ci/constraints.txt
 
-.PHONY: demo demo-trl test test-trl check audit bench soak proto proto-check format clean
+.PHONY: demo demo-trl test test-trl test-watch dashboards dashboards-picture check audit bench soak proto proto-check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/knapsack-rl demo $(DEMO_ARGS)
@@ -42,6 +45,18 @@ test-trl: test-trl-$(TRL_NEWEST) test-trl-$(TRL_OLDEST)
 # transformers announces the end of names that TRL still uses.
 test-trl-%: .venv-trl-%/.ready
 	.venv-trl-$*/bin/python -m pytest tests/integrations -W ignore::FutureWarning $(TEST_ARGS)
+
+# Prometheus and Alertmanager come from .ci/packages, Grafana's types from npm.
+test-watch: $(VENV)/.test
+	.ci/packages prometheus prometheus-alertmanager
+	$(BIN)/python -m pytest tests/watch tests/scheduler/test_metrics_table.py $(TEST_ARGS)
+
+dashboards:
+	$(PYTHON) deploy/grafana/build.py
+
+dashboards-picture: $(VENV)/.test
+	.ci/packages chromium
+	$(BIN)/python tests/watch/picture/draw.py --to deploy/grafana/run.png
 
 demo-trl: .venv-trl-$(TRL_NEWEST)/.demo
 	.venv-trl-$(TRL_NEWEST)/bin/python trainer_client/examples/trl/compare.py $(DEMO_ARGS)
