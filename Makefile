@@ -3,6 +3,8 @@
 #   make demo [DEMO_ARGS=--quick]   train a small transformer, uniform against knapsack
 #   make test [TEST_ARGS="-k wave"] every test
 #   make test-trl                   the TRL integration, with the oldest and the newest TRL
+#   make test-verl                  the verl integration, with verl's own trainer
+#   make test-loops                 tinker-cookbook, and what other trainers do with unequal groups
 #   make test-watch                 metrics, dashboards and alerts on a real Prometheus
 #   make dashboards                 write the dashboards anew from their source
 #   make dashboards-picture         draw the Run dashboard of a sped-up run to a picture
@@ -31,8 +33,9 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint .ci/constraints.txt $(PIP_EXTRA)
 INPUTS := pyproject.toml .ci/constraints.txt
+VERL_INPUTS := pyproject.toml .ci/verl-constraints.txt
 
-.PHONY: demo demo-trl test test-trl test-watch dashboards dashboards-picture check audit bench soak proto proto-check format clean
+.PHONY: demo demo-trl test test-trl test-verl test-loops test-watch dashboards dashboards-picture check audit bench soak proto proto-check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/knapsack-rl demo $(DEMO_ARGS)
@@ -45,6 +48,13 @@ test-trl: test-trl-$(TRL_NEWEST) test-trl-$(TRL_OLDEST)
 # transformers announces the end of names that TRL still uses.
 test-trl-%: .venv-trl-%/.ready
 	.venv-trl-$*/bin/python -m pytest tests/integrations -W ignore::FutureWarning $(TEST_ARGS)
+
+# verl, Ray and what they load warn of much that is not ours.
+test-verl: .venv-verl/.ready
+	.venv-verl/bin/python -m pytest tests/verl_trainer -W ignore --show-capture=no $(TEST_ARGS)
+
+test-loops: .venv-verl/.loops
+	.venv-verl/bin/python -m pytest tests/loops -W ignore $(TEST_ARGS)
 
 # Prometheus and Alertmanager come from .ci/packages, Grafana's types from npm.
 test-watch: $(VENV)/.test
@@ -75,6 +85,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/bench_report.py
 	$(BIN)/python tests/benchmarks/bench_startup.py
 	$(BIN)/python tests/benchmarks/bench_event_loop.py
+	$(BIN)/python tests/benchmarks/bench_generation_service.py
 
 # Asks pypi.org for advisories, which a mirror of packages does not have; so it is no part of
 # make check, which must pass without a network.
@@ -97,7 +108,7 @@ format: $(VENV)/.check
 	$(BIN)/buf format -w proto
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* .venv-verl build dist .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -142,6 +153,22 @@ $(VENV)/.audit: | $(BIN)/python
 .venv-trl-%/.demo: .venv-trl-%/.ready
 	.venv-trl-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint .ci/constraints.txt $(PIP_EXTRA) --editable '.[demo]'
+	@touch $@
+
+# What vLLM and GPUs need of verl is left out; torch is the CPU build of .ci/constraints.txt.
+.venv-verl/.ready: $(VERL_INPUTS)
+	@echo "Setting up .venv-verl (about four minutes and 2 GB, once)"
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .ci/verl-constraints.txt $(PIP_EXTRA) \
+		--editable '.[scheduler,genserver,verl]' \
+		pytest pytest-asyncio pytest-timeout hypothesis
+	@touch $@
+
+# Of other trainers the packages alone: their code is run, not their engines.
+.venv-verl/.loops: .ci/loops-requirements.txt | .venv-verl/.ready
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--ignore-requires-python --requirement .ci/loops-requirements.txt
 	@touch $@
 
 .PRECIOUS: .venv-trl-%/.ready .venv-trl-%/.demo
