@@ -111,6 +111,7 @@ class Prometheus(Program):
         rules: files of rules.
         alertmanager: host and port, or empty.
         credentials: bearer token that targets are asked with; empty for none.
+        retention: of its data.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class Prometheus(Program):
         rules: Sequence[Path] = (),
         alertmanager: str = "",
         credentials: str = "",
+        retention: str = "15d",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {
@@ -151,6 +153,8 @@ class Prometheus(Program):
                 tool("prometheus"),
                 f"--config.file={file}",
                 f"--storage.tsdb.path={folder / 'data'}",
+                f"--storage.tsdb.retention.time={retention}",
+                "--web.cors.origin=.*",
                 f"--web.listen-address={address}",
                 "--log.level=warn",
             ],
