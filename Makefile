@@ -5,6 +5,9 @@
 #   make test-trl                   the TRL integration, with the oldest and the newest TRL
 #   make test-verl                  the verl integration, with verl's own trainer
 #   make test-loops                 tinker-cookbook, and what other trainers do with unequal groups
+#   make test-watch                 metrics, dashboards and alerts on a real Prometheus
+#   make dashboards                 write the dashboards anew from their source
+#   make dashboards-picture         draw the Run dashboard of a sped-up run to a picture
 #   make demo-trl                   the same training with TRL, with and without us
 #   make check                      formatting, lint, types, wire contract
 #   make audit                      known vulnerabilities of the pinned packages (needs pypi.org)
@@ -32,7 +35,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 INPUTS := pyproject.toml .ci/constraints.txt
 VERL_INPUTS := pyproject.toml .ci/verl-constraints.txt
 
-.PHONY: demo demo-trl test test-trl test-verl test-loops check audit bench soak proto proto-check format clean
+.PHONY: demo demo-trl test test-trl test-verl test-loops test-watch dashboards dashboards-picture check audit bench soak proto proto-check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/knapsack-rl demo $(DEMO_ARGS)
@@ -52,6 +55,18 @@ test-verl: .venv-verl/.ready
 
 test-loops: .venv-verl/.loops
 	.venv-verl/bin/python -m pytest tests/loops -W ignore $(TEST_ARGS)
+
+# Prometheus and Alertmanager come from .ci/packages, Grafana's types from npm.
+test-watch: $(VENV)/.test
+	.ci/packages prometheus prometheus-alertmanager
+	$(BIN)/python -m pytest tests/watch tests/scheduler/test_metrics_table.py $(TEST_ARGS)
+
+dashboards:
+	$(PYTHON) deploy/grafana/build.py
+
+dashboards-picture: $(VENV)/.test
+	.ci/packages chromium
+	$(BIN)/python tests/watch/picture/draw.py --to deploy/grafana/run.png
 
 demo-trl: .venv-trl-$(TRL_NEWEST)/.demo
 	.venv-trl-$(TRL_NEWEST)/bin/python trainer_client/examples/trl/compare.py $(DEMO_ARGS)
