@@ -311,8 +311,9 @@ _ARRIVED = [
         "Rollouts saved in the window",
         """Rollouts that uniform groups would have taken for as much, less those that were
         generated: as many effective groups, as many rollouts in such groups (both counted,
-        uniform's predicted), or as much expected value. The default objective gives up groups of easy
-        prompts for groups of hard ones, so that the first may be below 0. See METRICS.md.""",
+        uniform's predicted), or as much expected value. The default objective gives up groups
+        of easy prompts for groups of hard ones, so that the first may be below 0. See
+        METRICS.md.""",
         "short",
         [
             query(
