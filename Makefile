@@ -70,6 +70,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/bench_report.py
 	$(BIN)/python tests/benchmarks/bench_startup.py
 	$(BIN)/python tests/benchmarks/bench_event_loop.py
+	$(BIN)/python tests/benchmarks/bench_generation_service.py
 
 # Asks pypi.org for advisories, which a mirror of packages does not have; so it is no part of
 # make check, which must pass without a network.
