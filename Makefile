@@ -49,9 +49,11 @@ test-trl: test-trl-$(TRL_NEWEST) test-trl-$(TRL_OLDEST)
 test-trl-%: .venv-trl-%/.ready
 	.venv-trl-$*/bin/python -m pytest tests/integrations -W ignore::FutureWarning $(TEST_ARGS)
 
-# verl, Ray and what they load warn of much that is not ours.
+# verl, Ray and what they load warn of much that is not ours. The first test starts five
+# processes that import them.
 test-verl: .venv-verl/.ready
-	.venv-verl/bin/python -m pytest tests/verl_trainer -W ignore --show-capture=no $(TEST_ARGS)
+	.venv-verl/bin/python -m pytest tests/verl_trainer -W ignore --show-capture=no \
+		--timeout 600 $(TEST_ARGS)
 
 test-loops: .venv-verl/.loops
 	.venv-verl/bin/python -m pytest tests/loops -W ignore $(TEST_ARGS)
