@@ -27,7 +27,9 @@ Object = dict[str, Any]
 
 def tool(name: str) -> str:
     """Return the path of a program; without it, fail in CI and skip elsewhere."""
-    found = shutil.which(name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    found = shutil.which(
+        name, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     if found is None:
         message = f"{name} is not installed; see the Makefile and .ci/packages"
         if os.environ.get("CI") == "true":

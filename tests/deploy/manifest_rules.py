@@ -21,7 +21,11 @@ def faults(objects: Iterable[Object]) -> list[str]:
     things = list(objects)
     found: list[str] = []
     names = [(thing["kind"], thing["metadata"]["name"]) for thing in things]
-    found += [f"{kind}/{name}: is there twice" for kind, name in set(names) if names.count((kind, name)) > 1]
+    found += [
+        f"{kind}/{name}: is there twice"
+        for kind, name in set(names)
+        if names.count((kind, name)) > 1
+    ]
     for thing in things:
         where = name_of(thing)
         found += [f"{where}: {fault}" for fault in _faults_of(thing, things)]
@@ -32,9 +36,10 @@ def _faults_of(thing: Object, things: list[Object]) -> Iterator[str]:
     pod = pod_of(thing)
     if pod is not None:
         yield from _pod_faults(pod, things)
-    if thing["kind"] == "Deployment":
-        if not _matches(thing["spec"]["selector"]["matchLabels"], pod):
-            yield "its selector does not match its own pods"
+    if thing["kind"] == "Deployment" and not _matches(
+        thing["spec"]["selector"]["matchLabels"], pod
+    ):
+        yield "its selector does not match its own pods"
     if thing["kind"] == "Service":
         yield from _service_faults(thing, things)
     if thing["kind"] in ("NetworkPolicy", "PodDisruptionBudget", "PodMonitor"):
@@ -125,7 +130,9 @@ def _container_faults(container: Object, pod: Object) -> Iterator[str]:
                 yield f"{flag} is {flags[flag]}, but the port {port_name} is {ports.get(port_name)}"
         elif flag != "--listen":
             yield f"{flag} is {flags[flag]}, which neither kubelet nor Prometheus reaches"
-    probes = [kind for kind in ("startupProbe", "readinessProbe", "livenessProbe") if kind in container]
+    probes = [
+        kind for kind in ("startupProbe", "readinessProbe", "livenessProbe") if kind in container
+    ]
     if "--health-listen" in flags and len(probes) < 3:
         yield "lacks a probe"
     for kind in probes:
@@ -139,11 +146,13 @@ def _container_faults(container: Object, pod: Object) -> Iterator[str]:
     if is_sidecar and container.get("restartPolicy") != "Always":
         yield "is no sidecar: the trainer would wait for its end"
     drain = float(flags.get("--drain-seconds", 0))
-    if drain and drain + 5 > pod.get("terminationGracePeriodSeconds", 30):
-        yield f"drains for {drain:g} s, but is killed after {pod.get('terminationGracePeriodSeconds')} s"
-    if flags.get("--listen", "").startswith("0.0.0.0") and "--insecure" not in flags:
-        if not {"--tls-cert", "--tls-key", "--token-file"} <= flags.keys():
-            yield "serves others without TLS and tokens"
+    grace = pod.get("terminationGracePeriodSeconds", 30)
+    if drain and drain + 5 > grace:
+        yield f"drains for {drain:g} s, but is killed after {grace} s"
+    proofs = {"--tls-cert", "--tls-key", "--token-file"}
+    is_open = flags.get("--listen", "").startswith("0.0.0.0") and "--insecure" not in flags
+    if is_open and not proofs <= flags.keys():
+        yield "serves others without TLS and tokens"
 
 
 def _service_faults(service: Object, things: list[Object]) -> Iterator[str]:

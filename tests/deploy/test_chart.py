@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from deploy_tools import CHART, SCENARIOS, VERSION, containers_of, helm_template, run, templated
 from manifest_rules import faults
 
@@ -32,7 +33,9 @@ def test_a_package_carries_rules_and_dashboards(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / f"knapsack-rl-{VERSION}.tgz") as archive:
         files = {member.name for member in archive.getmembers() if member.isfile()}
     assert "knapsack-rl/files/rules/knapsack-rl.yaml" in files
-    assert {f"knapsack-rl/files/dashboards/{name}.json" for name in ("run", "service", "generation")} <= files
+    assert {
+        f"knapsack-rl/files/dashboards/{name}.json" for name in ("run", "service", "generation")
+    } <= files
     assert not any(name.startswith("knapsack-rl/ci/") for name in files)
 
 
@@ -71,7 +74,7 @@ def test_a_trainer_of_ones_own() -> None:
         "--set", "trainer.image=registry.example/grpo:1.2.3",
         "--set-json", 'trainer.command=["python","train.py"]',
         "--set-json", "trainer.args=[]",
-        "--set-json", 'trainer.resources={"requests":{"cpu":"8","memory":"64Gi","nvidia.com/gpu":8},"limits":{"cpu":"32","memory":"128Gi","nvidia.com/gpu":8}}',
+        "--set", r"trainer.resources.limits.nvidia\.com/gpu=8",
         "--set-json", 'trainer.volumes=[{"name":"data","emptyDir":{}}]',
         "--set-json", 'trainer.volumeMounts=[{"name":"data","mountPath":"/data"}]',
     )  # fmt: skip

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from deploy_tools import DEPLOY, SCENARIOS, containers_of, kustomized, pod_of
-from manifest_rules import flags_of
 
 from knapsack_scheduler.config import ENVIRONMENT, Settings
+
+from deploy_tools import DEPLOY, SCENARIOS, containers_of, kustomized, pod_of
+from manifest_rules import flags_of
 
 PROGRAMS = {
     "scheduler": ["-m", "knapsack_scheduler.cli", "serve", "--help"],
@@ -56,4 +57,7 @@ def test_flags_of_the_readme_exist() -> None:
     """Nor in the README of the deployment."""
     text = Path(DEPLOY / "README.md").read_text()
     for words in re.findall(r"`knapsack-scheduler ([^`]*)`", text):
-        assert set(re.findall(r"--[a-z-]+", words)) <= known_flags("scheduler") | {"--store", "--to"}
+        assert set(re.findall(r"--[a-z-]+", words)) <= known_flags("scheduler") | {
+            "--store",
+            "--to",
+        }

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from deploy_tools import DEPLOY, ROOT, run
 
 IMAGES = DEPLOY / "images"

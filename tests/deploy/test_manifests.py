@@ -11,7 +11,17 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-from deploy_tools import SCENARIOS, VERSION, Object, containers_of, kustomized, name_of, pod_of, templated
+
+from deploy_tools import (
+    SCENARIOS,
+    VERSION,
+    Object,
+    containers_of,
+    kustomized,
+    name_of,
+    pod_of,
+    templated,
+)
 from manifest_rules import faults
 
 # From the first with native sidecars on by default to the newest that the validator knows.
@@ -72,8 +82,15 @@ def test_the_scenarios_hold_every_kind() -> None:
     """What the chart can make, the scenarios make, so that the tests above have seen it."""
     kinds = {thing["kind"] for scenario in SCENARIOS for thing in kustomized(scenario)}
     assert kinds == {
-        "ConfigMap", "Deployment", "Job", "NetworkPolicy", "PersistentVolumeClaim",
-        "PodDisruptionBudget", "PodMonitor", "PrometheusRule", "Service",
+        "ConfigMap",
+        "Deployment",
+        "Job",
+        "NetworkPolicy",
+        "PersistentVolumeClaim",
+        "PodDisruptionBudget",
+        "PodMonitor",
+        "PrometheusRule",
+        "Service",
     }
 
 
@@ -99,57 +116,67 @@ def test_the_sidecar_is_a_sidecar(way: str) -> None:
 
 MISTAKES: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "a probe at another port": (
-        "Job",
-        lambda o: o["spec"]["template"]["spec"]["initContainers"][0]["readinessProbe"]["grpc"].update(port=50051),
+        "Job/knapsack-trainer",
+        lambda o: o["spec"]["template"]["spec"]["initContainers"][0]["readinessProbe"][
+            "grpc"
+        ].update(port=50051),
         "readinessProbe asks port 50051",
     ),
     "a mount without a volume": (
-        "Job",
+        "Job/knapsack-trainer",
         lambda o: o["spec"]["template"]["spec"]["volumes"].pop(0),
         "which is no volume",
     ),
     "a health port that only the pod reaches": (
-        "Deployment",
-        lambda o: o["spec"]["template"]["spec"]["containers"][0]["args"].__setitem__(2, "--health-listen=127.0.0.1:50052"),
+        "Deployment/knapsack-scheduler",
+        lambda o: o["spec"]["template"]["spec"]["containers"][0]["args"].__setitem__(
+            2, "--health-listen=127.0.0.1:50052"
+        ),
         "neither kubelet nor Prometheus",
     ),
     "a selector of other pods": (
-        "Service",
+        "Service/knapsack-scheduler",
         lambda o: o["spec"]["selector"].update({"app.kubernetes.io/component": "scheduller"}),
         "chooses no pod",
     ),
     "a latest image": (
-        "Deployment",
-        lambda o: o["spec"]["template"]["spec"]["containers"][0].update(image="knapsack-rl/scheduler:latest"),
+        "Deployment/knapsack-scheduler",
+        lambda o: o["spec"]["template"]["spec"]["containers"][0].update(
+            image="knapsack-rl/scheduler:latest"
+        ),
         "is not pinned",
     ),
     "a root that can be written": (
-        "Deployment",
-        lambda o: o["spec"]["template"]["spec"]["containers"][0]["securityContext"].pop("readOnlyRootFilesystem"),
+        "Deployment/knapsack-scheduler",
+        lambda o: o["spec"]["template"]["spec"]["containers"][0]["securityContext"].pop(
+            "readOnlyRootFilesystem"
+        ),
         "may write its root",
     ),
     "no tokens": (
-        "Deployment",
-        lambda o: o["spec"]["template"]["spec"]["containers"][0]["args"].remove("--token-file=/etc/knapsack-rl/tokens/tokens"),
+        "Deployment/knapsack-scheduler",
+        lambda o: o["spec"]["template"]["spec"]["containers"][0]["args"].remove(
+            "--token-file=/etc/knapsack-rl/tokens/tokens"
+        ),
         "without TLS and tokens",
     ),
     "an init container that never ends": (
-        "Job",
+        "Job/knapsack-trainer",
         lambda o: o["spec"]["template"]["spec"]["initContainers"][0].pop("restartPolicy"),
         "is no sidecar",
     ),
     "metrics for everybody": (
-        "NetworkPolicy",
+        "NetworkPolicy/knapsack-scheduler",
         lambda o: o["spec"]["ingress"][1].pop("from"),
         "opens the metrics to everybody",
     ),
     "a scrape of a port that is not there": (
-        "PodMonitor",
+        "PodMonitor/knapsack-scheduler",
         lambda o: o["spec"]["podMetricsEndpoints"][0].update(port="metric"),
         "which its pods do not have",
     ),
     "no time to drain": (
-        "Deployment",
+        "Deployment/knapsack-scheduler",
         lambda o: o["spec"]["template"]["spec"].update(terminationGracePeriodSeconds=10),
         "is killed after 10 s",
     ),
@@ -159,9 +186,9 @@ MISTAKES: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(mistake: str) -> None:
     """Each rule finds the mistake that it is for."""
-    kind, make, message = MISTAKES[mistake]
+    name, make, message = MISTAKES[mistake]
     things = copy.deepcopy(kustomized("monitored"))
-    make(next(thing for thing in things if thing["kind"] == kind))
+    make(next(thing for thing in things if name_of(thing) == name))
     assert any(message in fault for fault in faults(things)), faults(things)
 
 
