@@ -70,6 +70,7 @@ def trimmed(state: RunState) -> RunState:
     size = len(same.prompt_ids)
     same._keys = same._keys[:size]
     same._sums = same._sums[:, :size]
+    same._bands = same._bands[:size]
     # Of it only what it answers counts, not how much more it remembers.
     same._revisited = state._revisited.newest(1024, state._visits, state._keys)
     same._sorted = same._drift = None
