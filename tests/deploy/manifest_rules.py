@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 
@@ -42,6 +43,8 @@ def _faults_of(thing: Object, things: list[Object]) -> Iterator[str]:
         yield "its selector does not match its own pods"
     if thing["kind"] == "Service":
         yield from _service_faults(thing, things)
+    if len(json.dumps(thing)) > 200_000:
+        yield "is too large for kubectl apply, which copies it into an annotation of 256 KiB"
     if thing["kind"] in ("NetworkPolicy", "PodDisruptionBudget", "PodMonitor"):
         spec = thing["spec"]
         selector = spec["podSelector"] if thing["kind"] == "NetworkPolicy" else spec["selector"]

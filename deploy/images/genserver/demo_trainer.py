@@ -16,6 +16,7 @@ from knapsack_trainer_client import BudgetClient
 from knapsack_trainer_client.demo.model import new_model, save, warm_up
 from knapsack_trainer_client.demo.task import World
 from knapsack_trainer_client.demo.train import Evaluation, Schedule, train
+from knapsack_trainer_client.metrics import expose_metrics
 from knapsack_trainer_client.rollouts import RolloutClient
 
 
@@ -47,6 +48,7 @@ def _train(options: argparse.Namespace, seed: int) -> None:
         BudgetClient(options.scheduler, run) as budget,
         RolloutClient(options.genserver) as rollouts,
     ):
+        end_metrics = expose_metrics(budget, options.metrics)
         # A trainer that was stopped begins this run anew; nothing of it was kept.
         budget.rewind(-1)
         train(
@@ -60,6 +62,7 @@ def _train(options: argparse.Namespace, seed: int) -> None:
             wave_fraction=0.5,
             on_step=say,
         )
+        end_metrics()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--scheduler", default="localhost:50051", help="address (default: %(default)s)")
     add("--genserver", default="localhost:50061", help="address (default: %(default)s)")
     add("--weights", type=Path, required=True, help="folder that the generation server sees")
+    add("--metrics", default="127.0.0.1:9466", help="address of metrics (default: %(default)s)")
     add("--run", default="demo", help="name of the runs (default: %(default)s)")
     add("--runs", type=int, default=3, help="how many, with a seed each (default: %(default)s)")
     add("--steps", type=int, default=72, help="of a run (default: %(default)s)")

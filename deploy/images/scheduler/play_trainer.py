@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from knapsack_trainer_client import TLS, BudgetClient
+from knapsack_trainer_client.metrics import expose_metrics
 
 
 def main() -> int:
@@ -27,6 +28,8 @@ def main() -> int:
     tls = TLS(ca=options.tls_ca) if options.tls_ca else None
     rollouts = successes = fallbacks = 0
     with BudgetClient(options.scheduler, options.run, token=token, tls=tls) as budget:
+        if options.metrics:
+            expose_metrics(budget, options.metrics)
         # This run begins anew, so that its totals are those of this program.
         budget.rewind(-1)
         for step in range(options.steps):
@@ -76,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=200, help="training steps (default: %(default)s)")
     add("--step-seconds", type=float, default=0.1, help="length of one (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the dice (default: %(default)s)")
+    add("--metrics", help="address of the client's metrics, HOST:PORT (default: none)")
     add("--token-file", type=Path, help="file with a bearer token (default: none)")
     add("--tls-ca", help="PEM authorities of the scheduler's certificate (default: no TLS)")
     return parser

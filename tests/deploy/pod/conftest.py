@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,7 @@ class Built:
     """An image, built twice from nothing."""
 
     podman: Podman
+    wheels: Path
     ids: tuple[str, str]
 
 
@@ -43,4 +45,4 @@ def built(podman: Podman) -> Built:
     )
     dockerfile = IMAGES / "scheduler/Dockerfile"
     first = podman.build(dockerfile, f"{SCHEDULER}-again", wheels)
-    return Built(podman, (first, podman.build(dockerfile, SCHEDULER, wheels)))
+    return Built(podman, wheels, (first, podman.build(dockerfile, SCHEDULER, wheels)))

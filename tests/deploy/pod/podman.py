@@ -28,7 +28,6 @@ default_ulimits = ["nofile=8192:8192", "nproc=8192:8192"]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 runtime = "runc"
-image_default_format = "docker"
 [network]
 network_backend = "netavark"
 network_config_dir = "{folder}/networks"
@@ -101,7 +100,8 @@ class Podman:
     def build(self, dockerfile: Path, tag: str, wheels: Path, *arguments: str) -> str:
         """Build an image without a network, and return its id."""
         self(
-            "build", "--pull=never", "--network=none", "--no-cache", f"--timestamp={EPOCH}",
+            "build", "--format=docker", "--pull=never", "--network=none", "--no-cache",
+            f"--timestamp={EPOCH}",
             "--volume", f"{wheels}:/wheels:ro",
             "--build-arg", "PIP_NO_INDEX=1", "--build-arg", "PIP_FIND_LINKS=/wheels",
             "--file", dockerfile, "--tag", tag, *arguments, ".",
@@ -124,8 +124,9 @@ def own_podman() -> Iterator[Podman]:
             podman("rm", "--all", "--force", "--time=5", check=False)
             podman("volume", "rm", "--all", "--force", check=False)
             podman("rmi", "--all", "--force", check=False)
-            podman("unshare", "true", check=False)
-        shutil.rmtree(folder, ignore_errors=True)
+            # Podman mounts the folder of its layers onto itself.
+            subprocess.run(["umount", "--recursive", str(folder / "graph/overlay")], check=False)
+        shutil.rmtree(folder)
 
 
 def as_podman_plays(pod: dict[str, Any], name: str) -> dict[str, Any]:

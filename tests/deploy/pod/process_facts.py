@@ -38,12 +38,17 @@ def memory_limit_and_peak(pid: int) -> tuple[int, int]:
 
 
 def listening(pid: int) -> set[tuple[str, int]]:
-    """Return (address, port) of each TCP socket that listens in the process's network."""
+    """Return (IPv4 address, port) of each TCP socket that listens in the process's network.
+
+    Sockets of IPv6 that take IPv4 too, as gRPC's are, count by their IPv4 address.
+    """
     found = set()
-    for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]:
-        local, state = line.split()[1], line.split()[3]
-        if state == "0A":
-            address, port = local.split(":")
-            octets = bytes.fromhex(address)[::-1]
-            found.add((".".join(map(str, octets)), int(port, 16)))
+    for name in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            if state == "0A":
+                address, port = local.split(":")
+                # The last 32 bits, in the order of this machine.
+                octets = bytes.fromhex(address[-8:])[::-1]
+                found.add((".".join(map(str, octets)), int(port, 16)))
     return found

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
-from deploy_tools import VERSION
+from deploy_tools import DEPLOY, VERSION
 from podman import BASE, SCHEDULER
 
 # Two builds of an image, on a busy machine; the first test of all also makes the base.
@@ -36,10 +38,11 @@ def test_it_is_slim(built, record_property) -> None:
 
 def test_it_says_what_it_is(built) -> None:
     """User, entrypoint in exec form and health check are in the image."""
-    config = json.loads(built.podman("image", "inspect", SCHEDULER))[0]["Config"]
+    image = json.loads(built.podman("image", "inspect", SCHEDULER))[0]
+    config = image["Config"]
     assert config["User"] == "10001:10001"
     assert config["Entrypoint"] == ["/opt/knapsack-rl/bin/knapsack-scheduler"]
-    assert config["Healthcheck"]["Test"][0] == "CMD"
+    assert image["Healthcheck"]["Test"][0] == "CMD"
 
 
 def test_it_runs_without_rights_and_without_writing(built) -> None:
@@ -63,3 +66,21 @@ def test_it_carries_no_more_than_it_needs(built) -> None:
     modules, wheels = json.loads(said)
     assert modules == ["psycopg", "grpc"]
     assert wheels == [f"knapsack_rl-{VERSION}-py3-none-any.whl"]
+
+
+def test_a_trainers_image_takes_the_client_from_it(built, tmp_path: Path) -> None:
+    """As the README says: the wheel is copied out of the scheduler's image and installed."""
+    readme = (DEPLOY / "README.md").read_text()
+    [recipe] = re.findall(r"```dockerfile\n(.*?)```", readme, re.DOTALL)
+    assert f"COPY --from={SCHEDULER}" in recipe
+    file = tmp_path / "Dockerfile"
+    # The base here has no pip outside of an environment.
+    file.write_text(
+        f"FROM {BASE}\nRUN python3 -m venv /venv\nENV PATH=/venv/bin:$PATH\n"
+        "ARG PIP_NO_INDEX\nARG PIP_FIND_LINKS\n" + recipe.partition("\n")[2]
+    )
+    tag = "localhost/trainer:test"
+    built.podman.build(file, tag, built.wheels)
+    script = "from knapsack_trainer_client import BudgetClient; print(BudgetClient.__name__)"
+    said = built.podman("run", *CONFINED, "--entrypoint", "/venv/bin/python", tag, "-c", script)
+    assert said.strip() == "BudgetClient"

@@ -185,7 +185,11 @@ def test_it_stays_within_its_memory(story: Story, record_property) -> None:
 
 def test_only_health_and_metrics_leave_the_pod(story: Story) -> None:
     """The API listens on the pod's loopback; what kubelet and Prometheus need does not."""
-    assert story.listening == {("127.0.0.1", 50051), ("0.0.0.0", 50052), ("0.0.0.0", 9464)}
+    health, scheduler, client = 50052, 9464, 9466
+    assert story.listening == {
+        ("127.0.0.1", 50051),
+        *(("0.0.0.0", port) for port in (health, scheduler, client)),
+    }
 
 
 def test_the_manifest_was_changed_only_as_said(story: Story) -> None:
