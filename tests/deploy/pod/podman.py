@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,24 @@ class Podman:
         """Return what podman knows of a container."""
         return json.loads(self("container", "inspect", container))[0]
 
+    def serves(self, container: str, service: str = "") -> bool:
+        """Return whether a scheduler's health port says SERVING, as a probe would see it."""
+        python, check = "/opt/knapsack-rl/bin/python", "/opt/knapsack-rl/healthcheck.py"
+        said = self("exec", container, python, check, "127.0.0.1:50052", service, check=False)
+        return said == "SERVING\n"
+
+    def await_serving(self, container: str) -> None:
+        """Return when it serves; AssertionError with what it wrote if it does not in time."""
+        try:
+            until(f"{container} serves", lambda: self.serves(container))
+        except AssertionError as error:
+            state = self.inspect(container)["State"]
+            command = ["podman", "logs", container]
+            said = subprocess.run(
+                command, env=self.environment, capture_output=True, text=True, timeout=60
+            )
+            raise AssertionError(f"{error}\n{state}\n{said.stdout}{said.stderr}") from None
+
     def import_base(self) -> None:
         """Make the base image, under its usual name, of Debian's own packages."""
         archive = self.folder / "base.tar"
@@ -110,6 +129,17 @@ class Podman:
         return self("image", "inspect", "--format", "{{.Id}}", tag).strip()
 
 
+def until(what: str, happened: Callable[[], Any], seconds: float = 90) -> Any:
+    """Return the first true answer; AssertionError if there is none in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        answer = happened()
+        if answer:
+            return answer
+        time.sleep(0.1)
+    raise AssertionError(f"{what}: not within {seconds:g} s")
+
+
 @contextmanager
 def own_podman() -> Iterator[Podman]:
     """Yield a podman in a new folder; at the end nothing of it runs and nothing is left."""
@@ -144,6 +174,13 @@ def as_podman_plays(pod: dict[str, Any], name: str) -> dict[str, Any]:
     spec["containers"] = [
         {k: v for k, v in container.items() if k != "ports"}
         for container in [*sidecars, *spec["containers"]]
+    ]
+    # What absence means, said: podman 4 ends with a nil pointer where it is not.
+    spec["volumes"] = [
+        {**volume, "secret": {"optional": False, **volume["secret"]}}
+        if "secret" in volume
+        else volume
+        for volume in spec["volumes"]
     ]
     return {
         "apiVersion": "v1",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ import yaml
 
 import process_facts
 from deploy_tools import kustomized
-from podman import Podman, as_podman_plays
+from podman import Podman, as_podman_plays, until
 
 pytestmark = pytest.mark.timeout(1800)
 
 POD = "knapsack-trainer"
 SIDECAR, TRAINER = f"{POD}-scheduler", f"{POD}-trainer"
-HEALTH = ["/opt/knapsack-rl/bin/python", "/opt/knapsack-rl/healthcheck.py", "127.0.0.1:50052"]
 
 
 @dataclass
@@ -41,22 +39,6 @@ class Story:
     sidecar_ran_after_trainer: bool = False
     sidecar_exit: int = -1
     sidecar_log: str = ""
-
-
-def until(what: str, happened: Callable[[], Any], seconds: float = 90) -> Any:
-    """Return the first true answer; AssertionError if there is none in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        answer = happened()
-        if answer:
-            return answer
-        time.sleep(0.1)
-    raise AssertionError(f"{what}: not within {seconds:g} s")
-
-
-def serves(podman: Podman, service: str = "") -> bool:
-    """Return whether the health port says SERVING, as a probe in the pod sees it."""
-    return podman("exec", SIDECAR, *HEALTH, service, check=False) == "SERVING\n"
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +60,10 @@ def story(built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 def _play(podman: Podman, seen: Story) -> None:
     # The startup probe holds the trainer back until the sidecar serves.
-    seen.health_before_start = serves(podman)
+    seen.health_before_start = podman.serves(SIDECAR)
     podman("start", SIDECAR)
-    until("the sidecar serves", lambda: serves(podman))
-    assert serves(podman, "liveness")
+    podman.await_serving(SIDECAR)
+    assert podman.serves(SIDECAR, "liveness")
     podman("start", TRAINER)
 
     def steps() -> int:
@@ -102,7 +84,7 @@ def _play(podman: Podman, seen: Story) -> None:
             lambda: (new := podman.inspect(SIDECAR)["State"]["Pid"]) not in (0, pid) and new,
         )
     )
-    until("it serves again", lambda: serves(podman))
+    podman.await_serving(SIDECAR)
     at_restart = steps()
     until("more steps", lambda: steps() >= at_restart + 20)
 
