@@ -19,6 +19,7 @@ class SchedulerProcess:
         self._process: subprocess.Popen[str] | None = None
         self.port = 0
         self.admin = ""
+        self.health_address = ""
 
     @property
     def address(self) -> str:
@@ -48,9 +49,10 @@ class SchedulerProcess:
             assert selector.select(30), "the scheduler said nothing for 30 s"
         line = self._process.stdout.readline()
         assert line, self._store.with_suffix(".log").read_text()
-        addresses = json.loads(line)
-        self.port = int(addresses["listen"].rsplit(":", 1)[1])
-        self.admin = addresses["admin"]
+        serving = json.loads(line)
+        self.port = int(serving["listen"].rsplit(":", 1)[1])
+        self.health_address = serving["health"]
+        self.admin = serving["admin"]
 
     def kill(self) -> None:
         """Kill it with signal 9."""

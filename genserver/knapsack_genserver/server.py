@@ -26,11 +26,10 @@ from knapsack_genserver.events import Events, ServingBegan
 from knapsack_genserver.feeder import Feeding
 from knapsack_genserver.logs import log_event
 from knapsack_genserver.metrics import Load, Metrics
-from knapsack_genserver.rpc import GeneratorServicer
+from knapsack_genserver.rpc import GeneratorServicer, handlers_of
 from knapsack_genserver.service import GeneratorService
 from knapsack_genserver.wire import Limits
 from knapsack_proto.v1 import generation_pb2 as pb
-from knapsack_proto.v1 import generation_pb2_grpc as rpc
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["RolloutGenerator"].full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -134,9 +133,7 @@ class Server:
                 ("grpc.http2.max_pings_without_data", 0),
             ]
         )
-        rpc.add_RolloutGeneratorServicer_to_server(  # type: ignore[no-untyped-call]
-            GeneratorServicer(service, self._events), server
-        )
+        server.add_generic_rpc_handlers((handlers_of(GeneratorServicer(service, self._events)),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((_SERVICE, health, reflection.SERVICE_NAME), server)

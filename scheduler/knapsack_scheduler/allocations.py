@@ -40,6 +40,7 @@ class Counted:
         effective_rollouts: rollouts that came to lie in groups with unequal rewards.
         judged: groups whose rollouts have all come, of which a chance was predicted; None
             for none.
+        completes: all rollouts of an allocation have now come.
     """
 
     accepted: int = 0
@@ -48,6 +49,7 @@ class Counted:
     effective_groups: int = 0
     effective_rollouts: int = 0
     judged: Calibration | None = None
+    completes: bool = False
 
 
 @dataclass(slots=True)
@@ -151,6 +153,7 @@ class OpenAllocation:
             groups=int(np.count_nonzero((self.delivered > 0) & ~begun)),
             effective_groups=int(np.count_nonzero(now_mixed & ~mixed)),
             effective_rollouts=int(self.delivered[now_mixed].sum()) - in_effective,
+            completes=bool((self.delivered >= self.allocated).all()),
         )
 
 

@@ -179,11 +179,11 @@ _WEIGHTS = [
     ),
     timeseries(
         "Time of a weight update",
-        "From its arrival to its end, and the part of it in which no token was made.",
+        "From its arrival to its end. How long no token was made meanwhile vLLM knows, see below.",
         "s",
         [
-            query(_quantile(0.9, "weight_update_seconds", "1h"), "update, 90 %"),
-            query(_quantile(0.9, "weight_pause_seconds", "1h"), "pause, 90 %"),
+            query(_quantile(0.5, "weight_update_seconds", "1h"), "median"),
+            query(_quantile(0.9, "weight_update_seconds", "1h"), "90 %"),
         ],
     ),
     timeseries(
@@ -236,6 +236,12 @@ _ENGINE = [
             query(_vllm_rate("generation_tokens_total"), "generated"),
             query(_vllm_rate("prompt_tokens_total"), "prompts"),
         ],
+    ),
+    timeseries(
+        "vLLM: pause of a weight update",
+        "Time in which no token was made, 90 % of the updates of an hour.",
+        "s",
+        [query(_quantile(0.9, "weight_pause_seconds", "1h"), "pause, 90 %")],
     ),
     timeseries(
         "vLLM: time between tokens",
