@@ -9,6 +9,10 @@ until that replica is what the end of the step waits for.
 
 A replica holds a bounded number of rollouts at a time. What it has not taken waits here,
 where every other replica can take it.
+
+What was lost with its replica is redone first. What was lost so often that it may be the
+cause gets a replica to itself, so that it takes nothing else with it, and is given up
+when that has not helped either.
 """
 
 from __future__ import annotations
@@ -62,6 +66,8 @@ class _Replica:
     capacity: int
     held: int = 0
     tokens: int = 0
+    # It holds what may be the end of it, and gets nothing beside that.
+    alone: bool = False
 
 
 class _Request:
@@ -111,12 +117,15 @@ class Dispatch:
 
     Args:
         piece_rollouts: most rollouts of a piece, 1 or more.
-        max_losses: how many replicas a rollout may be lost with before it is given up,
-            so that a prompt that kills its replica does not kill them all.
+        shared_losses: after how many losses a rollout gets a replica to itself.
+        max_losses: after how many it is given up at the next one.
     """
 
-    def __init__(self, piece_rollouts: int = 32, max_losses: int = 5) -> None:
+    def __init__(
+        self, piece_rollouts: int = 32, shared_losses: int = 3, max_losses: int = 5
+    ) -> None:
         self._piece = piece_rollouts
+        self._shared_losses = shared_losses
         self._max_losses = max_losses
         self._groups: dict[int, _Group] = {}
         self._classes: dict[int, dict[int, _Request]] = {}
@@ -179,15 +188,17 @@ class Dispatch:
             return None
         by_load = sorted(self._replicas.items(), key=lambda item: _load(*item))
         for name, replica in by_load:
-            if replica.held >= replica.capacity:
+            if replica.alone or replica.held >= replica.capacity:
                 continue
             group = self._group_for(name)
             if group is None:
                 return None
             first, available, losses = group.ranges[0]
             count = min(self._piece, available, replica.capacity)
-            if replica.held + count > replica.capacity:
+            alone = losses >= self._shared_losses
+            if replica.held + count > replica.capacity or (alone and replica.held):
                 continue
+            replica.alone = alone
             group.ranges.popleft()
             if available > count:
                 group.ranges.appendleft((first + count, available - count, losses))
@@ -208,6 +219,7 @@ class Dispatch:
         if replica is not None:
             replica.held -= rollouts
             replica.tokens -= rollouts * piece.tokens
+            replica.alone = replica.alone and replica.held > 0
         self._under_way[piece.request] -= rollouts
         if not self._under_way[piece.request]:
             del self._under_way[piece.request]

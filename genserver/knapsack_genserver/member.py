@@ -107,7 +107,8 @@ class Member:
     async def load_weights(self, path: Path, version: int) -> LoadedWeights:
         """Load weights into a serving engine; ReplicaLost as soon as it is lost."""
         loading = asyncio.ensure_future(self.engine.load_weights(path, version))
-        await asyncio.wait([loading, self._lost], return_when=asyncio.FIRST_COMPLETED)
+        waited: list[asyncio.Future[LoadedWeights] | asyncio.Future[str]] = [loading, self._lost]
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             loading.cancel()
             raise ReplicaLost(self._lost.result())

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from knapsack_genserver.dispatch import Dispatch, Piece
 
 PIECE = 4
+SHARED = 1
 LOSSES = 2
 
 
@@ -19,7 +20,7 @@ class Fleet(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.plan = Dispatch(PIECE, LOSSES)
+        self.plan = Dispatch(PIECE, SHARED, LOSSES)
         self.keys = 0
         self.names = 0
         self.capacity: dict[int, int] = {}
@@ -27,6 +28,7 @@ class Fleet(RuleBasedStateMachine):
         self.settled: Counter[tuple[int, int]] = Counter()
         self.priority: dict[int, int] = {}
         self.under_way: dict[Piece, set[int]] = {}
+        self.losses: Counter[tuple[int, int]] = Counter()
 
     @rule(
         request=st.integers(0, 2),
@@ -59,13 +61,18 @@ class Fleet(RuleBasedStateMachine):
             assert indices <= set(waiting)
             soonest = min(self.priority[group] for group, _ in waiting)
             assert self.priority[piece.group] == soonest
+            assert {self.losses[name] for name in indices} == {piece.losses}
             waiting -= Counter(indices)
             self.under_way[piece] = {index for _, index in indices}
+            beside = [p for p in self.under_way if p.replica == piece.replica]
+            assert len(beside) == 1 or all(p.losses < SHARED for p in beside)
         if waiting:
+            suspects = any(self.losses[name] >= SHARED for name in waiting)
             for name, capacity in self.capacity.items():
                 held = self.plan.held(name)
                 assert held > 0
-                assert capacity - held < min(PIECE, capacity)
+                alone = any(p.losses >= SHARED for p in self.under_way if p.replica == name)
+                assert suspects or alone or capacity - held < min(PIECE, capacity)
 
     @precondition(lambda self: self.under_way)
     @rule(data=st.data())
@@ -115,6 +122,7 @@ class Fleet(RuleBasedStateMachine):
         given_up = self.plan.ended(piece, missing)
         assert set(given_up) == (missing if piece.losses == LOSSES else set())
         self.settled.update((piece.group, index) for index in given_up)
+        self.losses.update((piece.group, index) for index in missing)
 
     def waiting(self) -> Counter[tuple[int, int]]:
         """Return what must be waiting: wanted, not under way, not settled."""

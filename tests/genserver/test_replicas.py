@@ -45,7 +45,7 @@ async def pool(replicas: list[MortalEngine]) -> AsyncIterator[ReplicaPool]:
 async def until(holds: Callable[[], bool]) -> None:
     """Return when something holds."""
     async with asyncio.timeout(20):
-        while not holds():
+        while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 
 
