@@ -5,7 +5,8 @@ from the request with the least under way, so that requests share fairly. Within
 the replica first continues a group whose prompt it holds already; then it begins the
 group with the most work left; and only when no group is left to begin, it helps with the
 largest one that another replica holds. So a prompt stays where its prefix is cached
-until that replica is what the end of the step waits for.
+until that replica is what the end of the step waits for, and comes back there in a later
+wave.
 
 A replica holds a bounded number of rollouts at a time. What it has not taken waits here,
 where every other replica can take it.
@@ -18,9 +19,12 @@ when that has not helped either.
 from __future__ import annotations
 
 import heapq
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+_PROMPTS = 65_536
+"""Prompts of which it is remembered where they are cached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,9 @@ class _Group:
     priority: int
     # (first, count, losses) of what waits; what has been lost comes first.
     ranges: deque[tuple[int, int, int]]
-    waiting: int
-    homes: set[int] = field(default_factory=set)
+    # Replicas that hold the prompt; shared by all groups of the prompt.
+    homes: set[int]
+    waiting: int = 0
 
     def order(self) -> tuple[bool, int, int]:
         """Lost ones first, then the most work, then as they came."""
@@ -99,8 +104,11 @@ class _Request:
         heap = self._heaps.get(home, [])
         while heap:
             group = groups.get(heap[0][2])
-            if group is None or not group.waiting or not _is_home(group, home):
+            if group is None or not group.waiting:
                 heapq.heappop(heap)
+            elif not _is_home(group, home):
+                heapq.heappop(heap)
+                self.put(group)
             elif group.order() != heap[0]:
                 heapq.heapreplace(heap, group.order())
             else:
@@ -131,6 +139,7 @@ class Dispatch:
         self._classes: dict[int, dict[int, _Request]] = {}
         self._replicas: dict[int, _Replica] = {}
         self._under_way: Counter[int] = Counter()
+        self._homes: OrderedDict[int, set[int]] = OrderedDict()
         self.waiting = 0
 
     @property
@@ -152,14 +161,22 @@ class Dispatch:
     def leave(self, replica: int) -> None:
         """Give a replica nothing more. Its pieces are still to be ended one by one."""
         self._replicas.pop(replica, None)
+        for homes in self._homes.values():
+            homes.discard(replica)
         for group in self._groups.values():
-            if replica in group.homes:
-                group.homes.discard(replica)
-                if group.waiting and not group.homes:
-                    self._request(group).put(group)
+            group.homes.discard(replica)
+            if group.waiting:
+                self._request(group).put(group)
 
     def ask(
-        self, key: int, request: int, rollouts: int, tokens: int, priority: int = 0, first: int = 0
+        self,
+        key: int,
+        request: int,
+        rollouts: int,
+        tokens: int,
+        priority: int = 0,
+        first: int = 0,
+        prompt: int | None = None,
     ) -> None:
         """Add a group.
 
@@ -170,9 +187,11 @@ class Dispatch:
             tokens: that one of them is expected to take.
             priority: lower is sooner.
             first: index of the first rollout.
+            prompt: equal for groups of one prompt; None if no other has it.
         """
         ranges = deque([(first, rollouts, 0)])
-        group = _Group(key, request, max(tokens, 1), priority, ranges, 0)
+        homes = set() if prompt is None else self._homes_of(prompt)
+        group = _Group(key, request, max(tokens, 1), priority, ranges, homes)
         self._groups[key] = group
         self._add(group, rollouts)
 
@@ -248,6 +267,13 @@ class Dispatch:
         soonest = self._classes[min(self._classes)]
         request = min(soonest, key=lambda name: (self._under_way[name], name))
         return soonest[request].best(self._groups, replica)
+
+    def _homes_of(self, prompt: int) -> set[int]:
+        homes = self._homes.setdefault(prompt, set())
+        self._homes.move_to_end(prompt)
+        if len(self._homes) > _PROMPTS:
+            self._homes.popitem(last=False)
+        return homes
 
     def _request(self, group: _Group) -> _Request:
         return self._classes.setdefault(group.priority, {}).setdefault(group.request, _Request())

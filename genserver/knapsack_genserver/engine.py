@@ -118,6 +118,11 @@ class EngineStatus:
         waiting: rollouts waiting for a place.
         max_model_tokens: most tokens of prompt and completion; 0 for no limit.
         vocabulary_size: token ids are below it.
+        capacity: rollouts that the engine should be given at once, running and waiting:
+            enough to keep it full, and no more, since what it holds it cannot share out
+            anew. The server keeps the rest.
+        prefix_queried_tokens: prompt tokens looked up in the prefix cache so far.
+        prefix_hit_tokens: those that were found in it.
     """
 
     model: str
@@ -127,14 +132,24 @@ class EngineStatus:
     waiting: int
     max_model_tokens: int
     vocabulary_size: int
+    capacity: int = 1024
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedWeights:
-    """Weights that serve: their version and a fingerprint, equal for equal weights."""
+    """Weights that serve.
+
+    Attributes:
+        version: theirs.
+        fingerprint: equal for equal weights.
+        paused_seconds: time in which no token was made; None if the engine does not know.
+    """
 
     version: int
     fingerprint: str
+    paused_seconds: float | None = None
 
 
 class Tokenizer(Protocol):

@@ -30,14 +30,15 @@ class PoolOptions:
 
     Attributes:
         piece_rollouts: most rollouts of a group that go to a replica in one piece.
-        replica_rollouts: most rollouts that a replica holds at a time.
+        replica_rollouts: most rollouts that a replica holds at a time; 0 for as many as
+            it says it has room for.
         check_seconds: between two checks of a replica, and how long one may take.
         check_failures: checks that fail in a row before a replica counts as lost.
         retry_seconds: shortest and longest pause before a lost replica is started again.
     """
 
     piece_rollouts: int = 32
-    replica_rollouts: int = 512
+    replica_rollouts: int = 0
     check_seconds: float = 5.0
     check_failures: int = 3
     retry_seconds: tuple[float, float] = (0.5, 30.0)

@@ -143,13 +143,18 @@ class ReplicaPool:
 
     def status(self) -> EngineStatus:
         """Return how the replicas are together."""
-        serving = [member.engine.status() for member in self._serving().values()]
+        members = list(self._serving().values())
+        serving = [member.engine.status() for member in members]
         if serving:
             limits = [s.max_model_tokens for s in serving if s.max_model_tokens]
             self._known = replace(
                 serving[0],
                 max_model_tokens=min(limits, default=0),
                 vocabulary_size=min(s.vocabulary_size for s in serving),
+                # A quarter more than they hold, for whoever is done first.
+                capacity=sum(map(self._room, members)) * 5 // 4,
+                prefix_queried_tokens=sum(s.prefix_queried_tokens for s in serving),
+                prefix_hit_tokens=sum(s.prefix_hit_tokens for s in serving),
             )
         weights = self._weights
         return replace(
@@ -213,7 +218,7 @@ class ReplicaPool:
                     break
         member.life = self._next_name()
         self.tokenizer = self.tokenizer or member.engine.tokenizer
-        self._plan.join(member.life, self._options.replica_rollouts)
+        self._plan.join(member.life, self._room(member))
         self._changed.set()
         self._fill_soon()
 
@@ -222,6 +227,9 @@ class ReplicaPool:
             self._plan.leave(member.life)
             member.life = None
         self._changed.set()
+
+    def _room(self, member: Member) -> int:
+        return self._options.replica_rollouts or max(member.engine.status().capacity, 1)
 
     def _lose(self, member: Member, reason: str) -> None:
         """Take a replica out of service now, before anything else is handed to it."""
@@ -249,6 +257,7 @@ class ReplicaPool:
             len(group.prompt) + group.sampling.max_tokens,
             group.priority,
             group.first_index,
+            hash(tuple(group.prompt)),
         )
         self._fill_soon()
         return inbox

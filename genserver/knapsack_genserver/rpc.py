@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -32,28 +32,57 @@ class GeneratorServicer(rpc.RolloutGeneratorServicer):
         self._service = service
         self._events = events
 
-    async def Generate(
-        self, request: pb.GenerateRequest, context: Any
-    ) -> AsyncIterator[pb.Rollout]:
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Answer Generate."""
+        await self._stream(
+            "Generate", context, self._service.generate(request), lambda: request.request_id
+        )
+
+    async def GenerateSession(
+        self, requests: AsyncIterator[pb.GenerateSessionRequest], context: Context
+    ) -> None:
+        """Answer GenerateSession."""
+        request_id = ""
+
+        async def noted() -> AsyncIterator[pb.GenerateSessionRequest]:
+            nonlocal request_id
+            async for request in requests:
+                request_id = request_id or request.open.request_id
+                yield request
+
+        await self._stream(
+            "GenerateSession",
+            context,
+            self._service.generate_session(noted()),
+            lambda: request_id,
+        )
+
+    async def _stream(
+        self,
+        method: str,
+        context: Context,
+        answers: AsyncGenerator[Answer, None],
+        request_id: Callable[[], str],
+    ) -> None:
+        """Write answers as they come; whatever ends the call ends the work at once."""
         start = time.perf_counter()
-        code, message = "OK", ""
+        code, message, reason = "OK", "", ""
         try:
-            async with aclosing(self._service.generate(request)) as rollouts:
-                async for rollout in rollouts:
-                    yield rollout
+            async with aclosing(answers):
+                async for answer in answers:
+                    await context.write(answer)
         except GeneratorError as error:
-            code, message = error.code, str(error)
+            code, message, reason = error.code, str(error), error.reason
             await _abort(context, code, message)
-        except (asyncio.CancelledError, GeneratorExit):
+        except asyncio.CancelledError:
             code = "CANCELLED"
             raise
         except Exception:
-            code, message = "INTERNAL", _FAILED
-            _LOG.exception("Generate failed")
+            code, message, reason = "INTERNAL", _FAILED, "internal"
+            _LOG.exception("%s failed", method)
             await _abort(context, code, message)
         finally:
-            self._ended("Generate", code, message, start, request.request_id)
+            self._ended(method, code, message, start, request_id(), reason)
 
     async def UpdateWeights(
         self, request: pb.UpdateWeightsRequest, context: Any
@@ -73,25 +102,27 @@ class GeneratorServicer(rpc.RolloutGeneratorServicer):
         handler: Callable[[Any], Awaitable[Answer]],
     ) -> Answer:
         start = time.perf_counter()
-        code, message = "OK", ""
+        code, message, reason = "OK", "", ""
         try:
             return await handler(request)
         except GeneratorError as error:
-            code, message = error.code, str(error)
+            code, message, reason = error.code, str(error), error.reason
             await _abort(context, code, message)
         except asyncio.CancelledError:
             code = "CANCELLED"
             raise
         except Exception:
-            code, message = "INTERNAL", _FAILED
+            code, message, reason = "INTERNAL", _FAILED, "internal"
             _LOG.exception("%s failed", method)
             await _abort(context, code, message)
         finally:
-            self._ended(method, code, message, start, "")
+            self._ended(method, code, message, start, "", reason)
 
-    def _ended(self, method: str, code: str, message: str, start: float, request_id: str) -> None:
+    def _ended(
+        self, method: str, code: str, message: str, start: float, request_id: str, reason: str
+    ) -> None:
         seconds = time.perf_counter() - start
-        self._events.emit(CallHandled(method, code, seconds, request_id, message))
+        self._events.emit(CallHandled(method, code, seconds, request_id, message, reason))
 
 
 async def _abort(context: Context, code: str, message: str) -> NoReturn:

@@ -36,10 +36,19 @@ class Fleet(RuleBasedStateMachine):
         tokens=st.integers(1, 50),
         priority=st.integers(0, 1),
         first=st.integers(0, 5),
+        prompt=st.none() | st.integers(0, 3),
     )
-    def ask(self, request: int, rollouts: int, tokens: int, priority: int, first: int) -> None:
+    def ask(
+        self,
+        request: int,
+        rollouts: int,
+        tokens: int,
+        priority: int,
+        first: int,
+        prompt: int | None,
+    ) -> None:
         """A group arrives."""
-        self.plan.ask(self.keys, request, rollouts, tokens, priority, first)
+        self.plan.ask(self.keys, request, rollouts, tokens, priority, first, prompt)
         self.wanted.update((self.keys, first + k) for k in range(rollouts))
         self.priority[self.keys] = priority
         self.keys += 1
@@ -175,6 +184,30 @@ def test_a_prompt_stays_where_its_prefix_is() -> None:
     for key, size in enumerate([3, 8, 2, 8]):
         plan.ask(key, 0, size, 10)
     assert pieces(plan) == [(1, 1, 0, 4), (2, 3, 0, 4), (1, 1, 4, 4), (2, 3, 4, 4)]
+
+
+def test_a_later_wave_goes_where_its_prompts_are() -> None:
+    """Also if the groups of a prompt come one by one, and elsewhere once that is gone."""
+    plan = Dispatch(4)
+    plan.join(1, 8)
+    plan.join(2, 8)
+    for key, prompt in enumerate([50, 60, 50, 60]):
+        plan.ask(key, 0, 4, 10, prompt=prompt)
+    assert pieces(plan) == [(1, 0, 0, 4), (2, 1, 0, 4), (1, 2, 0, 4), (2, 3, 0, 4)]
+    plan = Dispatch(4)
+    for name in (1, 2, 3):
+        plan.join(name, 8)
+    plan.ask(0, 0, 4, 10, prompt=50)
+    plan.ask(1, 0, 4, 10, prompt=60)
+    first = [plan.next_piece(), plan.next_piece()]
+    for piece in first:
+        assert piece is not None
+        plan.delivered(piece, 4)
+        plan.ended(piece, ())
+    plan.leave(1)
+    plan.ask(2, 1, 4, 10, prompt=50)
+    plan.ask(3, 1, 4, 10, prompt=60)
+    assert pieces(plan) == [(2, 3, 0, 4), (3, 2, 0, 4)]
 
 
 def test_a_large_group_spreads_when_there_is_nothing_else() -> None:

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"knapsack_proto/v1/generation.proto\x12\x11knapsack_proto.v1\"\x96\x01\n\x06Prompt\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12-\n\x06tokens\x18\x02 \x01(\x0b\x32\x1b.knapsack_proto.v1.TokenIdsH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12/\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1f.knapsack_proto.v1.ChatMessagesH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"@\n\x0c\x43hatMessages\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.knapsack_proto.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xd2\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x05\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\x9c\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x07prompts\x18\x02 \x03(\x0b\x32\x19.knapsack_proto.v1.Prompt\x12\x14\n\x0cnum_rollouts\x18\x03 \x03(\x05\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.knapsack_proto.v1.SamplingParams\"@\n\nWeightSpan\x12\x16\n\x0eweight_version\x18\x01 \x01(\x03\x12\r\n\x05start\x18\x02 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x05\"\xe8\x01\n\x07Rollout\x12\x14\n\x0cprompt_index\x18\x01 \x01(\x05\x12\x15\n\rrollout_index\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x36\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x1f.knapsack_proto.v1.FinishReason\x12\x36\n\x0fweight_versions\x18\x07 \x03(\x0b\x32\x1d.knapsack_proto.v1.WeightSpan\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"<\n\x14UpdateWeightsRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x16\n\x0eweight_version\x18\x02 \x01(\x03\";\n\x0cWeightStatus\x12\x16\n\x0eweight_version\x18\x01 \x01(\x03\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"\x12\n\x10GetStatusRequest\"\xc1\x01\n\x0fGeneratorStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x16\n\x0eweight_version\x18\x03 \x01(\x03\x12\x10\n\x08replicas\x18\x04 \x01(\x05\x12\x18\n\x10running_rollouts\x18\x05 \x01(\x03\x12\x18\n\x10waiting_rollouts\x18\x06 \x01(\x03\x12\x18\n\x10max_model_tokens\x18\x07 \x01(\x05\x12\x17\n\x0fvocabulary_size\x18\x08 \x01(\x05*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\x91\x02\n\x10RolloutGenerator\x12L\n\x08Generate\x12\".knapsack_proto.v1.GenerateRequest\x1a\x1a.knapsack_proto.v1.Rollout0\x01\x12Y\n\rUpdateWeights\x12\'.knapsack_proto.v1.UpdateWeightsRequest\x1a\x1f.knapsack_proto.v1.WeightStatus\x12T\n\tGetStatus\x12#.knapsack_proto.v1.GetStatusRequest\x1a\".knapsack_proto.v1.GeneratorStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"knapsack_proto/v1/generation.proto\x12\x11knapsack_proto.v1\"\x96\x01\n\x06Prompt\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12-\n\x06tokens\x18\x02 \x01(\x0b\x32\x1b.knapsack_proto.v1.TokenIdsH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12/\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x1f.knapsack_proto.v1.ChatMessagesH\x00\x42\t\n\x07\x63ontent\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"@\n\x0c\x43hatMessages\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.knapsack_proto.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xd2\x01\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x04\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\x05\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"\xb5\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x07prompts\x18\x02 \x03(\x0b\x32\x19.knapsack_proto.v1.Prompt\x12\x14\n\x0cnum_rollouts\x18\x03 \x03(\x05\x12\x33\n\x08sampling\x18\x04 \x01(\x0b\x32!.knapsack_proto.v1.SamplingParams\x12\x17\n\x0f\x65xpected_tokens\x18\x05 \x03(\x05\"\xb1\x01\n\x16GenerateSessionRequest\x12.\n\x04open\x18\x01 \x01(\x0b\x32\x1e.knapsack_proto.v1.OpenSessionH\x00\x12-\n\x03\x61\x64\x64\x18\x02 \x01(\x0b\x32\x1e.knapsack_proto.v1.AddRolloutsH\x00\x12-\n\x04stop\x18\x03 \x01(\x0b\x32\x1d.knapsack_proto.v1.StopGroupsH\x00\x42\t\n\x07request\"V\n\x0bOpenSession\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x33\n\x08sampling\x18\x02 \x01(\x0b\x32!.knapsack_proto.v1.SamplingParams\"\x80\x01\n\x0b\x41\x64\x64Rollouts\x12*\n\x07prompts\x18\x01 \x03(\x0b\x32\x19.knapsack_proto.v1.Prompt\x12\x16\n\x0eprompt_indices\x18\x02 \x03(\x05\x12\x14\n\x0cnum_rollouts\x18\x03 \x03(\x05\x12\x17\n\x0f\x65xpected_tokens\x18\x04 \x03(\x05\"$\n\nStopGroups\x12\x16\n\x0eprompt_indices\x18\x01 \x03(\x05\"z\n\x17GenerateSessionResponse\x12,\n\x08rollouts\x18\x01 \x03(\x0b\x32\x1a.knapsack_proto.v1.Rollout\x12\x31\n\x07\x61nswers\x18\x02 \x03(\x0b\x32 .knapsack_proto.v1.SessionAnswer\"e\n\rSessionAnswer\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12\x37\n\x0estopped_groups\x18\x03 \x03(\x0b\x32\x1f.knapsack_proto.v1.StoppedGroup\"=\n\x0cStoppedGroup\x12\x14\n\x0cprompt_index\x18\x01 \x01(\x05\x12\x17\n\x0frollout_indices\x18\x02 \x03(\x05\"@\n\nWeightSpan\x12\x16\n\x0eweight_version\x18\x01 \x01(\x03\x12\r\n\x05start\x18\x02 \x01(\x05\x12\x0b\n\x03\x65nd\x18\x03 \x01(\x05\"\xe8\x01\n\x07Rollout\x12\x14\n\x0cprompt_index\x18\x01 \x01(\x05\x12\x15\n\rrollout_index\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x36\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x1f.knapsack_proto.v1.FinishReason\x12\x36\n\x0fweight_versions\x18\x07 \x03(\x0b\x32\x1d.knapsack_proto.v1.WeightSpan\x12\r\n\x05\x65rror\x18\x08 \x01(\t\"<\n\x14UpdateWeightsRequest\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x16\n\x0eweight_version\x18\x02 \x01(\x03\";\n\x0cWeightStatus\x12\x16\n\x0eweight_version\x18\x01 \x01(\x03\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"\x12\n\x10GetStatusRequest\"\xc1\x01\n\x0fGeneratorStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x16\n\x0eweight_version\x18\x03 \x01(\x03\x12\x10\n\x08replicas\x18\x04 \x01(\x05\x12\x18\n\x10running_rollouts\x18\x05 \x01(\x03\x12\x18\n\x10waiting_rollouts\x18\x06 \x01(\x03\x12\x18\n\x10max_model_tokens\x18\x07 \x01(\x05\x12\x17\n\x0fvocabulary_size\x18\x08 \x01(\x05*\x91\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x32\xff\x02\n\x10RolloutGenerator\x12L\n\x08Generate\x12\".knapsack_proto.v1.GenerateRequest\x1a\x1a.knapsack_proto.v1.Rollout0\x01\x12l\n\x0fGenerateSession\x12).knapsack_proto.v1.GenerateSessionRequest\x1a*.knapsack_proto.v1.GenerateSessionResponse(\x01\x30\x01\x12Y\n\rUpdateWeights\x12\'.knapsack_proto.v1.UpdateWeightsRequest\x1a\x1f.knapsack_proto.v1.WeightStatus\x12T\n\tGetStatus\x12#.knapsack_proto.v1.GetStatusRequest\x1a\".knapsack_proto.v1.GeneratorStatusb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'knapsack_proto.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1360
-  _globals['_FINISHREASON']._serialized_end=1505
+  _globals['_FINISHREASON']._serialized_start=2112
+  _globals['_FINISHREASON']._serialized_end=2257
   _globals['_PROMPT']._serialized_start=58
   _globals['_PROMPT']._serialized_end=208
   _globals['_TOKENIDS']._serialized_start=210
@@ -44,19 +44,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS']._serialized_start=348
   _globals['_SAMPLINGPARAMS']._serialized_end=558
   _globals['_GENERATEREQUEST']._serialized_start=561
-  _globals['_GENERATEREQUEST']._serialized_end=717
-  _globals['_WEIGHTSPAN']._serialized_start=719
-  _globals['_WEIGHTSPAN']._serialized_end=783
-  _globals['_ROLLOUT']._serialized_start=786
-  _globals['_ROLLOUT']._serialized_end=1018
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=1020
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=1080
-  _globals['_WEIGHTSTATUS']._serialized_start=1082
-  _globals['_WEIGHTSTATUS']._serialized_end=1141
-  _globals['_GETSTATUSREQUEST']._serialized_start=1143
-  _globals['_GETSTATUSREQUEST']._serialized_end=1161
-  _globals['_GENERATORSTATUS']._serialized_start=1164
-  _globals['_GENERATORSTATUS']._serialized_end=1357
-  _globals['_ROLLOUTGENERATOR']._serialized_start=1508
-  _globals['_ROLLOUTGENERATOR']._serialized_end=1781
+  _globals['_GENERATEREQUEST']._serialized_end=742
+  _globals['_GENERATESESSIONREQUEST']._serialized_start=745
+  _globals['_GENERATESESSIONREQUEST']._serialized_end=922
+  _globals['_OPENSESSION']._serialized_start=924
+  _globals['_OPENSESSION']._serialized_end=1010
+  _globals['_ADDROLLOUTS']._serialized_start=1013
+  _globals['_ADDROLLOUTS']._serialized_end=1141
+  _globals['_STOPGROUPS']._serialized_start=1143
+  _globals['_STOPGROUPS']._serialized_end=1179
+  _globals['_GENERATESESSIONRESPONSE']._serialized_start=1181
+  _globals['_GENERATESESSIONRESPONSE']._serialized_end=1303
+  _globals['_SESSIONANSWER']._serialized_start=1305
+  _globals['_SESSIONANSWER']._serialized_end=1406
+  _globals['_STOPPEDGROUP']._serialized_start=1408
+  _globals['_STOPPEDGROUP']._serialized_end=1469
+  _globals['_WEIGHTSPAN']._serialized_start=1471
+  _globals['_WEIGHTSPAN']._serialized_end=1535
+  _globals['_ROLLOUT']._serialized_start=1538
+  _globals['_ROLLOUT']._serialized_end=1770
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=1772
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=1832
+  _globals['_WEIGHTSTATUS']._serialized_start=1834
+  _globals['_WEIGHTSTATUS']._serialized_end=1893
+  _globals['_GETSTATUSREQUEST']._serialized_start=1895
+  _globals['_GETSTATUSREQUEST']._serialized_end=1913
+  _globals['_GENERATORSTATUS']._serialized_start=1916
+  _globals['_GENERATORSTATUS']._serialized_end=2109
+  _globals['_ROLLOUTGENERATOR']._serialized_start=2260
+  _globals['_ROLLOUTGENERATOR']._serialized_end=2643
 # @@protoc_insertion_point(module_scope)

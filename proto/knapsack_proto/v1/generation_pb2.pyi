@@ -69,16 +69,80 @@ class SamplingParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompts", "num_rollouts", "sampling")
+    __slots__ = ("request_id", "prompts", "num_rollouts", "sampling", "expected_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     NUM_ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompts: _containers.RepeatedCompositeFieldContainer[Prompt]
     num_rollouts: _containers.RepeatedScalarFieldContainer[int]
     sampling: SamplingParams
-    def __init__(self, request_id: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., num_rollouts: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
+    expected_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., num_rollouts: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., expected_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GenerateSessionRequest(_message.Message):
+    __slots__ = ("open", "add", "stop")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    ADD_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    open: OpenSession
+    add: AddRollouts
+    stop: StopGroups
+    def __init__(self, open: _Optional[_Union[OpenSession, _Mapping]] = ..., add: _Optional[_Union[AddRollouts, _Mapping]] = ..., stop: _Optional[_Union[StopGroups, _Mapping]] = ...) -> None: ...
+
+class OpenSession(_message.Message):
+    __slots__ = ("request_id", "sampling")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    sampling: SamplingParams
+    def __init__(self, request_id: _Optional[str] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ...) -> None: ...
+
+class AddRollouts(_message.Message):
+    __slots__ = ("prompts", "prompt_indices", "num_rollouts", "expected_tokens")
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_INDICES_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    prompts: _containers.RepeatedCompositeFieldContainer[Prompt]
+    prompt_indices: _containers.RepeatedScalarFieldContainer[int]
+    num_rollouts: _containers.RepeatedScalarFieldContainer[int]
+    expected_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, prompts: _Optional[_Iterable[_Union[Prompt, _Mapping]]] = ..., prompt_indices: _Optional[_Iterable[int]] = ..., num_rollouts: _Optional[_Iterable[int]] = ..., expected_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class StopGroups(_message.Message):
+    __slots__ = ("prompt_indices",)
+    PROMPT_INDICES_FIELD_NUMBER: _ClassVar[int]
+    prompt_indices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, prompt_indices: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GenerateSessionResponse(_message.Message):
+    __slots__ = ("rollouts", "answers")
+    ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    rollouts: _containers.RepeatedCompositeFieldContainer[Rollout]
+    answers: _containers.RepeatedCompositeFieldContainer[SessionAnswer]
+    def __init__(self, rollouts: _Optional[_Iterable[_Union[Rollout, _Mapping]]] = ..., answers: _Optional[_Iterable[_Union[SessionAnswer, _Mapping]]] = ...) -> None: ...
+
+class SessionAnswer(_message.Message):
+    __slots__ = ("code", "error", "stopped_groups")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_GROUPS_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    error: str
+    stopped_groups: _containers.RepeatedCompositeFieldContainer[StoppedGroup]
+    def __init__(self, code: _Optional[int] = ..., error: _Optional[str] = ..., stopped_groups: _Optional[_Iterable[_Union[StoppedGroup, _Mapping]]] = ...) -> None: ...
+
+class StoppedGroup(_message.Message):
+    __slots__ = ("prompt_index", "rollout_indices")
+    PROMPT_INDEX_FIELD_NUMBER: _ClassVar[int]
+    ROLLOUT_INDICES_FIELD_NUMBER: _ClassVar[int]
+    prompt_index: int
+    rollout_indices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, prompt_index: _Optional[int] = ..., rollout_indices: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WeightSpan(_message.Message):
     __slots__ = ("weight_version", "start", "end")

@@ -40,6 +40,11 @@ class RolloutGeneratorStub(object):
                 request_serializer=knapsack__proto_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=knapsack__proto_dot_v1_dot_generation__pb2.Rollout.FromString,
                 _registered_method=True)
+        self.GenerateSession = channel.stream_stream(
+                '/knapsack_proto.v1.RolloutGenerator/GenerateSession',
+                request_serializer=knapsack__proto_dot_v1_dot_generation__pb2.GenerateSessionRequest.SerializeToString,
+                response_deserializer=knapsack__proto_dot_v1_dot_generation__pb2.GenerateSessionResponse.FromString,
+                _registered_method=True)
         self.UpdateWeights = channel.unary_unary(
                 '/knapsack_proto.v1.RolloutGenerator/UpdateWeights',
                 request_serializer=knapsack__proto_dot_v1_dot_generation__pb2.UpdateWeightsRequest.SerializeToString,
@@ -59,6 +64,16 @@ class RolloutGeneratorServicer(object):
     def Generate(self, request, context):
         """Generates num_rollouts[i] rollouts of prompts[i] and streams each as it finishes,
         in any order. Cancelling the call stops the work.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateSession(self, request_iterator, context):
+        """Generates rollouts that are asked for while it runs: wave after wave, on the same
+        prompts or on new ones, and stops groups that need no more. The first request opens
+        the session. When the client has closed its side and every rollout has been
+        accounted for, the call ends. Cancelling it stops the work.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,6 +102,11 @@ def add_RolloutGeneratorServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=knapsack__proto_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=knapsack__proto_dot_v1_dot_generation__pb2.Rollout.SerializeToString,
+            ),
+            'GenerateSession': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateSession,
+                    request_deserializer=knapsack__proto_dot_v1_dot_generation__pb2.GenerateSessionRequest.FromString,
+                    response_serializer=knapsack__proto_dot_v1_dot_generation__pb2.GenerateSessionResponse.SerializeToString,
             ),
             'UpdateWeights': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateWeights,
@@ -127,6 +147,33 @@ class RolloutGenerator(object):
             '/knapsack_proto.v1.RolloutGenerator/Generate',
             knapsack__proto_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             knapsack__proto_dot_v1_dot_generation__pb2.Rollout.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateSession(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/knapsack_proto.v1.RolloutGenerator/GenerateSession',
+            knapsack__proto_dot_v1_dot_generation__pb2.GenerateSessionRequest.SerializeToString,
+            knapsack__proto_dot_v1_dot_generation__pb2.GenerateSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,
