@@ -14,7 +14,7 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 try:
-    from knapsack_genserver import logs
+    from knapsack_genserver import fleet_flags, logs
     from knapsack_genserver.admission import AdmissionLimits
     from knapsack_genserver.engine import Engine
     from knapsack_genserver.errors import ConfigError, GeneratorError
@@ -64,6 +64,8 @@ def _engine(options: argparse.Namespace) -> Engine:
         from knapsack_genserver.engines.fake import FakeEngine
 
         return FakeEngine(weight_version=options.weight_version)
+    if options.engine in fleet_flags.ENGINES:
+        return fleet_flags.engine(options)
     if options.model is None:
         raise ConfigError("model: is needed; --model DIR names a folder with a causal model")
     # Nothing is fetched: the model is on this disk or the server does not start.
@@ -119,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command.add_argument
     add(
         "--engine",
-        choices=("transformers", "fake"),
+        choices=("transformers", *fleet_flags.ENGINES, "fake"),
         default="transformers",
         help="what generates; fake has no model and is for tests",
     )
@@ -163,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="of logs"
     )
     add("--log-format", choices=("json", "text"), default="json", help="of logs")
+    fleet_flags.add_flags(command, _count(1))
     return parser
 
 

@@ -241,6 +241,22 @@ def _bind(server: grpc.aio.Server, key: str, address: str) -> str:
     return f"{host}:{port}"
 
 
+async def _started(server: Server, stopped: asyncio.Event) -> bool:
+    """Start a server; False if it was told to stop before it served."""
+    starting, stopping = (
+        asyncio.ensure_future(server.start()),
+        asyncio.ensure_future(stopped.wait()),
+    )
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait([starting])
+        return False
+    starting.result()
+    return True
+
+
 async def serve(engine: Engine, options: ServerOptions) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
@@ -251,7 +267,8 @@ async def serve(engine: Engine, options: ServerOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     server = Server(engine, options)
-    await server.start()
+    if not await _started(server, stopped):
+        return
     order = ("listen", "admin", "health")
     line = {"event": "serving", **{name: server.addresses[name] for name in order}}
     print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
