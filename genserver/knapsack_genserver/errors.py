@@ -7,6 +7,7 @@ GeneratorError
 └── Unavailable          the server starts or drains
 
 ConfigError              a setting or a model that the server cannot start with
+EngineDied               the engine can generate nothing any more
 """
 
 from __future__ import annotations
@@ -62,3 +63,7 @@ class Unavailable(GeneratorError):
 
 class ConfigError(Exception):
     """A setting or a model that the server cannot start with; names it and why."""
+
+
+class EngineDied(Exception):
+    """The engine can generate nothing any more; only a new process can."""
