@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,9 +15,12 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 try:
     from knapsack_genserver import logs
+    from knapsack_genserver.admission import AdmissionLimits
     from knapsack_genserver.engine import Engine
     from knapsack_genserver.errors import ConfigError, EngineDied, GeneratorError
+    from knapsack_genserver.feeder import Feeding
     from knapsack_genserver.server import ServerOptions, serve
+    from knapsack_genserver.wire import Limits
 except ModuleNotFoundError as error:
     sys.exit(
         f"knapsack-genserver: {error.name} is not installed; pip install 'knapsack-rl[genserver]'"
@@ -36,7 +40,16 @@ def main(arguments: list[str] | None = None) -> None:
         health_listen=options.health_listen,
         insecure=options.insecure,
         weights_root=options.weights_root,
-        max_waiting_rollouts=options.max_waiting_rollouts,
+        limits=Limits(options.max_prompts, options.max_group_rollouts),
+        admission=AdmissionLimits(
+            options.max_waiting_rollouts,
+            options.max_call_rollouts,
+            options.max_prompt_tokens,
+            options.max_calls,
+        ),
+        feeding=Feeding(
+            options.chunk_rollouts, options.max_unread_rollouts, options.max_unread_tokens
+        ),
         seed=options.seed,
         drain_seconds=options.drain_seconds,
         http_listen=_http_listen(options),
@@ -208,9 +221,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--max-waiting-rollouts",
         type=_count(1),
-        default=default.max_waiting_rollouts,
-        help="rollouts admitted and not yet handed out; more are refused",
+        default=default.admission.waiting_rollouts,
+        help="rollouts admitted and not finished, of all calls; more are refused",
     )
+    _add_limits(add, default)
     add("--seed", type=_count(0), help="of requests that name no seed; none draws one")
     add(
         "--drain-seconds",
@@ -223,6 +237,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--log-format", choices=("json", "text"), default="json", help="of logs")
     return parser
+
+
+def _add_limits(add: Callable[..., object], default: ServerOptions) -> None:
+    """Add the flags of what a call may ask for and how the engine is fed."""
+    admission, limits, feeding = default.admission, default.limits, default.feeding
+    for flag, value, text in (
+        ("--max-call-rollouts", admission.call_rollouts, "the same, of one call"),
+        ("--max-group-rollouts", limits.group, "rollouts of one prompt in a call"),
+        ("--max-prompts", limits.prompts, "prompts of one call"),
+        ("--max-prompt-tokens", admission.prompt_tokens, "prompt tokens held, of all calls"),
+        ("--max-calls", admission.calls, "calls that generate at once"),
+        (
+            "--chunk-rollouts",
+            feeding.chunk_rollouts,
+            "rollouts of a prompt that the engine is given at once; larger groups are cut",
+        ),
+        (
+            "--max-unread-rollouts",
+            feeding.unread_rollouts,
+            "finished rollouts that a caller may leave unread before its work is held",
+        ),
+        ("--max-unread-tokens", feeding.unread_tokens, "the same, in tokens"),
+    ):
+        add(flag, type=_count(1), default=value, metavar="N", help=text)
 
 
 if __name__ == "__main__":

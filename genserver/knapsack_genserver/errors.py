@@ -3,7 +3,7 @@
 GeneratorError
 ├── InvalidArgument      a field, its value, and what is allowed
 ├── FailedPrecondition   a weight update refused or failed; the old weights serve
-├── ResourceExhausted    the queue is full
+├── ResourceExhausted    a limit of the server is reached
 └── Unavailable          the server starts or drains
 
 ConfigError              a setting or a model that the server cannot start with
@@ -18,9 +18,11 @@ class GeneratorError(Exception):
 
     Attributes:
         code: name of the gRPC status code.
+        reason: why, as a word for metrics; one of few.
     """
 
     code = "INTERNAL"
+    reason = "internal"
 
 
 class InvalidArgument(GeneratorError):
@@ -33,6 +35,7 @@ class InvalidArgument(GeneratorError):
     """
 
     code = "INVALID_ARGUMENT"
+    reason = "invalid"
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         self.field = field
@@ -47,18 +50,30 @@ class FailedPrecondition(GeneratorError):
     """A weight update was refused or failed; the old weights serve on."""
 
     code = "FAILED_PRECONDITION"
+    reason = "weights"
 
 
 class ResourceExhausted(GeneratorError):
-    """The queue is full."""
+    """A limit of the server is reached.
+
+    Args:
+        message: names the limit.
+        reason: which of them, as a word for metrics.
+    """
 
     code = "RESOURCE_EXHAUSTED"
+    reason = "full"
+
+    def __init__(self, message: str, reason: str = "full") -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class Unavailable(GeneratorError):
     """The server starts or drains."""
 
     code = "UNAVAILABLE"
+    reason = "unavailable"
 
 
 class ConfigError(Exception):

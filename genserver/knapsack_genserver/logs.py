@@ -7,7 +7,14 @@ import logging
 import sys
 from datetime import UTC, datetime
 
-from knapsack_genserver.events import CallHandled, Event, WeightsUpdated
+from knapsack_genserver.events import (
+    CallHandled,
+    Event,
+    ServingBegan,
+    SessionRefused,
+    WaveCompleted,
+    WeightsUpdated,
+)
 
 _LOG = logging.getLogger("knapsack_genserver")
 
@@ -42,7 +49,35 @@ def configure(level: str, kind: str) -> None:
 
 def log_event(event: Event) -> None:
     """Write an event to the log, with the ids that find it again."""
+    fields: dict[str, object]
     match event:
+        case ServingBegan():
+            fields = {"weight_version": event.weight_version, "seconds": round(event.seconds, 3)}
+            _LOG.info("serving", extra={"fields": fields})
+        case WaveCompleted():
+            fields = {
+                "request_id": event.request_id[:256],
+                "prompts": event.prompts,
+                "rollouts": event.rollouts,
+                "failed": event.failed,
+                "stopped": event.stopped,
+                "tokens": event.tokens,
+                "seconds": round(event.seconds, 3),
+                "seconds_to_95": round(event.seconds_to_95, 3),
+            }
+            if event.failed:
+                fields["reason"] = event.error
+                _LOG.warning("rollouts failed", extra={"fields": fields})
+            else:
+                _LOG.info("rollouts completed", extra={"fields": fields})
+        case SessionRefused():
+            fields = {
+                "method": "GenerateSession",
+                "code": event.code,
+                "request_id": event.request_id[:256],
+                "reason": event.message,
+            }
+            _LOG.warning("request in a session refused", extra={"fields": fields})
         case CallHandled():
             fields = {
                 "method": event.method,

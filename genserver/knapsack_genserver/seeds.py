@@ -20,9 +20,10 @@ def _mix(state: Keys) -> Keys:
     return z ^ (z >> np.uint64(31))
 
 
-def group_seed(request_seed: int, prompt_index: int) -> int:
-    """Return the seed of a prompt's group in a request, 64 bits."""
-    return int(rollout_keys(request_seed & _MASK, np.array([prompt_index], np.uint64))[0])
+def group_seeds(request_seed: int, first: int, count: int) -> list[int]:
+    """Return the seeds of ``count`` prompts' groups from position ``first`` on, 64 bits each."""
+    seeds: list[int] = rollout_keys(request_seed, np.arange(first, first + count)).tolist()
+    return seeds
 
 
 def rollout_keys(seed: int, indices: npt.NDArray[np.integer]) -> Keys:

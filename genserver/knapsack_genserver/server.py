@@ -8,7 +8,8 @@ import json
 import signal
 import socket
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc.aio
@@ -19,15 +20,17 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from knapsack_genserver.admission import AdmissionLimits
 from knapsack_genserver.engine import Engine
 from knapsack_genserver.errors import ConfigError, EngineDied
-from knapsack_genserver.events import Events
+from knapsack_genserver.events import Events, ServingBegan
+from knapsack_genserver.feeder import Feeding
 from knapsack_genserver.logs import log_event
-from knapsack_genserver.metrics import Metrics
-from knapsack_genserver.rpc import GeneratorServicer
+from knapsack_genserver.metrics import Load, Metrics
+from knapsack_genserver.rpc import GeneratorServicer, handlers_of
 from knapsack_genserver.service import GeneratorService
+from knapsack_genserver.wire import Limits
 from knapsack_proto.v1 import generation_pb2 as pb
-from knapsack_proto.v1 import generation_pb2_grpc as rpc
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["RolloutGenerator"].full_name
 _SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -44,7 +47,9 @@ class ServerOptions:
             and probes, and of plaintext gRPC health checks; port 0 picks a free one.
         insecure: the API may be bound where others can reach it.
         weights_root: folder that weights must lie in; None for anywhere.
-        max_waiting_rollouts: most rollouts admitted and not yet handed out.
+        limits: largest requests that are served.
+        admission: how much is held at once.
+        feeding: how the engine is fed.
         seed: of the seeds for requests without one; None draws one.
         drain_seconds: how long calls under way may take to end after SIGTERM.
         http_listen: HOST:PORT of the engine's own HTTP API, where it has one; None for no
@@ -58,7 +63,9 @@ class ServerOptions:
     health_listen: str = "127.0.0.1:50062"
     insecure: bool = False
     weights_root: Path | None = None
-    max_waiting_rollouts: int = 1_000_000
+    limits: Limits = field(default_factory=Limits)
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
+    feeding: Feeding = field(default_factory=Feeding)
     seed: int | None = None
     drain_seconds: float = 30.0
     http_listen: str | None = None
@@ -74,6 +81,7 @@ class Server:
         self._events = Events()
         self._health = health_aio.HealthServicer()
         self._serving = False
+        self._service: GeneratorService | None = None
         self._api: grpc.aio.Server | None = None
         self._probes: grpc.aio.Server | None = None
         self._admin: web.AppRunner | None = None
@@ -86,6 +94,7 @@ class Server:
         Raises:
             ConfigError: says which socket or setting it was, or what of the model.
         """
+        start = time.perf_counter()
         options = self._options
         for key, address in (("listen", options.listen), ("http_listen", options.http_listen)):
             if address is None:
@@ -111,6 +120,8 @@ class Server:
             await self.stop(0.0)
             raise
         await self._set_ready(True)
+        seconds = time.perf_counter() - start
+        self._events.emit(ServingBegan(self._engine.status().weight_version, seconds))
 
     async def _start_http(self) -> None:
         serve_http = getattr(self._engine, "serve_http", None)
@@ -127,19 +138,26 @@ class Server:
             self._engine,
             self._events,
             weights_root=options.weights_root,
-            max_waiting_rollouts=options.max_waiting_rollouts,
             seed=options.seed,
+            limits=options.limits,
+            admission=options.admission,
+            feeding=options.feeding,
         )
+        self._service = service
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", _MESSAGE_BYTES),
                 ("grpc.max_send_message_length", _MESSAGE_BYTES),
+                # A client whose machine is gone says no goodbye; its work ends all the same.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 20_000),
+                # Clients ask whether we are there, also while nothing comes.
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.http2.max_pings_without_data", 0),
             ]
         )
-        rpc.add_RolloutGeneratorServicer_to_server(  # type: ignore[no-untyped-call]
-            GeneratorServicer(service, self._events), server
-        )
+        server.add_generic_rpc_handlers((handlers_of(GeneratorServicer(service, self._events)),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((_SERVICE, health, reflection.SERVICE_NAME), server)
@@ -161,7 +179,7 @@ class Server:
             registry = CollectorRegistry()
             for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
                 registry.register(collector)
-        self._events.listen(Metrics(registry, self._engine.status))
+        self._events.listen(Metrics(registry, self._load))
         self._events.listen(log_event)
         runner = web.AppRunner(self._admin_app(registry))
         await runner.setup()
@@ -195,6 +213,13 @@ class Server:
         app.router.add_get("/readyz", ready)
         return app
 
+    def _load(self) -> Load:
+        """Return how busy the server is, also before it serves."""
+        service = self._service
+        if service is None:
+            return Load(self._engine.status())
+        return Load(service.status(), service.calls, service.unread_rollouts)
+
     async def _set_ready(self, ready: bool) -> None:
         self._serving = ready
         for name in ("", _SERVICE):
@@ -203,6 +228,8 @@ class Server:
     async def stop(self, grace: float) -> None:
         """Refuse new calls, let those under way end, then close everything."""
         await self._set_ready(False)
+        if self._service:
+            self._service.drain()
         if self._api:
             await self._api.stop(grace)
         await self._engine.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from knapsack_genserver.engine import (
     Completion,
     EngineStatus,
     FinishReason,
-    Group,
     LoadedWeights,
     Sampling,
     Tokenizer,
@@ -25,6 +25,8 @@ _REASONS = {
     FinishReason.ABORT: pb.FINISH_REASON_ABORT,
     FinishReason.ERROR: pb.FINISH_REASON_ERROR,
 }
+_LEAST_TEMPERATURE = 0.01
+"""Above 0: divided by less, logits leave what a float holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,74 +35,166 @@ class Limits:
 
     Attributes:
         prompts: of one call.
-        group: rollouts of one prompt.
+        group: rollouts of one prompt, in all waves.
     """
 
     prompts: int = 100_000
     group: int = 100_000
 
 
-def groups_of(
-    request: pb.GenerateRequest,
-    status: EngineStatus,
-    tokenizer: Tokenizer | None,
+@dataclass(frozen=True, slots=True)
+class AskedPrompt:
+    """A prompt of a call.
+
+    Attributes:
+        tokens: at least one.
+        sampling: how its rollouts are drawn.
+        seed: of its group.
+    """
+
+    tokens: Sequence[int]
+    sampling: Sampling
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Rollouts wanted of a prompt.
+
+    Attributes:
+        position: of the prompt in its call.
+        rollouts: beyond those asked for before, 1 or more.
+        expected_tokens: of a completion, as far as is known.
+    """
+
+    position: int
+    rollouts: int
+    expected_tokens: int
+
+
+def wanted_of(
+    request: pb.GenerateRequest | pb.AddRollouts,
+    asked: Sequence[int],
     limits: Limits,
-    *,
-    request_number: int,
-    default_seed: int,
-) -> dict[int, Group]:
-    """Return the groups that a request asks for, by position in its prompts.
+    field: str = "",
+) -> list[Wanted]:
+    """Return how many rollouts of which prompts a request asks for; those with none are left out.
 
     Args:
-        request: checked whole before anything is made of it.
-        status: of the engine.
-        tokenizer: of the model, or None.
+        request: its prompts are looked at by ``prompts_of``.
+        asked: rollouts that were asked for of each prompt of the call before.
         limits: largest requests that are served.
-        request_number: tells requests apart in the engine.
-        default_seed: where the request has none.
+        field: in which the request is, with a dot, for messages.
 
     Raises:
         InvalidArgument: names the field, the value and what is allowed.
     """
-    count = len(request.prompts)
+    count = len(asked) + len(request.prompts)
     if count == 0:
-        raise InvalidArgument("prompts", [], "must hold at least one prompt")
+        raise InvalidArgument(f"{field}prompts", [], "must hold at least one prompt")
     if count > limits.prompts:
-        raise InvalidArgument("prompts", f"{count} prompts", f"must be at most {limits.prompts}")
-    if len(request.num_rollouts) != count:
         raise InvalidArgument(
-            "num_rollouts",
-            f"{len(request.num_rollouts)} numbers",
-            f"must be one per prompt ({count})",
+            f"{field}prompts", f"{count} prompts", f"must be at most {limits.prompts}"
         )
-    for at, wanted in enumerate(request.num_rollouts):
-        if not 0 <= wanted <= limits.group:
+    positions: Sequence[int] = range(count)
+    if isinstance(request, pb.AddRollouts) and request.prompt_indices:
+        positions = request.prompt_indices
+        _check_positions(positions, count, field)
+    for name in ("num_rollouts", "expected_tokens"):
+        length = len(getattr(request, name))
+        if length != len(positions) and (length or name == "num_rollouts"):
             raise InvalidArgument(
-                f"num_rollouts[{at}]", wanted, f"must be from 0 to {limits.group}"
+                f"{field}{name}", f"{length} numbers", f"must be one per prompt ({len(positions)})"
             )
-    params = request.sampling
-    _check_sampling(params, status)
-    seed = params.seed if params.HasField("seed") else default_seed
-    groups = {}
-    for at, (prompt, wanted) in enumerate(zip(request.prompts, request.num_rollouts, strict=True)):
-        tokens = _tokens(prompt, at, status, tokenizer)
-        sampling = _sampling(params, tokens, at, status)
-        if wanted:
-            groups[at] = Group(
-                tokens, wanted, sampling, seeds.group_seed(seed, at), request=request_number
+    for at, expected in enumerate(request.expected_tokens):
+        if expected < 0:
+            raise InvalidArgument(f"{field}expected_tokens[{at}]", expected, "must be 0 or more")
+    wanted = []
+    for at, (position, rollouts, expected) in enumerate(
+        zip(
+            positions,
+            request.num_rollouts,
+            request.expected_tokens or itertools.repeat(0, len(positions)),
+            strict=True,
+        )
+    ):
+        before = asked[position] if position < len(asked) else 0
+        if not 0 <= rollouts <= limits.group - before:
+            more = f" beside the {before} before" if before else ""
+            raise InvalidArgument(
+                f"{field}num_rollouts[{at}]",
+                rollouts,
+                f"must be from 0 to {limits.group - before}{more}",
             )
-    return groups
+        if rollouts:
+            wanted.append(Wanted(position, rollouts, expected))
+    return wanted
+
+
+def stopped_of(request: pb.StopGroups, prompts: int) -> set[int]:
+    """Return the positions of the prompts whose groups are to be stopped.
+
+    Raises:
+        InvalidArgument: names the field, the value and what is allowed.
+    """
+    _check_positions(request.prompt_indices, prompts, "stop.")
+    return set(request.prompt_indices)
+
+
+def _check_positions(positions: Sequence[int], prompts: int, field: str) -> None:
+    for at, position in enumerate(positions):
+        if not 0 <= position < prompts:
+            allowed = f"must be from 0 to {prompts - 1}" if prompts else "there is no prompt yet"
+            raise InvalidArgument(f"{field}prompt_indices[{at}]", position, allowed)
+    if len(set(positions)) < len(positions):
+        raise InvalidArgument(f"{field}prompt_indices", list(positions), "must hold none twice")
+
+
+def prompts_of(
+    prompts: Sequence[pb.Prompt],
+    params: pb.SamplingParams,
+    seed: int,
+    status: EngineStatus,
+    tokenizer: Tokenizer | None,
+    *,
+    first: int = 0,
+    field: str = "",
+) -> list[AskedPrompt]:
+    """Return the prompts of a request, looked at whole.
+
+    Args:
+        prompts: in their order.
+        params: checked by ``check_sampling``.
+        seed: of the call.
+        status: of the engine.
+        tokenizer: of the model, or None.
+        first: position of the first of them in the call.
+        field: in which the prompts are, with a dot, for messages.
+
+    Raises:
+        InvalidArgument: names the field, the value and what is allowed.
+    """
+    asked = []
+    same: dict[int, Sampling] = {}
+    group_seeds = seeds.group_seeds(seed, first, len(prompts))
+    for at, prompt in enumerate(prompts):
+        tokens = _tokens(prompt, f"{field}prompts[{at}]", status, tokenizer)
+        most = _max_tokens(params, len(tokens), f"{field}prompts[{at}]", status)
+        if most not in same:
+            same[most] = _sampling(params, most)
+        asked.append(AskedPrompt(tokens, same[most], group_seeds[at]))
+    return asked
 
 
 def _tokens(
-    prompt: pb.Prompt, at: int, status: EngineStatus, tokenizer: Tokenizer | None
-) -> list[int]:
-    field = f"prompts[{at}]"
+    prompt: pb.Prompt, field: str, status: EngineStatus, tokenizer: Tokenizer | None
+) -> Sequence[int]:
     kind = prompt.WhichOneof("content")
     if kind is None:
         raise InvalidArgument(field, "", "must hold tokens, text or chat")
     if kind == "tokens":
-        tokens = list(prompt.tokens.ids)
+        # Four bytes a token, where a list has eight and more.
+        tokens: Sequence[int] = prompt.tokens.ids
         field += ".tokens.ids"
     elif tokenizer is None:
         raise InvalidArgument(f"{field}.{kind}", "given", "needs a tokenizer in the model folder")
@@ -122,13 +216,18 @@ def _tokens(
     return tokens
 
 
-def _check_sampling(params: pb.SamplingParams, status: EngineStatus) -> None:
+def check_sampling(params: pb.SamplingParams, status: EngineStatus) -> None:
+    """Look at how tokens are to be drawn; InvalidArgument names what is wrong."""
     if params.HasField("max_tokens") and params.max_tokens < 1:
         raise InvalidArgument("sampling.max_tokens", params.max_tokens, "must be 1 or more")
-    if params.HasField("temperature") and not (
-        math.isfinite(params.temperature) and params.temperature >= 0
-    ):
-        raise InvalidArgument("sampling.temperature", params.temperature, "must be 0 or more")
+    if params.temperature != 0 and not _LEAST_TEMPERATURE <= params.temperature < math.inf:
+        raise InvalidArgument(
+            "sampling.temperature",
+            params.temperature,
+            f"must be 0, or {_LEAST_TEMPERATURE} or more",
+        )
+    if not (status.max_model_tokens or params.HasField("max_tokens")):
+        raise InvalidArgument("sampling.max_tokens", "absent", "is needed; the model has no limit")
     if params.HasField("top_p") and not 0 < params.top_p <= 1:
         raise InvalidArgument("sampling.top_p", params.top_p, "must be above 0 and at most 1")
     if params.HasField("top_k") and params.top_k < 0:
@@ -142,24 +241,22 @@ def _check_sampling(params: pb.SamplingParams, status: EngineStatus) -> None:
             )
 
 
-def _sampling(
-    params: pb.SamplingParams, tokens: Sequence[int], at: int, status: EngineStatus
-) -> Sampling:
-    room = status.max_model_tokens - len(tokens)
-    if status.max_model_tokens and room < 1:
+def _max_tokens(params: pb.SamplingParams, tokens: int, field: str, status: EngineStatus) -> int:
+    if not status.max_model_tokens:
+        return params.max_tokens
+    room = status.max_model_tokens - tokens
+    if room < 1:
         raise InvalidArgument(
-            f"prompts[{at}]",
-            f"{len(tokens)} tokens",
+            field,
+            f"{tokens} tokens",
             f"must leave room for a completion; the model holds {status.max_model_tokens}",
         )
-    if params.HasField("max_tokens"):
-        most = min(params.max_tokens, room) if status.max_model_tokens else params.max_tokens
-    elif status.max_model_tokens:
-        most = room
-    else:
-        raise InvalidArgument("sampling.max_tokens", "absent", "is needed; the model has no limit")
+    return min(params.max_tokens, room) if params.HasField("max_tokens") else room
+
+
+def _sampling(params: pb.SamplingParams, max_tokens: int) -> Sampling:
     return Sampling(
-        max_tokens=most,
+        max_tokens=max_tokens,
         temperature=params.temperature if params.HasField("temperature") else 1.0,
         top_p=params.top_p if params.HasField("top_p") else 1.0,
         top_k=params.top_k,

@@ -111,7 +111,7 @@ def test_failures_and_refusals_of_the_client(start_generator) -> None:
         with pytest.raises(GeneratorBusy, match="at most 10"):
             client.generate([[1]], [11], max_tokens=3)
         with pytest.raises(InvalidRequest, match="tokenizer"):
-            client.generate(["text"], [1])
+            client.generate(["text"], [1], max_tokens=3)
     assert generator.end() == 0
     with (
         RolloutClient(address, timeout=0.3) as client,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from knapsack_genserver.admission import AdmissionLimits
 from knapsack_genserver.engines.fake import FakeEngine
 from knapsack_genserver.errors import (
     FailedPrecondition,
@@ -96,7 +97,7 @@ async def test_a_reader_that_leaves_frees_its_place() -> None:
     """Closed in the middle or before the first rollout, nothing stays admitted."""
     hold = asyncio.Event()
     engine = FakeEngine(hold=hold)
-    service = GeneratorService(engine, Events(), max_waiting_rollouts=100)
+    service = GeneratorService(engine, Events(), admission=AdmissionLimits(waiting_rollouts=100))
     stream = service.generate(request([60, 40]))
     first = asyncio.ensure_future(anext(stream))
     # Until the groups have started and the reader waits for them.
@@ -131,8 +132,16 @@ GENERATE = [
     ({"prompts": [tokens(1), pb.Prompt(text="hi")]}, "prompts[1].text", "tokenizer"),
     ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens", "1 or more"),
     ({"sampling": {}}, "sampling.max_tokens", "is needed"),
-    ({"sampling": {"max_tokens": 1, "temperature": -1}}, "sampling.temperature", "0 or more"),
-    ({"sampling": {"max_tokens": 1, "temperature": NAN}}, "sampling.temperature", "0 or more"),
+    (
+        {"sampling": {"max_tokens": 1, "temperature": -1}},
+        "sampling.temperature",
+        "0, or 0.01 or more",
+    ),
+    (
+        {"sampling": {"max_tokens": 1, "temperature": NAN}},
+        "sampling.temperature",
+        "0, or 0.01 or more",
+    ),
     ({"sampling": {"max_tokens": 1, "top_p": 0}}, "sampling.top_p", "above 0"),
     ({"sampling": {"max_tokens": 1, "top_p": 1.5}}, "sampling.top_p", "at most 1"),
     ({"sampling": {"max_tokens": 1, "top_k": -1}}, "sampling.top_k", "0 or more"),

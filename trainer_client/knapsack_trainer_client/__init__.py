@@ -38,9 +38,11 @@ from knapsack_trainer_client.nouns import (
 from knapsack_trainer_client.outbox import Limits
 from knapsack_trainer_client.rollouts import (
     AsyncRolloutClient,
+    AsyncRolloutSession,
     Rollout,
     RolloutClient,
     RolloutGroups,
+    RolloutSession,
 )
 from knapsack_trainer_client.stream import PlannedPrompt, PromptStream, StreamState
 from knapsack_trainer_client.sync import BudgetClient
@@ -54,6 +56,7 @@ __all__ = [
     "AllocationSummary",
     "AsyncBudgetClient",
     "AsyncRolloutClient",
+    "AsyncRolloutSession",
     "BudgetClient",
     "BudgetedBatch",
     "Calibration",
@@ -72,6 +75,7 @@ __all__ = [
     "Rollout",
     "RolloutClient",
     "RolloutGroups",
+    "RolloutSession",
     "Run",
     "RunConfig",
     "RunConfigConflict",

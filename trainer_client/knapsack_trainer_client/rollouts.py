@@ -13,23 +13,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import grpc
 
 from knapsack_proto.v1 import generation_pb2 as pb
 from knapsack_proto.v1 import generation_pb2_grpc as rpc
 from knapsack_trainer_client.arguments import check_address
-from knapsack_trainer_client.errors import (
-    GeneratorBusy,
-    GeneratorUnavailable,
-    InvalidRequest,
-    WeightUpdateFailed,
-    refused,
+from knapsack_trainer_client.errors import GeneratorUnavailable
+from knapsack_trainer_client.rollout_session import AsyncRolloutSession, RolloutSession
+from knapsack_trainer_client.rollout_wire import (
+    PromptLike,
+    Rollout,
+    RolloutGroups,
+    prompt_messages,
+    raise_status,
+    rollout_of,
 )
+
+__all__ = [
+    "AsyncRolloutClient",
+    "AsyncRolloutSession",
+    "GeneratorStatus",
+    "PromptLike",
+    "Rollout",
+    "RolloutClient",
+    "RolloutGroups",
+    "RolloutSession",
+]
 
 _LOG = logging.getLogger("knapsack_rl")
 _OPTIONS = [
@@ -38,59 +52,11 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A server whose machine is gone says no goodbye; nobody waits for it for ever.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
 ]
-_REASONS = {
-    pb.FINISH_REASON_STOP: "stop",
-    pb.FINISH_REASON_LENGTH: "length",
-    pb.FINISH_REASON_ABORT: "abort",
-    pb.FINISH_REASON_ERROR: "error",
-}
-
-PromptLike = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""A text, token ids, or chat messages with ``role`` and ``content``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One rollout.
-
-    Attributes:
-        prompt_index: position in the prompts asked for.
-        rollout_index: which of the prompt's rollouts, from 0.
-        token_ids: of the completion, the end token among them.
-        logprobs: natural log-probability of each, under what it was drawn from.
-        text: the completion, where the model has a tokenizer.
-        finish_reason: "stop", "length", "abort" or "error".
-        weight_versions: (version, start, end) of the tokens each version made.
-        error: why it failed; empty if it did not.
-    """
-
-    prompt_index: int
-    rollout_index: int
-    token_ids: list[int]
-    logprobs: list[float]
-    text: str
-    finish_reason: str
-    weight_versions: tuple[tuple[int, int, int], ...]
-    error: str
-
-    @property
-    def weight_version(self) -> int:
-        """The version that made its last token; -1 for a rollout without tokens."""
-        return self.weight_versions[-1][0] if self.weight_versions else -1
-
-
-class RolloutGroups(list[list[Rollout]]):
-    """A list of rollouts per prompt, in the order of their indices.
-
-    Attributes:
-        failed: rollouts that failed; they are in no group and were never completions.
-            Leave them out of the report: fewer rollouts than allocated is normal.
-    """
-
-    def __init__(self, prompts: int) -> None:
-        super().__init__([] for _ in range(prompts))
-        self.failed: list[Rollout] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +104,7 @@ class RolloutClient:
         seed: int | None = None,
         stop_token_ids: Sequence[int] = (),
         prompt_ids: Sequence[str] = (),
+        expected_tokens: Sequence[int] = (),
         request_id: str = "",
         timeout: float | None = None,
         on_rollout: Callable[[Rollout], object] | None = None,
@@ -151,6 +118,8 @@ class RolloutClient:
             max_tokens, temperature, top_p, top_k, seed, stop_token_ids: as
                 SamplingParams of the wire contract; None is its default there.
             prompt_ids: names of the prompts, for the server's logs.
+            expected_tokens: of a completion of each prompt, such as its mean so far; 0 if
+                not known. What takes longest begins first; it limits nothing.
             request_id: name of the request, for the server's logs.
             timeout: seconds for all of it; None waits as long as it takes.
             on_rollout: called with each rollout as it comes. What it raises cancels
@@ -173,24 +142,21 @@ class RolloutClient:
             seed=seed,
             stop_token_ids=stop_token_ids,
             prompt_ids=prompt_ids,
+            expected_tokens=expected_tokens,
             request_id=request_id,
             timeout=timeout,
             on_call=on_call,
         ):
-            if rollout.error:
-                groups.failed.append(rollout)
-            else:
-                groups[rollout.prompt_index].append(rollout)
+            groups.put(rollout)
             if on_rollout is not None:
                 on_rollout(rollout)
-        for group in groups:
-            group.sort(key=lambda rollout: rollout.rollout_index)
+        groups.sort_groups()
         if groups.failed:
             _LOG.warning(
                 "%d of %d rollouts failed, the first because: %s",
                 len(groups.failed),
                 sum(num_rollouts),
-                groups.failed[0].error,
+                groups.failed[0].error or "the engine gave it up",
             )
         return groups
 
@@ -206,6 +172,7 @@ class RolloutClient:
         seed: int | None = None,
         stop_token_ids: Sequence[int] = (),
         prompt_ids: Sequence[str] = (),
+        expected_tokens: Sequence[int] = (),
         request_id: str = "",
         timeout: float | None = None,
         on_call: Callable[[Callable[[], object]], object] | None = None,
@@ -215,9 +182,6 @@ class RolloutClient:
         Closing the iterator stops the work. ``on_call`` is given what stops it from
         another thread.
         """
-        if len(prompt_ids) not in (0, len(prompts)):
-            raise refused("prompt_ids", prompt_ids, f"must be one per prompt ({len(prompts)})")
-        names = prompt_ids or [""] * len(prompts)
         sampling = pb.SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature,
@@ -228,11 +192,10 @@ class RolloutClient:
         )
         request = pb.GenerateRequest(
             request_id=request_id,
-            prompts=[
-                _prompt_message(prompt, name) for prompt, name in zip(prompts, names, strict=True)
-            ],
+            prompts=prompt_messages(prompts, prompt_ids),
             num_rollouts=num_rollouts,
             sampling=sampling,
+            expected_tokens=expected_tokens,
         )
         # A server that starts is waited for, and one that is not there is not for ever.
         self.status()
@@ -243,15 +206,53 @@ class RolloutClient:
         try:
             for message in call:
                 came += 1
-                yield _rollout(message)
+                yield rollout_of(message)
         except grpc.RpcError as error:
-            _raise(error, self._address)
+            raise_status(error, self._address)
         finally:
             call.cancel()
         if came != sum(num_rollouts):
             raise GeneratorUnavailable(
                 f"{self._address} ended the stream after {came} of {sum(num_rollouts)} rollouts"
             )
+
+    def session(
+        self,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop_token_ids: Sequence[int] = (),
+        request_id: str = "",
+        timeout: float | None = None,
+    ) -> RolloutSession:
+        """Return a session, in which rollouts are asked for wave by wave; see there.
+
+        Args:
+            max_tokens, temperature, top_p, top_k, seed, stop_token_ids, request_id: as
+                ``generate``, for all of the session.
+            timeout: seconds for all of it; None lets it last as long as it takes.
+
+        Raises:
+            GeneratorUnavailable: there is no server.
+        """
+        sampling = pb.SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+        )
+        self.status()
+        return RolloutSession(
+            self._stub,
+            self._address,
+            pb.OpenSession(request_id=request_id, sampling=sampling),
+            timeout,
+        )
 
     def update_weights(self, path: str | os.PathLike[str], weight_version: int) -> str:
         """Load a folder's weights and serve them; returns their fingerprint.
@@ -269,7 +270,7 @@ class RolloutClient:
         try:
             updated = self._stub.UpdateWeights(request, timeout=self._update_timeout)
         except grpc.RpcError as error:
-            _raise(error, self._address)
+            raise_status(error, self._address)
         return str(updated.fingerprint)
 
     def status(self) -> GeneratorStatus:
@@ -283,7 +284,7 @@ class RolloutClient:
                 raise GeneratorUnavailable(
                     f"no generation server answered at {self._address} within {self._timeout:g} s"
                 ) from None
-            _raise(error, self._address)
+            raise_status(error, self._address)
         return GeneratorStatus(
             answer.model,
             answer.engine,
@@ -340,6 +341,10 @@ class AsyncRolloutClient:
                 cancel()
             raise
 
+    async def session(self, **options: Any) -> AsyncRolloutSession:
+        """Return a session; options as ``RolloutClient.session``."""
+        return AsyncRolloutSession(await asyncio.to_thread(self._client.session, **options))
+
     async def update_weights(self, path: str | os.PathLike[str], weight_version: int) -> str:
         """Load a folder's weights and serve them; returns their fingerprint."""
         return await asyncio.to_thread(self._client.update_weights, path, weight_version)
@@ -362,38 +367,3 @@ class AsyncRolloutClient:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
-
-
-def _prompt_message(prompt: PromptLike, name: str) -> pb.Prompt:
-    if isinstance(prompt, str):
-        return pb.Prompt(prompt_id=name, text=prompt)
-    items = list(prompt)
-    if items and isinstance(items[0], Mapping):
-        messages = [pb.ChatMessage(role=m["role"], content=m["content"]) for m in items]  # type: ignore[index]
-        return pb.Prompt(prompt_id=name, chat=pb.ChatMessages(messages=messages))
-    return pb.Prompt(prompt_id=name, tokens=pb.TokenIds(ids=items))  # type: ignore[arg-type]
-
-
-def _rollout(message: pb.Rollout) -> Rollout:
-    return Rollout(
-        message.prompt_index,
-        message.rollout_index,
-        list(message.token_ids),
-        list(message.logprobs),
-        message.text,
-        _REASONS.get(message.finish_reason, ""),
-        tuple((span.weight_version, span.start, span.end) for span in message.weight_versions),
-        message.error,
-    )
-
-
-def _raise(error: grpc.RpcError, address: str) -> NoReturn:
-    """Raise what a status means to a caller of this module."""
-    code, details = error.code(), error.details() or ""
-    if code is grpc.StatusCode.INVALID_ARGUMENT:
-        raise InvalidRequest(details) from None
-    if code is grpc.StatusCode.FAILED_PRECONDITION:
-        raise WeightUpdateFailed(details) from None
-    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        raise GeneratorBusy(details) from None
-    raise GeneratorUnavailable(f"{address}: {code.name}: {details}") from error

@@ -153,6 +153,8 @@ class TransformersEngine:
             waiting,
             self._max_tokens,
             self._vocabulary,
+            # The batch that runs, and a full one to follow it.
+            2 * self._options.max_batch_rollouts,
         )
 
     def generate(self, group: Group) -> Inbox:
