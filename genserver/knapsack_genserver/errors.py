@@ -8,6 +8,7 @@ GeneratorError
     └── ReplicaLost      a replica is gone, with what it held
 
 ConfigError              a setting or a model that the server cannot start with
+EngineDied               the engine can generate nothing any more
 """
 
 from __future__ import annotations
@@ -82,3 +83,7 @@ class ReplicaLost(Unavailable):
 
 class ConfigError(Exception):
     """A setting or a model that the server cannot start with; names it and why."""
+
+
+class EngineDied(Exception):
+    """The engine can generate nothing any more; only a new process can."""

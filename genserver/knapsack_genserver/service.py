@@ -218,11 +218,15 @@ class GeneratorService:
     def _weights_path(self, path: str) -> Path:
         if not path or "\x00" in path:
             raise InvalidArgument("path", path, "must be a folder on the server's disk")
-        resolved = Path(path).resolve()
+        try:
+            resolved = Path(path).resolve()
+            is_folder = resolved.is_dir()
+        except OSError as error:
+            raise InvalidArgument("path", path, f"cannot be one: {error.strerror}") from None
         root = self._weights_root
         if root and root not in (resolved, *resolved.parents):
             raise InvalidArgument("path", path, f"must lie in the server's weights root, {root}")
-        if not resolved.is_dir():
+        if not is_folder:
             raise FailedPrecondition(f"path = {path!r}: is not a folder on the server's disk")
         return resolved
 
