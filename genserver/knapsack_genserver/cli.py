@@ -29,10 +29,7 @@ except ModuleNotFoundError as error:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; exits with 0, 1 if the engine died, or 2 if it could not start."""
-    parser = _parser()
-    options, options.engine_flags = parser.parse_known_args(arguments)
-    if options.engine_flags and options.engine != "vllm":
-        parser.error(f"unrecognized arguments: {' '.join(options.engine_flags)}")
+    options = _parsed(sys.argv[1:] if arguments is None else arguments)
     logs.configure(options.log_level, options.log_format)
     server = ServerOptions(
         listen=options.listen,
@@ -65,6 +62,25 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    options, flags = parser.parse_known_args(arguments)
+    options.engine_flags = flags
+    options.arguments = arguments
+    if flags and "vllm" not in (options.engine, options.replica_engine):
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return options
+
+
+def engine_of(arguments: list[str]) -> Engine:
+    """Return the engine, not started, that a command line asks for.
+
+    Raises:
+        ConfigError: it names an engine that is not installed, or lacks what it needs.
+    """
+    return _engine(_parsed(arguments))
 
 
 def _engine(options: argparse.Namespace) -> Engine:
