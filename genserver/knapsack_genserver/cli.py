@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -112,6 +111,7 @@ def _engine(options: argparse.Namespace) -> Engine:
             options.max_batch_rollouts,
             options.max_batch_tokens,
             options.weight_version,
+            options.prefix_tokens,
         )
     )
 
@@ -237,12 +237,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-batch-rollouts", type=_count(1), default=1024, help="rollouts decoded at once")
     add("--max-batch-tokens", type=_count(1), default=65_536, help="tokens in a batch's cache")
     add(
+        "--prefix-tokens",
+        type=_count(0),
+        default=16_384,
+        metavar="N",
+        help="prompt tokens kept for further rollouts of the same prompts",
+    )
+    add(
         "--max-waiting-rollouts",
         type=_count(1),
         default=default.admission.waiting_rollouts,
         help="rollouts admitted and not finished, of all calls; more are refused",
     )
-    _add_limits(add, default)
+    _add_limits(command.add_argument_group("limits, and how the engine is fed"), default)
     add("--seed", type=_count(0), help="of requests that name no seed; none draws one")
     add(
         "--drain-seconds",
@@ -258,11 +265,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_limits(add: Callable[..., object], default: ServerOptions) -> None:
+def _add_limits(group: argparse._ArgumentGroup, default: ServerOptions) -> None:
     """Add the flags of what a call may ask for and how the engine is fed."""
     admission, limits, feeding = default.admission, default.limits, default.feeding
     for flag, value, text in (
-        ("--max-call-rollouts", admission.call_rollouts, "the same, of one call"),
+        ("--max-call-rollouts", admission.call_rollouts, "unfinished rollouts of one call"),
         ("--max-group-rollouts", limits.group, "rollouts of one prompt in a call"),
         ("--max-prompts", limits.prompts, "prompts of one call"),
         ("--max-prompt-tokens", admission.prompt_tokens, "prompt tokens held, of all calls"),
@@ -277,9 +284,9 @@ def _add_limits(add: Callable[..., object], default: ServerOptions) -> None:
             feeding.unread_rollouts,
             "finished rollouts that a caller may leave unread before its work is held",
         ),
-        ("--max-unread-tokens", feeding.unread_tokens, "the same, in tokens"),
+        ("--max-unread-tokens", feeding.unread_tokens, "tokens of such rollouts"),
     ):
-        add(flag, type=_count(1), default=value, metavar="N", help=text)
+        group.add_argument(flag, type=_count(1), default=value, metavar="N", help=text)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Counted:
         judged_groups: groups whose rollouts have all come, of which a chance was predicted.
         judged_effective_groups: those of them that are effective.
         predicted_effective_groups: the sum of their chances.
+        completes: all rollouts of an allocation have now come.
     """
 
     accepted: int = 0
@@ -50,6 +51,7 @@ class Counted:
     judged_groups: int = 0
     judged_effective_groups: int = 0
     predicted_effective_groups: float = 0.0
+    completes: bool = False
 
 
 @dataclass(slots=True)
@@ -153,6 +155,7 @@ class OpenAllocation:
             groups=int(np.count_nonzero((self.delivered > 0) & ~begun)),
             effective_groups=int(np.count_nonzero(now_mixed & ~mixed)),
             effective_rollouts=int(self.delivered[now_mixed].sum()) - in_effective,
+            completes=bool((self.delivered >= self.allocated).all()),
         )
 
 

@@ -11,6 +11,7 @@ import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
@@ -54,6 +55,11 @@ _LOG = logging.getLogger(__name__)
 
 LARGEST_PAGE_BYTES = 32 * 2**20
 """A page of statistics ends before it outgrows a message."""
+
+_FEW = 4096
+"""Prompts or rewards that are checked in less than a millisecond."""
+
+Checked = TypeVar("Checked")
 
 
 class SchedulerService:
@@ -149,7 +155,9 @@ class SchedulerService:
 
     async def allocate(self, request: pb.AllocateRequest) -> pb.Allocation:
         """Divide a budget among the prompts of a batch."""
-        ids = await self._runs.in_thread(lambda: wire.check_allocate(request, self._limits))
+        ids = await self._checked(
+            len(request.prompt_ids), lambda: wire.check_allocate(request, self._limits)
+        )
         (answer, divided), _ = await self._runs.alone(
             request.run_id,
             lambda run, writing: self._allocate(request, ids, run, writing),
@@ -206,6 +214,13 @@ class SchedulerService:
             decision.chances,
         )
         return answer, divided
+
+    async def _checked(self, numbers: int, check: Callable[[], Checked]) -> Checked:
+        """Check a request of so many prompts or rewards: a small one here and now.
+
+        A thread would take longer to begin than to check it.
+        """
+        return check() if numbers <= _FEW else await self._runs.in_thread(check)
 
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
         """Spend what an allocation has left."""
@@ -266,12 +281,16 @@ class SchedulerService:
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
-        rewards = await self._runs.in_thread(lambda: wire.check_report(request, self._limits))
+        rewards = await self._checked(
+            len(request.rewards), lambda: wire.check_report(request, self._limits)
+        )
         (answer, step, known), counted = await self._runs.alone(
             request.run_id,
             lambda run, writing: self._report(request, rewards, run, writing),
             create=not request.allocation_id,
         )
+        if counted.completes:
+            self._runs.prepare(request.run_id)
         if counted.accepted or counted.ignored:
             self.events.emit(
                 OutcomesCounted(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import repeat
 from typing import Any
 
@@ -37,9 +37,8 @@ from knapsack_scheduler.core.policy import begun_groups, effective_chances
 from knapsack_scheduler.core.posterior import (
     Discounts,
     Prior,
-    PriorStatistics,
-    fit_prior,
     newest_drift,
+    newest_prior,
     posterior,
 )
 from knapsack_scheduler.core.problem import (
@@ -50,7 +49,8 @@ from knapsack_scheduler.core.problem import (
     Posterior,
     tie_keys,
 )
-from knapsack_scheduler.core.recency import Revisited
+from knapsack_scheduler.core.rates import PROMPTS as PRIOR_PROMPTS
+from knapsack_scheduler.core.recency import LastVisited
 from knapsack_scheduler.core.rewardlevels import RewardLevels, counted_by_level, relevel
 from knapsack_scheduler.facts import (
     AllocationExtended,
@@ -91,9 +91,10 @@ class RunState:
         self._rows: dict[str, int] = {}
         self._looked_up: tuple[tuple[str, ...], int, IntArray] = ((), 0, np.zeros(0, np.int64))
         self._visits = Visits()
-        self._revisited = Revisited()
+        self._visited = LastVisited(twice=False)
+        self._revisited = LastVisited(twice=True)
+        self._prior: Prior | None = Prior()
         self._drift: Drift | None = Drift()
-        self._prior_statistics = PriorStatistics()
         self._sums = np.zeros((_SUMS, 0), np.int64)
         self._keys = np.zeros(0, np.uint64)
         self._token_sum = 0
@@ -136,7 +137,7 @@ class RunState:
             step: that is decided for; see ``core.posterior.posterior``.
         """
         rows = self.rows_of(prompt_ids)
-        prior = fit_prior(self._prior_statistics)
+        prior = self.prior()
         known = rows >= 0
         keys = np.zeros(rows.shape, np.uint64)
         keys[known] = self._keys[rows[known]]
@@ -160,6 +161,18 @@ class RunState:
             self.reward_levels,
             self.drift(prior),
         )
+
+    def prepare(self) -> None:
+        """Work out what every decision needs, which only a report changes."""
+        self.drift(self.prior())
+
+    def prior(self) -> Prior:
+        """Return what is believed of a prompt of the run before it is seen."""
+        if self._prior is None:
+            rows = self._visited.newest(PRIOR_PROMPTS, self._visits, self._keys)
+            version = self.last_policy_version
+            self._prior = newest_prior(self._visits, rows, version, self.discounts)
+        return self._prior
 
     def drift(self, prior: Prior) -> Drift:
         """Return how success rates moved up to the newest visits; ``prior`` is the run's."""
@@ -205,7 +218,7 @@ class RunState:
         count = rows.size
         chances = fact.chances
         if chances is None:
-            believed = self._posterior(rows, fact.step, fit_prior(self._prior_statistics))
+            believed = self._posterior(rows, fact.step, self.prior())
             chances = effective_chances(believed, Begun.nothing(count), fact.num_rollouts)
         allocation = OpenAllocation.made(
             fact.step, rows, fact.bounds, fact.budget, fact.num_rollouts
@@ -219,7 +232,7 @@ class RunState:
         chances = fact.chances
         if chances is None:
             rows = allocation.rows.astype(np.int64)
-            prior = fit_prior(self._prior_statistics)
+            prior = self.prior()
             believed = self._posterior(rows, allocation.step, prior)
             begun = begun_groups(allocation.outcomes(self.reward_levels), fact.keep_outstanding)
             chances = effective_chances(believed, begun, fact.num_rollouts)
@@ -298,11 +311,10 @@ class RunState:
         np.add.at(rollouts, place, outcomes.rollouts[some])
         np.add.at(successes, place, outcomes.successes[some])
         by_level = self._levelled(rewards, rows, unique)
-        before = self._newest(unique)
         merge_visits(self._visits, unique, step, policy_version, rollouts, successes, by_level)
-        self._prior_statistics = self._prior_statistics.moved(*before, *self._newest(unique))
+        self._visited.add(unique, self._visits)
         self._revisited.add(unique, self._visits)
-        self._drift = None
+        self._prior = self._drift = None
         sums = self._sums
         first = int(np.count_nonzero(sums[_ROLLOUTS, unique] == 0))
         if first:
@@ -335,12 +347,6 @@ class RunState:
         level = levels.index(rewards.rewards)
         return counted_by_level(owner, level, unique.size, levels.values.size)
 
-    def _newest(self, rows: IntArray) -> tuple[IntArray, IntArray]:
-        return (
-            self._visits.rollouts[rows, 0].astype(np.int64),
-            self._visits.successes[rows, 0].astype(np.int64),
-        )
-
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Return all that there is to the state as columns, for ``from_columns``.
 
@@ -356,9 +362,9 @@ class RunState:
         """
         size, ids, keys = len(self.prompt_ids), self.prompt_ids, self._keys
         # Where nobody allocates, nobody else lets go of what was visited again since.
+        self._visited.newest(PRIOR_PROMPTS, self._visits, self._keys)
         self._revisited.newest(DRIFT_PROMPTS, self._visits, self._keys)
         scalars = {name: getattr(self, name) for name in _SCALARS}
-        scalars["_prior_statistics"] = asdict(self._prior_statistics)
         scalars["levels_kept"] = self.reward_levels.kept
         copied = {
             "scalars": text_column(json.dumps(scalars)),
@@ -370,6 +376,7 @@ class RunState:
                 for each in fields(Calibration)
             },
             **_named("visits", self._visits.columns()),
+            **_named("visited", self._visited.columns()),
             **_named("revisited", self._revisited.columns()),
             **allocation_columns(self.allocations),
         }
@@ -386,11 +393,12 @@ class RunState:
         """Return the state of ``columns()``."""
         state = cls(config)
         scalars = json.loads(columns["scalars"].tobytes())
-        prior, kept = scalars.pop("_prior_statistics"), scalars.pop("levels_kept")
-        state.__dict__.update(scalars)
-        state._prior_statistics = PriorStatistics(**prior)
+        state.__dict__.update({name: scalars[name] for name in _SCALARS if name in scalars})
         state.reward_levels = RewardLevels(
-            config.success_threshold, columns["levels.values"], columns["levels.rollouts"], kept
+            config.success_threshold,
+            columns["levels.values"],
+            columns["levels.rollouts"],
+            scalars["levels_kept"],
         )
         state.calibration = Calibration(
             *(columns[f"calibration.{each.name}"] for each in fields(Calibration))
@@ -399,8 +407,13 @@ class RunState:
         state._rows = dict(zip(state.prompt_ids, range(len(state.prompt_ids)), strict=True))
         state._sums, state._keys = columns["sums"], columns["keys"]
         state._visits = Visits.from_columns(_of_name("visits", columns))
-        state._revisited = Revisited.from_columns(_of_name("revisited", columns))
-        state._drift = None
+        if "visited.rows" in columns:
+            state._visited = LastVisited.from_columns(_of_name("visited", columns), twice=False)
+        else:
+            # Of a scheduler whose prior had no need of it.
+            state._visited.add(np.flatnonzero(state._visits.rollouts[:, 0]), state._visits)
+        state._revisited = LastVisited.from_columns(_of_name("revisited", columns), twice=True)
+        state._prior = state._drift = None
         state.allocations = allocations_of(columns)
         return state
 
@@ -415,7 +428,7 @@ class RunState:
 
     def stats_of(self, rows: IntArray) -> PromptColumns:
         """Return the statistics of prompts with an outcome."""
-        prior = fit_prior(self._prior_statistics)
+        prior = self.prior()
         believed = self._posterior(rows, None, prior)
         sums = self._sums[:, rows]
         with_tokens = np.maximum(sums[_TOKEN_ROLLOUTS], 1)

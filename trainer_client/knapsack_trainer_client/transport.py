@@ -173,7 +173,10 @@ class GrpcTransport:
 
 def _status(error: grpc.RpcError) -> StatusError:
     if isinstance(error, grpc.Call):
-        return StatusError(error.code() or grpc.StatusCode.UNKNOWN, error.details() or "")
+        code, details = error.code() or grpc.StatusCode.UNKNOWN, error.details() or ""
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            details += " (no scheduler listens at this address: is it a health port, or older?)"
+        return StatusError(code, details)
     return StatusError(grpc.StatusCode.UNKNOWN, repr(error))
 
 

@@ -17,7 +17,8 @@ from knapsack_scheduler.core.catalogue import find_objective
 from knapsack_scheduler.core.chains import Marginals
 from knapsack_scheduler.core.costs import divide_within
 from knapsack_scheduler.core.many import divide_alike
-from knapsack_scheduler.core.objective import EFFECTIVE, Rule
+from knapsack_scheduler.core.moments import AllAlike
+from knapsack_scheduler.core.objective import EFFECTIVE, Objective, Rule, expected_values
 from knapsack_scheduler.core.paper import paper_sizes
 from knapsack_scheduler.core.problem import (
     Begun,
@@ -210,12 +211,15 @@ def _plan(
     if wanted.tokens is None:
         left = max(budget.total_rollouts - int(begun.size.sum()), 0)
         unallocated = left - allocated - remaining
-    chances = effective_chances(beliefs.posterior, begun, new)
-    reasons = _reasons(policy, objective, beliefs, begun, forced, given, chances, problem, price)
+    worth = _Worth.of(objective, beliefs.posterior, begun)
+    chances = worth.chances(new)
+    reasons = _reasons(
+        policy, objective, beliefs, worth, begun, forced, given, chances, problem, price
+    )
     bound = reasons.value + slack
     if policy != "posterior" and wanted.tokens is None:
         best, _ = problem.exactly(beliefs, int(given.sum()), wanted)
-        bound = _value(objective, beliefs, begun, forced + best)
+        bound = worth.total(forced + best)
     reasons = replace(reasons, value_upper_bound=max(bound, reasons.value))
     return Decision(new, allocated, remaining, unallocated, chances, reasons)
 
@@ -294,17 +298,45 @@ def effective_chances(posterior: Posterior, begun: Begun, new: IntArray) -> Floa
         begun: what the groups had before.
         new: rollouts given to each, int64[M].
     """
-    return EFFECTIVE.values(posterior, begun, begun.outstanding + new)
+    return _Worth.of(EFFECTIVE, posterior, begun).chances(new)
 
 
-def _value(objective: Rule, beliefs: Beliefs, begun: Begun, new: IntArray) -> float:
-    return float(objective.values(beliefs.posterior, begun, begun.outstanding + new).sum())
+@dataclass(frozen=True, slots=True)
+class _Worth:
+    """What whole groups are worth by the new rollouts that they may get.
+
+    Attributes:
+        alike: of the posterior; None where rewards have levels.
+    """
+
+    objective: Rule
+    posterior: Posterior
+    begun: Begun
+    alike: AllAlike | None
+
+    @classmethod
+    def of(cls, objective: Rule, posterior: Posterior, begun: Begun) -> _Worth:
+        alike = AllAlike(posterior.alpha, posterior.beta) if posterior.levels is None else None
+        return cls(objective, posterior, begun, alike)
+
+    def chances(self, new: IntArray) -> FloatArray:
+        return self._values(EFFECTIVE, new)
+
+    def total(self, new: IntArray) -> float:
+        return float(self._values(self.objective, new).sum())
+
+    def _values(self, rule: Rule, new: IntArray) -> FloatArray:
+        further = self.begun.outstanding + new
+        if self.alike is not None and isinstance(rule, Objective):
+            return expected_values(rule, self.posterior, self.begun, further, self.alike)
+        return rule.values(self.posterior, self.begun, further)
 
 
 def _reasons(
     policy: str,
     objective: Rule,
     beliefs: Beliefs,
+    worth: _Worth,
     begun: Begun,
     forced: IntArray,
     given: IntArray,
@@ -323,8 +355,8 @@ def _reasons(
         objective=objective.name,
         effective_group_rate=float(chances.sum()) / groups,
         effective_rollout_rate=float((chances * sizes).sum()) / max(int(sizes.sum()), 1),
-        value=_value(objective, beliefs, begun, new),
-        uniform_value=_value(objective, beliefs, begun, forced + level),
+        value=worth.total(new),
+        uniform_value=worth.total(forced + level),
         value_upper_bound=0.0,
         price=price,
         unseen_prompts=int(np.count_nonzero(beliefs.unseen)),
