@@ -182,14 +182,17 @@ class ReplicaPool:
             if not taken:
                 raise self._refusal(members, results)
             fingerprint = Counter(result.fingerprint for result in taken).most_common(1)[0][0]
-            self._weights = _Weights(path, LoadedWeights(version, fingerprint))
+            paused = max((r.paused_seconds or 0.0 for r in taken), default=0.0)
+            known = all(result.paused_seconds is not None for result in taken)
+            loaded = LoadedWeights(version, fingerprint, paused if known else None)
+            self._weights = _Weights(path, loaded)
             for member, result in zip(members, results, strict=True):
                 if isinstance(result, BaseException):
                     why = f"it did not take weight version {version}: {reason_of(result)}"
                     self._lose(member, why)
                 elif result.fingerprint != fingerprint:
                     self._lose(member, _differs(version))
-            return self._weights.loaded
+            return loaded
 
     def _refusal(
         self, members: list[Member], results: Sequence[LoadedWeights | BaseException]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +95,7 @@ class Updater:
             ReplicaLost: and they could not be put back either.
         """
         self._torn = True
+        start = time.perf_counter()
         try:
             await self._send(call, path, str(version))
             fingerprint = await self._fingerprint(call)
@@ -107,7 +109,7 @@ class Updater:
             raise FailedPrecondition(f"{error}; the old weights serve") from error
         self._served = (path, str(version))
         self._torn = False
-        return LoadedWeights(version, fingerprint)
+        return LoadedWeights(version, fingerprint, time.perf_counter() - start)
 
     async def _restore(self, call: Call) -> None:
         path, label = self._served
