@@ -59,7 +59,12 @@ def _kustomized(folder: Path) -> str:
 
 def kustomized(scenario: str) -> list[Object]:
     """Return what an overlay comes to."""
-    return objects_of(_kustomized(OVERLAYS / scenario))
+    return kustomized_folder(OVERLAYS / scenario)
+
+
+def kustomized_folder(folder: Path) -> list[Object]:
+    """Return what a folder with a kustomization comes to."""
+    return objects_of(_kustomized(folder))
 
 
 @cache
@@ -88,13 +93,26 @@ def name_of(thing: Object) -> str:
 
 
 def pod_of(thing: Object) -> Object | None:
-    """Return the pod template of a Job or Deployment, or a Pod itself; None of others."""
-    if thing["kind"] == "Pod":
-        return thing
+    """Return the pod template of a Job or Deployment; None of others."""
     if thing["kind"] in ("Job", "Deployment"):
         template: Object = thing["spec"]["template"]
         return template
     return None
+
+
+def ray_pods_of(thing: Object) -> list[Object]:
+    """Return the pod templates of a RayCluster, with the labels that KubeRay gives its pods."""
+    if thing["kind"] != "RayCluster":
+        return []
+    name, spec = thing["metadata"]["name"], thing["spec"]
+    groups = [("head", spec["headGroupSpec"]), *(("worker", g) for g in spec["workerGroupSpecs"])]
+    pods = []
+    for kind, group in groups:
+        metadata = group["template"].get("metadata", {})
+        given = {"ray.io/cluster": name, "ray.io/node-type": kind}
+        labels = {**metadata.get("labels", {}), **given}
+        pods.append({"metadata": {**metadata, "labels": labels}, "spec": group["template"]["spec"]})
+    return pods
 
 
 def containers_of(pod: Object) -> list[Object]:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 
-from deploy_tools import Object, containers_of, name_of, pod_of
+from deploy_tools import Object, containers_of, name_of, pod_of, ray_pods_of
 
 # Secrets and claims that a user makes; everything else that is named must be there.
 MADE_BY_USERS = {
@@ -14,6 +14,8 @@ MADE_BY_USERS = {
     "knapsack-scheduler-tls",
     "knapsack-scheduler-tokens",
 }
+# The autoscaler beside Ray's head calls the API server, and Ray writes where it likes.
+RAY_MAY = ("mounts a service account's token", "may write its root")
 _PINNED = re.compile(r".+(:\d+\.\d+\.\d+([-.+]\w+)*|@sha256:[0-9a-f]{64})")
 
 
@@ -37,6 +39,10 @@ def _faults_of(thing: Object, things: list[Object]) -> Iterator[str]:
     pod = pod_of(thing)
     if pod is not None:
         yield from _pod_faults(pod, things)
+    for pod_of_ray in ray_pods_of(thing):
+        for fault in _pod_faults(pod_of_ray, things):
+            if not fault.endswith(RAY_MAY):
+                yield fault
     if thing["kind"] == "Deployment" and not _matches(
         thing["spec"]["selector"]["matchLabels"], pod
     ):
@@ -184,10 +190,12 @@ def _policy_faults(policy: Object, chosen: list[Object]) -> Iterator[str]:
     """What a policy opens must be what its pods serve, metrics for one namespace only."""
     for pod in chosen:
         names = _port_names(pod)
+        if "metrics" not in names:
+            continue
         opened = {
             port["port"]: rule
             for rule in policy["spec"]["ingress"]
-            for port in rule["ports"]
+            for port in rule.get("ports", [])
             if "endPort" not in port
         }
         if names["metrics"] not in opened:
@@ -195,7 +203,7 @@ def _policy_faults(policy: Object, chosen: list[Object]) -> Iterator[str]:
         elif not opened[names["metrics"]].get("from"):
             yield "opens the metrics to everybody"
         for rule in policy["spec"]["ingress"]:
-            for port in rule["ports"]:
+            for port in rule.get("ports", []):
                 end = port.get("endPort", port["port"])
                 inside = port["port"] <= names["metrics"] <= end
                 if port["protocol"] == "TCP" and inside and "from" not in rule:
@@ -229,4 +237,5 @@ def _matches(selector: dict[str, str], pod: Object | None) -> bool:
 
 def _chosen(selector: dict[str, str], things: list[Object]) -> list[Object]:
     pods = [pod for pod in map(pod_of, things) if pod is not None]
+    pods += [pod for thing in things for pod in ray_pods_of(thing)]
     return [pod for pod in pods if _matches(selector, pod)]

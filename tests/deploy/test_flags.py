@@ -13,7 +13,14 @@ import yaml
 
 from knapsack_scheduler.config import ENVIRONMENT, Settings
 
-from deploy_tools import DEPLOY, SCENARIOS, containers_of, kustomized, pod_of
+from deploy_tools import (
+    DEPLOY,
+    SCENARIOS,
+    containers_of,
+    kustomized_folder,
+    pod_of,
+    ray_pods_of,
+)
 from manifest_rules import flags_of
 
 PROGRAMS = {
@@ -32,12 +39,18 @@ def known_flags(program: str) -> frozenset[str]:
     return frozenset(re.findall(r"--[a-z][a-z-]*", done.stdout))
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_flags_exist(scenario: str) -> None:
+@pytest.mark.parametrize("folder", [*(f"overlays/{s}" for s in SCENARIOS), "kuberay"])
+def test_flags_exist(folder: str) -> None:
     """No container is started with a flag that its program would refuse."""
-    for pod in filter(None, map(pod_of, kustomized(scenario))):
+    things = kustomized_folder(DEPLOY / "kubernetes" / folder)
+    pods = [pod for thing in things if (pod := pod_of(thing))]
+    pods += [pod for thing in things for pod in ray_pods_of(thing)]
+    for pod in pods:
         for container in containers_of(pod):
-            unknown = flags_of(container).keys() - known_flags(container["name"])
+            flags = flags_of(container).keys()
+            if not flags:
+                continue
+            unknown = flags - known_flags(container["name"])
             assert not unknown, f"{container['name']}: {unknown}"
             for variable in container.get("env", []):
                 name = variable["name"]

@@ -13,13 +13,16 @@ import kubernetes_validate
 import pytest
 
 from deploy_tools import (
+    DEPLOY,
     SCENARIOS,
     VERSION,
     Object,
     containers_of,
     kustomized,
+    kustomized_folder,
     name_of,
     pod_of,
+    ray_pods_of,
     templated,
 )
 from manifest_rules import faults
@@ -57,6 +60,22 @@ def test_every_object_fits_its_schema(scenario: str, way: str, version: str) -> 
 def test_the_objects_fit_each_other(scenario: str, way: str) -> None:
     """Selectors, ports, mounts, probes and claims name what is there; nothing runs as root."""
     assert faults(RENDERERS[way](scenario)) == []
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_the_ray_cluster_fits_its_schemas(version: str) -> None:
+    """KubeRay's own fields are known ones, and its pod templates are pods."""
+    for thing in kustomized_folder(DEPLOY / "kubernetes/kuberay"):
+        check_schema(thing, version)
+        for pod in ray_pods_of(thing):
+            check_schema({"apiVersion": "v1", "kind": "Pod", **pod}, version)
+
+
+def test_the_ray_cluster_fits_its_service_and_policy() -> None:
+    """With the claim of the generation server beside it, as it says."""
+    claims = [t for t in kustomized("genserver") if t["kind"] == "PersistentVolumeClaim"]
+    monitor = kustomized_folder(DEPLOY / "kubernetes/monitoring/genserver")
+    assert faults([*kustomized_folder(DEPLOY / "kubernetes/kuberay"), *claims, *monitor]) == []
 
 
 @every_scenario
