@@ -18,6 +18,8 @@ class SchedulerProcess:
         self._store = store
         self._process: subprocess.Popen[str] | None = None
         self.port = 0
+        self.admin = ""
+        self.health_address = ""
 
     @property
     def address(self) -> str:
@@ -47,7 +49,10 @@ class SchedulerProcess:
             assert selector.select(30), "the scheduler said nothing for 30 s"
         line = self._process.stdout.readline()
         assert line, self._store.with_suffix(".log").read_text()
-        self.port = int(json.loads(line)["listen"].rsplit(":", 1)[1])
+        serving = json.loads(line)
+        self.port = int(serving["listen"].rsplit(":", 1)[1])
+        self.health_address = serving["health"]
+        self.admin = serving["admin"]
 
     def kill(self) -> None:
         """Kill it with signal 9."""

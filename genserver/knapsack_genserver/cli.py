@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 try:
-    from knapsack_genserver import logs
+    from knapsack_genserver import fleet_flags, logs
     from knapsack_genserver.admission import AdmissionLimits
     from knapsack_genserver.engine import Engine
     from knapsack_genserver.errors import ConfigError, EngineDied, GeneratorError
@@ -29,10 +28,7 @@ except ModuleNotFoundError as error:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; exits with 0, 1 if the engine died, or 2 if it could not start."""
-    parser = _parser()
-    options, options.engine_flags = parser.parse_known_args(arguments)
-    if options.engine_flags and options.engine != "vllm":
-        parser.error(f"unrecognized arguments: {' '.join(options.engine_flags)}")
+    options = _parsed(sys.argv[1:] if arguments is None else arguments)
     logs.configure(options.log_level, options.log_format)
     server = ServerOptions(
         listen=options.listen,
@@ -51,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.chunk_rollouts, options.max_unread_rollouts, options.max_unread_tokens
         ),
         seed=options.seed,
+        keepalive_seconds=options.keepalive_seconds,
         drain_seconds=options.drain_seconds,
         http_listen=_http_listen(options),
         rl_routes=_RL_ROUTES[options.rl_routes],
@@ -67,11 +64,32 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    options, flags = parser.parse_known_args(arguments)
+    options.engine_flags = flags
+    options.arguments = arguments
+    if flags and "vllm" not in (options.engine, options.replica_engine):
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return options
+
+
+def engine_of(arguments: list[str]) -> Engine:
+    """Return the engine, not started, that a command line asks for.
+
+    Raises:
+        ConfigError: it names an engine that is not installed, or lacks what it needs.
+    """
+    return _engine(_parsed(arguments))
+
+
 def _engine(options: argparse.Namespace) -> Engine:
     if options.engine == "fake":
         from knapsack_genserver.engines.fake import FakeEngine
 
         return FakeEngine(weight_version=options.weight_version)
+    if options.engine in fleet_flags.ENGINES:
+        return fleet_flags.engine(options)
     if options.model is None:
         raise ConfigError("model: is needed; --model DIR names a folder with a causal model")
     # Nothing is fetched: the model is on this disk or the server does not start.
@@ -94,6 +112,7 @@ def _engine(options: argparse.Namespace) -> Engine:
             options.max_batch_rollouts,
             options.max_batch_tokens,
             options.weight_version,
+            options.prefix_tokens,
         )
     )
 
@@ -160,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command.add_argument
     add(
         "--engine",
-        choices=("transformers", "vllm", "fake"),
+        choices=("transformers", "vllm", *fleet_flags.ENGINES, "fake"),
         default="transformers",
         help="what generates; fake has no model and is for tests",
     )
@@ -219,13 +238,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-batch-rollouts", type=_count(1), default=1024, help="rollouts decoded at once")
     add("--max-batch-tokens", type=_count(1), default=65_536, help="tokens in a batch's cache")
     add(
+        "--prefix-tokens",
+        type=_count(0),
+        default=16_384,
+        metavar="N",
+        help="prompt tokens kept for further rollouts of the same prompts",
+    )
+    add(
         "--max-waiting-rollouts",
         type=_count(1),
         default=default.admission.waiting_rollouts,
         help="rollouts admitted and not finished, of all calls; more are refused",
     )
-    _add_limits(add, default)
+    _add_limits(command.add_argument_group("limits, and how the engine is fed"), default)
     add("--seed", type=_count(0), help="of requests that name no seed; none draws one")
+    add(
+        "--keepalive-seconds",
+        type=float,
+        default=default.keepalive_seconds,
+        metavar="S",
+        help="after which a silent client is asked whether it is there; it has as long to answer",
+    )
     add(
         "--drain-seconds",
         type=float,
@@ -236,14 +269,15 @@ def _parser() -> argparse.ArgumentParser:
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="of logs"
     )
     add("--log-format", choices=("json", "text"), default="json", help="of logs")
+    fleet_flags.add_flags(command, _count(1))
     return parser
 
 
-def _add_limits(add: Callable[..., object], default: ServerOptions) -> None:
+def _add_limits(group: argparse._ArgumentGroup, default: ServerOptions) -> None:
     """Add the flags of what a call may ask for and how the engine is fed."""
     admission, limits, feeding = default.admission, default.limits, default.feeding
     for flag, value, text in (
-        ("--max-call-rollouts", admission.call_rollouts, "the same, of one call"),
+        ("--max-call-rollouts", admission.call_rollouts, "unfinished rollouts of one call"),
         ("--max-group-rollouts", limits.group, "rollouts of one prompt in a call"),
         ("--max-prompts", limits.prompts, "prompts of one call"),
         ("--max-prompt-tokens", admission.prompt_tokens, "prompt tokens held, of all calls"),
@@ -258,9 +292,9 @@ def _add_limits(add: Callable[..., object], default: ServerOptions) -> None:
             feeding.unread_rollouts,
             "finished rollouts that a caller may leave unread before its work is held",
         ),
-        ("--max-unread-tokens", feeding.unread_tokens, "the same, in tokens"),
+        ("--max-unread-tokens", feeding.unread_tokens, "tokens of such rollouts"),
     ):
-        add(flag, type=_count(1), default=value, metavar="N", help=text)
+        group.add_argument(flag, type=_count(1), default=value, metavar="N", help=text)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from knapsack_scheduler.core.calibration import Calibration
 from knapsack_scheduler.core.evidence import GroupOutcomes
 from knapsack_scheduler.core.problem import (
     BoolArray,
@@ -37,9 +38,9 @@ class Counted:
         groups: positions that had their first rollout.
         effective_groups: positions whose rewards became unequal.
         effective_rollouts: rollouts that came to lie in groups with unequal rewards.
-        judged_groups: groups whose rollouts have all come, of which a chance was predicted.
-        judged_effective_groups: those of them that are effective.
-        predicted_effective_groups: the sum of their chances.
+        judged: groups whose rollouts have all come, of which a chance was predicted; None
+            for none.
+        completes: all rollouts of an allocation have now come.
     """
 
     accepted: int = 0
@@ -47,9 +48,8 @@ class Counted:
     groups: int = 0
     effective_groups: int = 0
     effective_rollouts: int = 0
-    judged_groups: int = 0
-    judged_effective_groups: int = 0
-    predicted_effective_groups: float = 0.0
+    judged: Calibration | None = None
+    completes: bool = False
 
 
 @dataclass(slots=True)
@@ -153,6 +153,7 @@ class OpenAllocation:
             groups=int(np.count_nonzero((self.delivered > 0) & ~begun)),
             effective_groups=int(np.count_nonzero(now_mixed & ~mixed)),
             effective_rollouts=int(self.delivered[now_mixed].sum()) - in_effective,
+            completes=bool((self.delivered >= self.allocated).all()),
         )
 
 

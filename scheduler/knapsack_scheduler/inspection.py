@@ -95,8 +95,9 @@ def _snapshot_faults(reading: Reading) -> list[str]:
     wrong = [
         name
         for name in newest
-        # Which says the same however much more it remembers.
-        if not name.startswith("revisited.") and newest[name].tobytes() != folded[name].tobytes()
+        # Which say the same however much more they remember.
+        if not name.startswith(("visited.", "revisited."))
+        and newest[name].tobytes() != folded[name].tobytes()
     ]
     if wrong:
         faults.append(f"its newest snapshot is not what its entries come to: {', '.join(wrong)}")

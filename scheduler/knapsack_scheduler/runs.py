@@ -72,8 +72,9 @@ class Runs:
         self._default_config = default_config
         self._loaded: dict[str, LoadedRun] = {}
         self._turns: dict[str, _Turn] = {}
+        self._preparing: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="runs")
-        self._snapshots = Snapshotter(journal, retention)
+        self._snapshots = Snapshotter(journal, retention, events)
 
     def close(self) -> None:
         """Wait for what is under way; a snapshot is given up."""
@@ -138,6 +139,29 @@ class Runs:
 
         return await asyncio.shield(asyncio.ensure_future(locked()))
 
+    def prepare(self, run_id: str) -> None:
+        """Work out now what the run's next decision needs of its statistics, if nobody waits.
+
+        Between a report and the next decision a trainer updates its weights: what is done
+        then costs nobody anything. A decision that comes sooner does it by itself.
+        """
+        if run_id not in self._turns:
+            task = asyncio.ensure_future(self._prepare(run_id))
+            self._preparing.add(task)
+            task.add_done_callback(self._preparing.discard)
+
+    async def _prepare(self, run_id: str) -> None:
+        async with self._turn(run_id):
+            # The answer to the report goes first: it takes some turns of the event loop, and
+            # a thread at work would hold each of them up.
+            for _ in range(_TURNS_OF_AN_ANSWER):
+                await asyncio.sleep(0)
+            run = self._loaded.get(run_id)
+            # A service that ends has no threads any more.
+            with suppress(RuntimeError):
+                if run is not None:
+                    await self.in_thread(run.state.prepare)
+
     async def create(self, run_id: str, config: RunConfig) -> None:
         """Create a run; AlreadyExists if one of that name is there."""
         await self.in_thread(lambda: self._create(run_id, config))
@@ -149,18 +173,20 @@ class Runs:
                 asyncio.ensure_future(self.in_thread(lambda: self._delete(run_id)))
             )
 
-    async def preload(self, count: int) -> None:
-        """Load the runs that were written to last, so that their next call does not wait.
+    async def preload(self, count: int) -> list[LoadedRun]:
+        """Load and return the runs that were written to last: their next call does not wait.
 
         One that cannot be loaded is logged, and refused when it is asked for.
         """
 
-        def load() -> None:
+        def load() -> list[LoadedRun]:
+            loaded = []
             rows = self._journal.list_runs("", 10**9)
             for row in sorted(rows, key=lambda row: -row.update_time)[:count]:
                 start = time.perf_counter()
                 try:
                     run = self._load(row.run_id)
+                    run.state.prepare()
                 except Exception:
                     _LOG.exception("run %r cannot be loaded", row.run_id)
                     continue
@@ -171,8 +197,10 @@ class Runs:
                     time.perf_counter() - start,
                 )
                 self._keep(row.run_id, run)
+                loaded.append(run)
+            return loaded
 
-        await self.in_thread(load)
+        return await self.in_thread(load)
 
     @asynccontextmanager
     async def _turn(self, run_id: str) -> AsyncIterator[None]:
@@ -299,6 +327,8 @@ _PAUSES = (0.05, 0.2, 0.5)
 
 _MOST_LOADED = 64
 """Runs in memory."""
+
+_TURNS_OF_AN_ANSWER = 16
 
 _REFUSALS = (InvalidArgument, NotFound, AlreadyExists, FailedPrecondition, ResourceExhausted)
 """Raised by work before it has changed anything."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import repeat
 from typing import Any
 
@@ -22,6 +22,7 @@ from knapsack_scheduler.allocations import (
     allocation_columns,
     allocations_of,
 )
+from knapsack_scheduler.core.bands import BANDS, BandArray, bands_of, population
 from knapsack_scheduler.core.calibration import Calibration
 from knapsack_scheduler.core.drift import PROMPTS as DRIFT_PROMPTS
 from knapsack_scheduler.core.drift import Drift
@@ -37,9 +38,8 @@ from knapsack_scheduler.core.policy import begun_groups, effective_chances
 from knapsack_scheduler.core.posterior import (
     Discounts,
     Prior,
-    PriorStatistics,
-    fit_prior,
     newest_drift,
+    newest_prior,
     posterior,
 )
 from knapsack_scheduler.core.problem import (
@@ -50,7 +50,8 @@ from knapsack_scheduler.core.problem import (
     Posterior,
     tie_keys,
 )
-from knapsack_scheduler.core.recency import Revisited
+from knapsack_scheduler.core.rates import PROMPTS as PRIOR_PROMPTS
+from knapsack_scheduler.core.recency import LastVisited
 from knapsack_scheduler.core.rewardlevels import RewardLevels, counted_by_level, relevel
 from knapsack_scheduler.facts import (
     AllocationExtended,
@@ -91,9 +92,12 @@ class RunState:
         self._rows: dict[str, int] = {}
         self._looked_up: tuple[tuple[str, ...], int, IntArray] = ((), 0, np.zeros(0, np.int64))
         self._visits = Visits()
-        self._revisited = Revisited()
+        self._bands: BandArray = np.zeros(0, np.int8)
+        self.population = np.zeros(len(BANDS), np.int64)
+        self._visited = LastVisited(twice=False)
+        self._revisited = LastVisited(twice=True)
+        self._prior: Prior | None = Prior()
         self._drift: Drift | None = Drift()
-        self._prior_statistics = PriorStatistics()
         self._sums = np.zeros((_SUMS, 0), np.int64)
         self._keys = np.zeros(0, np.uint64)
         self._token_sum = 0
@@ -128,6 +132,17 @@ class RunState:
         self._looked_up = (prompt_ids, len(self.prompt_ids), rows)
         return rows.copy()
 
+    def bands(self, rows: IntArray) -> BandArray:
+        """Return the band of each position's prompt, see ``core.bands``; row -1 is unseen."""
+        # The last element, which -1 would name, may be anything.
+        return np.where(rows >= 0, self._bands[rows] if self._bands.size else 0, 0).astype(np.int8)
+
+    def evidence_ages(self, rows: IntArray, step: int) -> IntArray:
+        """Return the steps since each prompt's newest outcome; those without one are left out."""
+        newest = self._sums[_LAST_STEP, rows[rows >= 0]]
+        ages: IntArray = np.maximum(step - newest[newest >= 0], 0)
+        return ages
+
     def beliefs(self, prompt_ids: tuple[str, ...], step: int) -> tuple[Beliefs, Prior]:
         """Return what is believed of each position's prompt, and the run's prior.
 
@@ -136,7 +151,7 @@ class RunState:
             step: that is decided for; see ``core.posterior.posterior``.
         """
         rows = self.rows_of(prompt_ids)
-        prior = fit_prior(self._prior_statistics)
+        prior = self.prior()
         known = rows >= 0
         keys = np.zeros(rows.shape, np.uint64)
         keys[known] = self._keys[rows[known]]
@@ -160,6 +175,18 @@ class RunState:
             self.reward_levels,
             self.drift(prior),
         )
+
+    def prepare(self) -> None:
+        """Work out what every decision needs, which only a report changes."""
+        self.drift(self.prior())
+
+    def prior(self) -> Prior:
+        """Return what is believed of a prompt of the run before it is seen."""
+        if self._prior is None:
+            rows = self._visited.newest(PRIOR_PROMPTS, self._visits, self._keys)
+            version = self.last_policy_version
+            self._prior = newest_prior(self._visits, rows, version, self.discounts)
+        return self._prior
 
     def drift(self, prior: Prior) -> Drift:
         """Return how success rates moved up to the newest visits; ``prior`` is the run's."""
@@ -197,7 +224,9 @@ class RunState:
             keys = np.zeros(capacity, np.uint64)
             keys[:first] = self._keys[:first]
             self._sums, self._keys = sums, keys
+            self._bands = np.concatenate([self._bands[:first], np.zeros(capacity - first, np.int8)])
         self._keys[first:size] = tie_keys(new)
+        self.population[0] += size - first
         return self.rows_of(prompt_ids)
 
     def _open(self, fact: AllocationMade) -> None:
@@ -205,7 +234,7 @@ class RunState:
         count = rows.size
         chances = fact.chances
         if chances is None:
-            believed = self._posterior(rows, fact.step, fit_prior(self._prior_statistics))
+            believed = self._posterior(rows, fact.step, self.prior())
             chances = effective_chances(believed, Begun.nothing(count), fact.num_rollouts)
         allocation = OpenAllocation.made(
             fact.step, rows, fact.bounds, fact.budget, fact.num_rollouts
@@ -219,7 +248,7 @@ class RunState:
         chances = fact.chances
         if chances is None:
             rows = allocation.rows.astype(np.int64)
-            prior = fit_prior(self._prior_statistics)
+            prior = self.prior()
             believed = self._posterior(rows, allocation.step, prior)
             begun = begun_groups(allocation.outcomes(self.reward_levels), fact.keep_outstanding)
             chances = effective_chances(believed, begun, fact.num_rollouts)
@@ -259,14 +288,10 @@ class RunState:
         chance = allocation.chance[complete]
         effective = allocation.mixed[complete]
         rollouts = allocation.delivered[complete].astype(np.int64)
-        self.calibration = self.calibration.with_groups(chance, rollouts, effective)
+        judged = Calibration.of_groups(chance, rollouts, effective)
+        self.calibration = self.calibration.plus(judged)
         allocation.chance[complete] = np.nan
-        return replace(
-            counted,
-            judged_groups=int(chance.size),
-            judged_effective_groups=int(np.count_nonzero(effective)),
-            predicted_effective_groups=float(chance.sum(dtype=np.float64)),
-        )
+        return replace(counted, judged=judged)
 
     def _import(self, fact: OutcomesImported) -> Counted:
         accepted = 0
@@ -298,11 +323,11 @@ class RunState:
         np.add.at(rollouts, place, outcomes.rollouts[some])
         np.add.at(successes, place, outcomes.successes[some])
         by_level = self._levelled(rewards, rows, unique)
-        before = self._newest(unique)
         merge_visits(self._visits, unique, step, policy_version, rollouts, successes, by_level)
-        self._prior_statistics = self._prior_statistics.moved(*before, *self._newest(unique))
+        self._visited.add(unique, self._visits)
         self._revisited.add(unique, self._visits)
-        self._drift = None
+        self._prior = self._drift = None
+        self._place(unique)
         sums = self._sums
         first = int(np.count_nonzero(sums[_ROLLOUTS, unique] == 0))
         if first:
@@ -324,6 +349,12 @@ class RunState:
             self._token_sum += int(rewards.tokens.sum())
             self._token_rollouts += int(rewards.tokens.size)
 
+    def _place(self, rows: IntArray) -> None:
+        """Put prompts that were visited into their bands; no row twice."""
+        bands = bands_of(self._visits, rows)
+        self.population += population(bands) - population(self._bands[rows])
+        self._bands[rows] = bands
+
     def _levelled(self, rewards: Rewards, rows: IntArray, unique: IntArray) -> IntArray | None:
         """Take in the levels of rewards; return rollouts by level of each of ``unique``."""
         levels = self.reward_levels.with_rewards(rewards.rewards)
@@ -334,12 +365,6 @@ class RunState:
         owner = np.searchsorted(unique, rows[rewards.owner])
         level = levels.index(rewards.rewards)
         return counted_by_level(owner, level, unique.size, levels.values.size)
-
-    def _newest(self, rows: IntArray) -> tuple[IntArray, IntArray]:
-        return (
-            self._visits.rollouts[rows, 0].astype(np.int64),
-            self._visits.successes[rows, 0].astype(np.int64),
-        )
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Return all that there is to the state as columns, for ``from_columns``.
@@ -356,9 +381,9 @@ class RunState:
         """
         size, ids, keys = len(self.prompt_ids), self.prompt_ids, self._keys
         # Where nobody allocates, nobody else lets go of what was visited again since.
+        self._visited.newest(PRIOR_PROMPTS, self._visits, self._keys)
         self._revisited.newest(DRIFT_PROMPTS, self._visits, self._keys)
         scalars = {name: getattr(self, name) for name in _SCALARS}
-        scalars["_prior_statistics"] = asdict(self._prior_statistics)
         scalars["levels_kept"] = self.reward_levels.kept
         copied = {
             "scalars": text_column(json.dumps(scalars)),
@@ -370,6 +395,7 @@ class RunState:
                 for each in fields(Calibration)
             },
             **_named("visits", self._visits.columns()),
+            **_named("visited", self._visited.columns()),
             **_named("revisited", self._revisited.columns()),
             **allocation_columns(self.allocations),
         }
@@ -386,11 +412,12 @@ class RunState:
         """Return the state of ``columns()``."""
         state = cls(config)
         scalars = json.loads(columns["scalars"].tobytes())
-        prior, kept = scalars.pop("_prior_statistics"), scalars.pop("levels_kept")
-        state.__dict__.update(scalars)
-        state._prior_statistics = PriorStatistics(**prior)
+        state.__dict__.update({name: scalars[name] for name in _SCALARS if name in scalars})
         state.reward_levels = RewardLevels(
-            config.success_threshold, columns["levels.values"], columns["levels.rollouts"], kept
+            config.success_threshold,
+            columns["levels.values"],
+            columns["levels.rollouts"],
+            scalars["levels_kept"],
         )
         state.calibration = Calibration(
             *(columns[f"calibration.{each.name}"] for each in fields(Calibration))
@@ -399,8 +426,16 @@ class RunState:
         state._rows = dict(zip(state.prompt_ids, range(len(state.prompt_ids)), strict=True))
         state._sums, state._keys = columns["sums"], columns["keys"]
         state._visits = Visits.from_columns(_of_name("visits", columns))
-        state._revisited = Revisited.from_columns(_of_name("revisited", columns))
-        state._drift = None
+        if "visited.rows" in columns:
+            state._visited = LastVisited.from_columns(_of_name("visited", columns), twice=False)
+        else:
+            # Of a scheduler whose prior had no need of it.
+            state._visited.add(np.flatnonzero(state._visits.rollouts[:, 0]), state._visits)
+        state._revisited = LastVisited.from_columns(_of_name("revisited", columns), twice=True)
+        state._prior = state._drift = None
+        # Not stored: they are what the visits say.
+        state._bands = bands_of(state._visits, np.arange(len(state.prompt_ids)))
+        state.population = population(state._bands)
         state.allocations = allocations_of(columns)
         return state
 
@@ -415,7 +450,7 @@ class RunState:
 
     def stats_of(self, rows: IntArray) -> PromptColumns:
         """Return the statistics of prompts with an outcome."""
-        prior = fit_prior(self._prior_statistics)
+        prior = self.prior()
         believed = self._posterior(rows, None, prior)
         sums = self._sums[:, rows]
         with_tokens = np.maximum(sums[_TOKEN_ROLLOUTS], 1)

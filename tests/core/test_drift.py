@@ -12,7 +12,7 @@ from knapsack_scheduler.core.elementary import exp, log
 from knapsack_scheduler.core.evidence import Visits, merge_visits
 from knapsack_scheduler.core.posterior import Discounts, Prior, newest_drift
 from knapsack_scheduler.core.problem import tie_keys
-from knapsack_scheduler.core.recency import Revisited
+from knapsack_scheduler.core.recency import LastVisited
 
 
 def test_elementary_functions_are_right_to_a_few_units_in_the_last_place() -> None:
@@ -83,7 +83,7 @@ def test_the_newest_visit_is_predicted_from_the_older_ones_alone() -> None:
 
 def test_steps_that_were_all_visited_again_are_forgotten() -> None:
     """A few prompts over many steps leave the newest step, and nothing to walk through."""
-    visits, revisited = Visits(8), Revisited()
+    visits, revisited = Visits(8), LastVisited(twice=True)
     rows, one = np.arange(8), np.ones(8, np.int64)
     for step in range(300):
         merge_visits(visits, rows, step, step, one, one)
@@ -98,27 +98,27 @@ VISITS = st.lists(
 )
 
 
-@given(VISITS, st.integers(1, 14), st.randoms(use_true_random=False))
+@given(VISITS, st.integers(1, 14), st.booleans(), st.randoms(use_true_random=False))
 @settings(max_examples=200, deadline=None)
 def test_the_prompts_visited_last_are_those_of_a_full_search(
-    reports: list[tuple[int, list[int]]], count: int, order: object
+    reports: list[tuple[int, list[int]]], count: int, twice: bool, order: object
 ) -> None:
     """In any order of arrival, and whoever was asked for before."""
     keys = tie_keys([f"p{k}" for k in range(12)])
     answers = []
     for ask in (False, True):
-        visits, revisited = Visits(12), Revisited()
+        visits, last = Visits(12), LastVisited(twice)
         for step, rows in reports:
             at = np.array(sorted(rows))
             one = np.ones(at.size, np.int64)
             merge_visits(visits, at, step, 0, one, one)
-            revisited.add(at, visits)
+            last.add(at, visits)
             if ask:
-                revisited.newest(count, visits, keys)
-        answers.append(revisited.newest(count, visits, keys).tolist())
+                last.newest(count, visits, keys)
+        answers.append(last.newest(count, visits, keys).tolist())
         order.shuffle(reports)  # type: ignore[attr-defined]
     steps = [{step for step, rows in reports if row in rows} for row in range(12)]
-    newest = {row: max(seen) for row, seen in enumerate(steps) if len(seen) > 1}
+    newest = {row: max(seen) for row, seen in enumerate(steps) if len(seen) > twice}
     chosen: list[int] = []
     for step in sorted(set(newest.values()), reverse=True):
         if len(chosen) < count:

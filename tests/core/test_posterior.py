@@ -1,22 +1,20 @@
-"""Posteriors age as they should, and the prior is that of the run."""
+"""Posteriors age as they should, and levels keep their shares."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from knapsack_scheduler.core.drift import Drift
 from knapsack_scheduler.core.evidence import Visits, merge_visits
 from knapsack_scheduler.core.posterior import (
     Discounts,
     Prior,
-    PriorStatistics,
-    fit_prior,
     posterior,
 )
 from knapsack_scheduler.core.problem import Posterior
+from knapsack_scheduler.core.rates import believed as core_believed
+from knapsack_scheduler.core.rates import fit_rates
 from knapsack_scheduler.core.rewardlevels import RewardLevels, relevel
 
 
@@ -90,6 +88,18 @@ def test_unseen_prompts_have_the_prior() -> None:
     assert found.alpha[1] > 1.0
 
 
+def test_evidence_is_weighed_against_the_spread_of_the_run() -> None:
+    """Older visits pick from it, discounted; what the step itself brought is added."""
+    weights = fit_rates(np.repeat([0.0, 3.0], 40), np.repeat([6.0, 3.0], 40))
+    alpha, beta = core_believed(weights, np.array([0.0, 1.0]), np.array([0.0, 5.0]))
+    prior = Prior(float(alpha[0]), float(beta[0]), weights)
+    visits = visited((1, 0, 4, 0), (5, 0, 4, 1), (9, 0, 7, 3))
+    rows = np.array([-1, 0])
+    found = believed(visits, rows, 0, Discounts(0.5, 1.0, 32.0), prior, 9)
+    assert (found.alpha[0], found.beta[0]) == (alpha[0], beta[0])
+    assert (found.alpha[1], found.beta[1]) == (alpha[1] + 3.0, beta[1] + 4.0)
+
+
 def test_what_the_step_itself_brought_counts_in_full_beside_the_rest() -> None:
     """It neither ages the others nor is it capped or moved; they are, as if it were not there."""
     visits = visited((1, 0, 4, 0), (5, 0, 8, 2), (9, 0, 40, 0), (9, 1, 2, 2))
@@ -104,7 +114,8 @@ def test_what_the_step_itself_brought_counts_in_full_beside_the_rest() -> None:
     assert moved.beta[0] == pytest.approx(11.0 * 8.5 / 13.5 + 40.0)
 
 
-def test_drift_moves_levels_with_their_class() -> None:
+@pytest.mark.parametrize("weights", [(), fit_rates(np.array([1.0, 3.0]), np.array([3.0, 1.0]))])
+def test_drift_moves_levels_with_their_class(weights: tuple[float, ...]) -> None:
     """Levels keep their shares within successes and within failures; unseen rows stay."""
     visits = Visits(1)
     rewards = np.array([0.0, 0.1, 0.1, 1.0, 2.0], np.float32)
@@ -112,7 +123,7 @@ def test_drift_moves_levels_with_their_class() -> None:
     relevel(visits, RewardLevels.none_yet(0.5, True), levels)
     counted = np.array([[1, 2, 1, 1]])
     merge_visits(visits, np.array([0]), 3, 0, np.array([5]), np.array([2]), counted)
-    discounts, prior = Discounts(0.5, 1.0, 32.0), Prior(0.5, 1.5)
+    discounts, prior = Discounts(0.5, 1.0, 32.0), Prior(0.5, 1.5, weights)
     drift = Drift(0.7, 0.9)
     plain = posterior(visits, np.array([0, -1]), 4, 0, discounts, prior, levels, Drift())
     moved = posterior(visits, np.array([0, -1]), 4, 0, discounts, prior, levels, drift)
@@ -124,59 +135,3 @@ def test_drift_moves_levels_with_their_class() -> None:
     shares = [p.levels.concentration[0, :2] / p.beta[0] for p in (plain, moved) if p.levels]
     assert shares[0] == pytest.approx(shares[1])
     assert moved.levels.concentration[1].tolist() == plain.levels.concentration[1].tolist()
-
-
-COUNTS = st.tuples(st.integers(0, 300), st.integers(0, 300)).map(
-    lambda pair: (max(pair), min(pair))
-)
-
-
-@given(st.lists(st.tuples(COUNTS, COUNTS), max_size=30))
-@settings(max_examples=100, deadline=None)
-def test_sums_kept_up_to_date_are_those_of_a_fresh_pass(
-    moves: list[tuple[tuple[int, int], tuple[int, int]]],
-) -> None:
-    """Moving every prompt from one visit to another leaves no trace of the first."""
-    old = np.array([m[0] for m in moves], np.int64).reshape(-1, 2)
-    new = np.array([m[1] for m in moves], np.int64).reshape(-1, 2)
-    zero = np.zeros(len(moves), np.int64)
-    empty = PriorStatistics()
-
-    kept = empty.moved(zero, zero, old[:, 0], old[:, 1]).moved(
-        old[:, 0], old[:, 1], new[:, 0], new[:, 1]
-    )
-
-    assert kept == empty.moved(zero, zero, new[:, 0], new[:, 1])
-
-
-def test_before_there_is_data_the_prior_is_one_half_one_half() -> None:
-    """An empty run assumes Beta(1/2, 1/2)."""
-    assert fit_prior(PriorStatistics()) == Prior(0.5, 0.5)
-
-
-@pytest.mark.parametrize(("alpha", "beta"), [(0.4, 0.4), (0.3, 1.2), (1.5, 0.5), (2.0, 2.0)])
-def test_prior_of_many_prompts_is_theirs(alpha: float, beta: float) -> None:
-    """5,000 prompts with groups of unequal sizes: mean and strength are recovered."""
-    rng = np.random.default_rng(1)
-    rollouts = rng.integers(2, 30, 5000)
-    successes = rng.binomial(rollouts, rng.beta(alpha, beta, 5000))
-    zero = np.zeros(5000, np.int64)
-
-    prior = fit_prior(PriorStatistics().moved(zero, zero, rollouts, successes))
-
-    assert prior.alpha / (prior.alpha + prior.beta) == pytest.approx(
-        alpha / (alpha + beta), abs=0.02
-    )
-    assert prior.alpha + prior.beta == pytest.approx(min(alpha + beta, 4.0), rel=0.15)
-
-
-@pytest.mark.parametrize("successes", [0, 8])
-def test_prior_never_gives_up(successes: int) -> None:
-    """A run that always fails, or always passes, keeps a proper prior of bounded strength."""
-    zero = np.zeros(10_000, np.int64)
-    statistics = PriorStatistics().moved(zero, zero, np.full(10_000, 8), np.full(10_000, successes))
-
-    prior = fit_prior(statistics)
-
-    assert min(prior.alpha, prior.beta) >= 0.02 * 0.3
-    assert 0.3 <= prior.alpha + prior.beta <= 4.0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from knapsack_genserver.engines.prefixes import Prefix, PrefixCache
 from knapsack_genserver.engines.transformers import TransformersEngine, TransformersOptions
 from knapsack_genserver.errors import ConfigError, FailedPrecondition
 from knapsack_genserver.weights import read_folder
@@ -246,3 +247,56 @@ async def test_many_readers_at_once(engine: TransformersEngine) -> None:
 
     counts = await asyncio.gather(*[read(s) for s in reversed(streams)])
     assert counts[::-1] == [1 + 7 * k % 40 for k in range(20)]
+
+
+async def test_a_prompt_is_prefilled_once_for_chunks_and_waves(
+    engine: TransformersEngine, model: Any, tmp_path: Path
+) -> None:
+    """In the same batch, in a later one and beside new prompts, and the tokens are the same."""
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    whole = await all_of(engine, *[group(p, 12, seed=k) for k, p in enumerate(prompts)])
+    assert (engine.status().prefix_queried_tokens, engine.status().prefix_hit_tokens) == (9, 0)
+    prefilled = []
+    forward = engine._model.forward
+
+    def counting(*args: Any, **options: Any) -> Any:
+        if options.get("logits_to_keep"):
+            prefilled.append(options["input_ids"].tolist())
+        return forward(*args, **options)
+
+    engine._model.forward = counting
+    again = await all_of(
+        engine,
+        group(prompts[0], 12, seed=0),
+        group([9, 8], 3, seed=7),
+        group([9, 8], 4, seed=7, first_index=3),
+        group(prompts[2], 5, seed=2),
+    )
+    assert [c.token_ids for c in again[0]] == [c.token_ids for c in whole[0]]
+    assert [c.token_ids for c in again[3]] == [c.token_ids for c in whole[2][:5]]
+    assert prefilled == [[[9, 8]]]
+    assert (engine.status().prefix_queried_tokens, engine.status().prefix_hit_tokens) == (21, 10)
+    for c in again[1] + again[2]:
+        scores = reference(model, [9, 8], c.token_ids).log_softmax(dim=-1)
+        expected = scores.gather(-1, torch.tensor(c.token_ids)[:, None]).squeeze(-1)
+        assert np.allclose(c.logprobs, expected, atol=2e-4)
+
+    # Other weights make something else of a prompt.
+    small_model(seed=3).save_pretrained(tmp_path / "new")
+    await engine.load_weights(tmp_path / "new", 1)
+    await all_of(engine, group([9, 8], 3, seed=7))
+    assert prefilled[1:] == [[[9, 8]]]
+
+
+def test_prefixes_are_bounded_by_their_tokens() -> None:
+    """The least recently used go first; one that never fits is not kept."""
+    cache = PrefixCache(10)
+    prefix = Prefix([], torch.zeros(1))
+    first, second, third, large = (1,) * 4, (2,) * 4, (3,) * 4, (4,) * 11
+    cache.keep({first: prefix, second: prefix, large: prefix})
+    assert set(cache.look_up([first, second, large])) == {first, second}
+    cache.look_up([first])
+    cache.keep({third: prefix})
+    assert set(cache.look_up([first, second, third])) == {first, third}
+    cache.clear()
+    assert not cache.look_up([first, third])

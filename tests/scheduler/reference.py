@@ -1,4 +1,4 @@
-"""The scheduler in a hundred plain lines: lists, dicts and floats, everything anew each time.
+"""The scheduler in plain lines: lists, dicts and floats, everything anew each time.
 
 Keeps the calls that changed something and derives all the rest from them, prompt by prompt
 and rollout by rollout. Shares no code with the scheduler.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
-from fractions import Fraction
+from math import exp, floor, sqrt
 from typing import Any
 
 IMPORTED = -(10**18)
@@ -99,29 +99,31 @@ class ReferenceRun:
 
     def statistics(self) -> dict[str, tuple[int, int, int, int, float, float]]:
         """Return what ListPromptStats says: rollouts, successes, step, version, posterior."""
-        visits = {prompt: _visits(outcomes) for prompt, outcomes in self.outcomes().items()}
-        prior = _prior([v[0] for v in visits.values()])
+        evidence = {prompt: self._evidence(_visits(o)) for prompt, o in self.outcomes().items()}
+        spread = _spread(list(evidence.values()))
         rows = {}
         for prompt, outcomes in self.outcomes().items():
-            weights, total = [0.0, 0.0], 0.0
-            steps = list(dict.fromkeys(step for step, _, _, _ in visits[prompt][:8]))
-            for step, version, rollouts, successes in visits[prompt][:8]:
-                weight = self.config.visit_discount ** steps.index(step)
-                weight *= self.config.version_discount ** (self.newest_version() - version)
-                weights[0] += weight * successes
-                weights[1] += weight * (rollouts - successes)
-            total = sum(weights)
-            shrink = min(1.0, self.config.evidence_cap / total)
             newest = max(outcomes)
             rows[prompt] = (
                 len(outcomes),
                 sum(success for _, _, success in outcomes),
                 int(newest[0]) if newest[0] >= 0 else -1,
                 newest[1] if newest[0] >= 0 else 0,
-                prior[0] + shrink * weights[0],
-                prior[1] + shrink * weights[1],
+                *_believed(spread, *evidence[prompt]),
             )
         return rows
+
+    def _evidence(self, visits: list[tuple[float, int, int, int]]) -> tuple[float, float]:
+        """Return the weighed successes and failures of a prompt's newest eight visits."""
+        weights = [0.0, 0.0]
+        steps = list(dict.fromkeys(step for step, _, _, _ in visits[:8]))
+        for step, version, rollouts, successes in visits[:8]:
+            weight = self.config.visit_discount ** steps.index(step)
+            weight *= self.config.version_discount ** (self.newest_version() - version)
+            weights[0] += weight * successes
+            weights[1] += weight * (rollouts - successes)
+        shrink = min(1.0, self.config.evidence_cap / sum(weights))
+        return shrink * weights[0], shrink * weights[1]
 
 
 def _visits(outcomes: list[tuple[float, int, bool]]) -> list[tuple[float, int, int, int]]:
@@ -133,12 +135,39 @@ def _visits(outcomes: list[tuple[float, int, bool]]) -> list[tuple[float, int, i
     return [(*key, *visits[key]) for key in sorted(visits, reverse=True)]
 
 
-def _prior(newest: list[tuple[float, int, int, int]]) -> tuple[float, float]:
-    """Return the Beta distribution with the moments of the newest visits."""
-    pairs = [(k, n) for _, _, n, k in newest if n > 1]
-    mean = (sum(Fraction(k, n) for _, _, n, k in newest) + 8) / (len(newest) + 16)
-    square = (sum(Fraction(k * (k - 1), n * (n - 1)) for k, n in pairs) + 6) / (len(pairs) + 16)
-    mean = min(max(float(mean), 0.02), 0.98)
-    variance = float(square) - mean**2
-    strength = min(max(mean * (1 - mean) / variance - 1, 0.3), 4.0) if variance > 0 else 4.0
-    return mean * strength, (1 - mean) * strength
+POINTS = [1 / (1 + exp(-8 + 16 * k / 24)) for k in range(25)]
+"""Success rates, evenly spaced in log-odds."""
+
+START = [sqrt(p * (1 - p)) / sum(sqrt(r * (1 - r)) for r in POINTS) for p in POINTS]
+
+
+def _held(successes: float, failures: float) -> tuple[float, float]:
+    """Return at most 32 rollouts of the evidence."""
+    factor = 32 / max(32, successes + failures)
+    return factor * successes, factor * failures
+
+
+def _shares(spread: list[float], successes: float, failures: float) -> list[float]:
+    """Return what the evidence, in sixteenths of a rollout, leaves of each point."""
+    k, m = (floor(16 * x + 0.5) / 16 for x in _held(successes, failures))
+    shares = [w * p**k * (1 - p) ** m for w, p in zip(spread, POINTS, strict=True)]
+    return [share / sum(shares) for share in shares]
+
+
+def _spread(evidence: list[tuple[float, float]]) -> list[float]:
+    """Return four rounds of expectation-maximisation, with eight prompts of the start."""
+    spread = START
+    for _ in range(4):
+        rows = [[8 * w for w in START], *(_shares(spread, *each) for each in evidence)]
+        spread = [sum(column) / (len(evidence) + 8) for column in zip(*rows, strict=True)]
+    return spread
+
+
+def _believed(spread: list[float], successes: float, failures: float) -> tuple[float, float]:
+    """Return the Beta distribution with the moments of the points that are left."""
+    shares = _shares(spread, successes, failures)
+    mean = sum(s * p for s, p in zip(shares, POINTS, strict=True))
+    variance = sum(s * (p - mean) ** 2 for s, p in zip(shares, POINTS, strict=True))
+    strength = max(mean * (1 - mean) / max(variance, 1e-9) - 1, 0.05)
+    k, m = _held(successes, failures)
+    return mean * strength + successes - k, (1 - mean) * strength + failures - m

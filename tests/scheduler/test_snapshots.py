@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from knapsack_scheduler.journal.columns import (
     decode_text,
     encode,
     encode_text,
+    text_column,
 )
 from knapsack_scheduler.journal.compaction import Retention, plan_compaction
 from knapsack_scheduler.journal.records import Outline, SnapshotMark
@@ -70,9 +72,11 @@ def trimmed(state: RunState) -> RunState:
     size = len(same.prompt_ids)
     same._keys = same._keys[:size]
     same._sums = same._sums[:, :size]
-    # Of it only what it answers counts, not how much more it remembers.
-    same._revisited = state._revisited.newest(1024, state._visits, state._keys)
-    same._sorted = same._drift = None
+    same._bands = same._bands[:size]
+    # Of these only what they answer counts, not how much more they remember.
+    for name in ("_visited", "_revisited"):
+        setattr(same, name, getattr(state, name).newest(1024, state._visits, state._keys))
+    same._sorted = same._prior = same._drift = None
     same._looked_up = ((), 0, np.zeros(0, np.int64))
     return same
 
@@ -131,6 +135,21 @@ async def test_a_state_from_columns_is_the_state(calls) -> None:
         late = RunState.from_columns(state.config, decode(encode(frozen())))
         assert differences(trimmed(late), trimmed(again)) == []
         assert differences(trimmed(state), trimmed(again)) != []
+
+
+async def test_a_snapshot_from_before_the_histogram_prior_is_the_state(calls) -> None:
+    """It lacks who was visited last, has sums of no use any more, and is read all the same."""
+    async with open_service("sqlite://") as service:
+        await lived(service, calls, 7)
+        state = loaded(service).state
+        columns = state.columns()
+        scalars = json.loads(columns["scalars"].tobytes())
+        scalars["_prior_statistics"] = {"prompts": 40}
+        columns["scalars"] = text_column(json.dumps(scalars))
+        older = {name: c for name, c in columns.items() if not name.startswith("visited.")}
+        again = RunState.from_columns(state.config, decode(encode(older)))
+        assert differences(trimmed(state), trimmed(again)) == []
+        assert again.prior() == state.prior()
 
 
 COLUMNS = st.dictionaries(

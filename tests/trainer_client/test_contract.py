@@ -266,3 +266,22 @@ def test_what_was_reported_outlives_the_client(make: Make) -> None:
     first.report(first.allocate(IDS, 16, 0), [[1] * 4] * 4)
     second = make()
     assert second.run().total_rollouts == 16
+
+
+def test_a_training_that_begins_behind_its_run_is_told_once(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A second training under a run's name, or one resumed without a rewind, says so."""
+    first = make()
+    first.allocate(IDS, 8, 7)
+    assert "asked for step" not in caplog.text
+
+    again = make()
+    again.allocate(IDS, 8, 0)
+    again.allocate(IDS, 8, 1)
+    assert caplog.text.count("has been at step 7 and is asked for step 0") == 1
+
+    resumed = make()
+    resumed.rewind(3)
+    resumed.allocate(IDS, 8, 4)
+    assert caplog.text.count("asked for step") == 1

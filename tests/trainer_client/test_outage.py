@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from knapsack_trainer_client import Allocation, BudgetClient
+import pytest
+
+from knapsack_trainer_client import Allocation, BudgetClient, SchedulerUnavailable
 
 IDS = [f"prompt-{i}" for i in range(6)]
 
@@ -194,3 +196,14 @@ def test_ranks_share_an_outbox(scheduler_process: Any, tmp_path: Any) -> None:
     assert sum(rank.stats().reports_delivered for rank in ranks) >= 12
     for rank in ranks:
         rank.close()
+
+
+def test_the_health_port_is_told_from_an_outage(shared_scheduler: Any) -> None:
+    """An address that answers without a scheduler behind it is named as such."""
+    with (
+        BudgetClient(
+            shared_scheduler.health_address, "run", on_unavailable="raise", outbox=False
+        ) as client,
+        pytest.raises(SchedulerUnavailable, match="is it a health port"),
+    ):
+        client.allocate(IDS, 24, 0)

@@ -75,6 +75,34 @@ def openrlhf_group_norm(rewards: torch.Tensor) -> torch.Tensor:
     return ((groups - mean) / (std + 1e-9)).reshape(-1)
 
 
+def prime_rl(rewards: torch.Tensor) -> torch.Tensor:
+    """prime-rl 559b447, whose sink closes a group when group_size rollouts have come."""
+    closed = [rewards[start : start + 4] for start in range(0, len(rewards), 4)]
+    return torch.cat([group - group.mean() for group in closed])
+
+
+def tinker(rewards: torch.Tensor) -> torch.Tensor:
+    """tinker-cookbook 0.6.1, given trajectory groups of a constant number of rollouts."""
+    groups = [rewards[start : start + 4].tolist() for start in range(0, len(rewards), 4)]
+    return torch.cat([torch.tensor(group) - torch.tensor(group).mean() for group in groups])
+
+
+def nemo_rl(rewards: torch.Tensor) -> torch.Tensor:
+    """NeMo-RL 7ea279a: prompts by repeat_interleave(4), the baseline of the others of one."""
+    prompts = torch.arange(4).repeat_interleave(4)
+    answer = torch.zeros_like(rewards)
+    for prompt in torch.unique(prompts):
+        rows = prompts == prompt
+        others = (rewards[rows].sum() - rewards[rows]) / (rows.sum() - 1)
+        answer[rows] = rewards[rows] - others
+    return answer
+
+
+def verl(rewards: torch.Tensor) -> torch.Tensor:
+    """verl 0.9 and SkyRL, given uids that were repeated a constant number of times."""
+    return by_id(rewards, repeat_by_allocation(["a", "b", "c", "d"], EQUAL))
+
+
 def by_id(rewards: torch.Tensor, index: list[Any]) -> torch.Tensor:
     """verl 0.9 and SkyRL a956457: a dictionary by uid; a group of one has mean 0, std 1."""
     scores = defaultdict(list)
@@ -96,6 +124,10 @@ RESHAPERS = [
     (roll, "grpo"),
     (openrlhf_rloo, "rloo"),
     (openrlhf_group_norm, "grpo"),
+    (prime_rl, "dr_grpo"),
+    (tinker, "dr_grpo"),
+    (nemo_rl, "rloo"),
+    (verl, "grpo"),
 ]
 
 

@@ -49,6 +49,7 @@ from knapsack_trainer_client.events import (
     ReportsDropped,
     ReportSent,
     RunCreated,
+    StepsBehind,
 )
 from knapsack_trainer_client.fallback import uniform_allocation, uniform_extension
 from knapsack_trainer_client.nouns import (
@@ -208,12 +209,15 @@ class AsyncBudgetClient:
             noted=self._emit.pending,
             timeout=self._timeout,
         )
+        if isinstance(transport, GrpcTransport):
+            transport.pending_reports = lambda: self._courier.pending
         self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starting = asyncio.Lock()
         self._started = False
         self._closed = False
         self._run_ensured = False
+        self._looked_behind = False
         self._tokens_reported = 0
         self._lengths_reported = 0
         self._reported_nothing: deque[str] = deque(maxlen=64)
@@ -520,13 +524,27 @@ class AsyncBudgetClient:
             await self._settle_waiting_rewind(deadline)
             await self._ensure_run(deadline)
             response = await self._with_run(wire.ALLOCATE, request, deadline)
-            return wire.to_allocation(response, ask)
+            allocation = wire.to_allocation(response, ask)
         except Refused as error:
             raise InvalidRequest(str(error)) from None
         except NotFound as error:
             raise Unanswered(f"NOT_FOUND: {error}", unreachable=False) from None
         except wire.MalformedAnswer as error:
             raise Unanswered(str(error), unreachable=False) from None
+        if not self._looked_behind:
+            self._looked_behind = True
+            await self._look_behind(ask.step, deadline)
+        return allocation
+
+    async def _look_behind(self, step: int, deadline: Deadline) -> None:
+        """Tell if the run has been further than the first step asked for."""
+        request = wire.get_run_request(self._run_id)
+        try:
+            run = wire.to_run(await self._caller.call(wire.GET_RUN, request, deadline))
+        except (Refused, NotFound, Unanswered):
+            return
+        if run.last_step > step:
+            self._emit(StepsBehind(self._run_id, step, run.last_step))
 
     async def _extend(
         self, allocation: Allocation, share: float, keep_outstanding: bool, request_id: str
@@ -608,6 +626,7 @@ class AsyncBudgetClient:
             return await self._caller.call(method, request, deadline, patient=patient)
         except NotFound:
             await self._create_run(deadline, patient)
+            self._looked_behind = True
             self._emit(RunCreated(self._run_id))
         return await self._caller.call(method, request, deadline, patient=patient)
 

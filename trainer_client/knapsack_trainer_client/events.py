@@ -73,6 +73,21 @@ class RunCreated:
 
 
 @dataclass(frozen=True, slots=True)
+class StepsBehind:
+    """The client's first allocation is of a step that the run had passed already.
+
+    Attributes:
+        run_id: the run.
+        step: of the allocation.
+        last_step: the furthest that the run has been.
+    """
+
+    run_id: str
+    step: int
+    last_step: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReportSent:
     """A report was delivered at once."""
 
@@ -147,6 +162,7 @@ Event: TypeAlias = (
     | SchedulerLost
     | SchedulerBack
     | RunCreated
+    | StepsBehind
     | ReportSent
     | ReportQueued
     | ReportDelivered

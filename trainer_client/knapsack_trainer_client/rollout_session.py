@@ -143,10 +143,17 @@ class RolloutSession:
         return len(stopped)
 
     def __iter__(self) -> Iterator[Rollout]:
+        for rollout in self.pass_on():
+            self._keep(rollout)
+            yield rollout
+
+    def pass_on(self) -> Iterator[Rollout]:
+        """Yield each rollout as iteration does, and keep none in ``groups``."""
         while self.outstanding:
             while not self._came:
                 self._read()
-            yield self._next()
+            self.outstanding -= 1
+            yield self._came.popleft()
 
     def collect(self) -> RolloutGroups:
         """Wait for everything asked for; returns what came since the last ``collect``.
@@ -207,6 +214,7 @@ class RolloutSession:
             response = next(self._call)
         except StopIteration:
             self._over = True
+            self._requests.put(None)
             raise GeneratorUnavailable(
                 f"{self._address} ended the session; {self.outstanding} rollouts are missing"
             ) from None
@@ -217,12 +225,9 @@ class RolloutSession:
         self._came.extend(map(rollout_of, response.rollouts))
         self._answers.extend(response.answers)
 
-    def _next(self) -> Rollout:
-        rollout = self._came.popleft()
-        self.outstanding -= 1
+    def _keep(self, rollout: Rollout) -> None:
         self.groups.put(rollout)
         self._wave.put(rollout)
-        return rollout
 
     def __enter__(self) -> Self:
         return self
@@ -270,7 +275,10 @@ class AsyncRolloutSession:
         while session.outstanding:
             while not session._came:
                 await self._in_thread(session._read)
-            yield session._next()
+            session.outstanding -= 1
+            rollout = session._came.popleft()
+            session._keep(rollout)
+            yield rollout
 
     async def collect(self) -> RolloutGroups:
         """Wait for everything asked for; returns what came since the last ``collect``."""

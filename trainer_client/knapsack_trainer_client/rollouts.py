@@ -29,9 +29,7 @@ from knapsack_trainer_client.rollout_wire import (
     PromptLike,
     Rollout,
     RolloutGroups,
-    prompt_messages,
     raise_status,
-    rollout_of,
 )
 
 __all__ = [
@@ -55,6 +53,7 @@ _OPTIONS = [
     # A server whose machine is gone says no goodbye; nobody waits for it for ever.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 
@@ -182,39 +181,26 @@ class RolloutClient:
         Closing the iterator stops the work. ``on_call`` is given what stops it from
         another thread.
         """
-        sampling = pb.SamplingParams(
+        # In a session, because its messages hold several rollouts where several are ready.
+        session = self.session(
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             seed=seed,
             stop_token_ids=stop_token_ids,
-        )
-        request = pb.GenerateRequest(
             request_id=request_id,
-            prompts=prompt_messages(prompts, prompt_ids),
-            num_rollouts=num_rollouts,
-            sampling=sampling,
-            expected_tokens=expected_tokens,
+            timeout=timeout,
         )
-        # A server that starts is waited for, and one that is not there is not for ever.
-        self.status()
-        call = self._stub.Generate(request, timeout=timeout)
         if on_call is not None:
-            on_call(call.cancel)
-        came = 0
+            on_call(session.cancel)
         try:
-            for message in call:
-                came += 1
-                yield rollout_of(message)
-        except grpc.RpcError as error:
-            raise_status(error, self._address)
-        finally:
-            call.cancel()
-        if came != sum(num_rollouts):
-            raise GeneratorUnavailable(
-                f"{self._address} ended the stream after {came} of {sum(num_rollouts)} rollouts"
+            session.add(
+                num_rollouts, prompts, expected_tokens=expected_tokens, prompt_ids=prompt_ids
             )
+            yield from session.pass_on()
+        finally:
+            session.close()
 
     def session(
         self,
@@ -246,6 +232,7 @@ class RolloutClient:
             seed=seed,
             stop_token_ids=stop_token_ids,
         )
+        # A server that starts is waited for, and one that is not there is not for ever.
         self.status()
         return RolloutSession(
             self._stub,

@@ -22,6 +22,7 @@ from knapsack_trainer_client.events import (
     RunCreated,
     SchedulerBack,
     SchedulerLost,
+    StepsBehind,
 )
 
 logger = logging.getLogger("knapsack_rl")
@@ -115,6 +116,16 @@ class Telemetry:
                 logger.debug("%s is tried again: %s", call, reason)
             case RunCreated(run_id):
                 logger.info("run %r created at scheduler %s", run_id, target)
+            case StepsBehind(run_id, step, last_step):
+                logger.warning(
+                    "run %r has been at step %d and is asked for step %d: what it knows is used "
+                    "and added to. A resumed training calls rewind(%d) first, a new one "
+                    "rewind(-1) or another run_id",
+                    run_id,
+                    last_step,
+                    step,
+                    step - 1,
+                )
             case ReportsDropped(reports, reason):
                 logger.error("%d queued reports dropped: %s", reports, reason)
             case ReportRefused(report_id, step, rollouts, reason):
@@ -172,5 +183,5 @@ def counted(stats: ClientStats, event: Event) -> ClientStats:
             return replace(stats, reports_refused=stats.reports_refused + 1, last_error=reason)
         case OutboxFailed(reason=reason):
             return replace(stats, last_error=f"outbox: {reason}")
-        case RunCreated() | RewindQueued() | NothingReported():
+        case RunCreated() | StepsBehind() | RewindQueued() | NothingReported():
             return stats

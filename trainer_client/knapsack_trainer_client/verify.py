@@ -204,7 +204,10 @@ def _diagnose(
     if any(math.isnan(a) for a in found):
         return "advantages have NaN among them."
     group_of = {row: group for group, rows in enumerate(right) for row in rows}
-    if all(len(right[group_of[row]]) == 1 and found[row] == rewards[row] for row in wrong):
+    # Divided by a spread of 1 and an epsilon, so not exactly.
+    raw = [math.nan if reward is None else reward for reward in rewards]
+    lone = all(len(right[group_of[row]]) == 1 for row in wrong)
+    if lone and all(math.isclose(found[row], raw[row], rel_tol=1e-3) for row in wrong):
         return (
             "advantages of groups of one rollout are their raw rewards; such a group must "
             "have advantage 0. Allocate with min_rollouts of 2 or 0."

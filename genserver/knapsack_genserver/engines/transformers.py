@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from knapsack_genserver.engine import (
     Tokenizer,
     WeightSpan,
 )
+from knapsack_genserver.engines.prefixes import PrefixCache, Prompt, cut, join
 from knapsack_genserver.errors import ConfigError, Unavailable
 from knapsack_genserver.fanout import Waiting, next_batch
 from knapsack_genserver.inbox import Inbox
@@ -52,6 +54,8 @@ class TransformersOptions:
         threads: of torch on the CPU; 0 leaves torch's own choice.
         max_batch_rollouts: most rollouts decoded at once.
         max_batch_tokens: most tokens that a batch may come to hold in its cache.
+        prefix_tokens: most prompt tokens that are kept for chunks and waves to come,
+            besides those of the batch.
         weight_version: of the weights in the folder.
     """
 
@@ -62,6 +66,7 @@ class TransformersOptions:
     max_batch_rollouts: int = 1024
     max_batch_tokens: int = 65_536
     weight_version: int = 0
+    prefix_tokens: int = 16_384
 
 
 @dataclass(slots=True, eq=False)
@@ -96,6 +101,7 @@ class TransformersEngine:
         self._wake = threading.Condition()
         self._jobs: deque[_Job] = deque()
         self._updates: deque[tuple[Path, int, asyncio.Future[LoadedWeights]]] = deque()
+        self._prefixes = PrefixCache(options.prefix_tokens)
         self._running = 0
         self._closing = False
 
@@ -155,6 +161,8 @@ class TransformersEngine:
             self._vocabulary,
             # The batch that runs, and a full one to follow it.
             2 * self._options.max_batch_rollouts,
+            self._prefixes.queried_tokens,
+            self._prefixes.hit_tokens,
         )
 
     def generate(self, group: Group) -> Inbox:
@@ -210,11 +218,14 @@ class TransformersEngine:
                     self._running = 0
 
     def _update(self, path: Path, version: int, done: asyncio.Future[LoadedWeights]) -> None:
+        start = time.perf_counter()
+        self._prefixes.clear()
         try:
             with torch.inference_mode(False):
                 weights.take(self._model, weights.read_folder(path))
             self._version = version
-            result = LoadedWeights(version, weights.fingerprint(self._model))
+            mark = weights.fingerprint(self._model)
+            result = LoadedWeights(version, mark, time.perf_counter() - start)
         except Exception as error:
             self._on_loop(partial(_settle, done, None, error))
         else:
@@ -351,15 +362,40 @@ class _Batch:
             logits = output.logits[:, -1]
 
     def _prefill(self) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """Run every prompt once; return logits, mask and cache of one row per rollout."""
-        prompts = [job.group.prompt for job, _ in self._parts]
+        """Run every prompt that is new once; return a row per rollout of logits, mask, cache."""
+        prompts = [tuple(job.group.prompt) for job, _ in self._parts]
+        distinct = list(dict.fromkeys(prompts))
+        prefixes = self._engine._prefixes
+        known = prefixes.look_up(prompts)
+        new = [prompt for prompt in distinct if prompt not in known]
+        if new:
+            logits, mask, cache = self._run(new)
+            made = cut(cache, logits, new)
+            if made is not None:
+                prefixes.keep(made)
+                known |= made
+        if known:
+            cache, logits = join(self._model.config, [known[prompt] for prompt in distinct])
+            _, mask = self._padded(distinct)
+        row_of = {prompt: row for row, prompt in enumerate(distinct)}
+        rows = np.array([row_of[prompt] for prompt in prompts])[self._part]
+        repeat = torch.from_numpy(rows).to(self._device)
+        cache.batch_select_indices(repeat)
+        return logits[repeat], mask[repeat], cache
+
+    def _padded(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids and mask, a row per prompt, padded on the left."""
         longest = max(map(len, prompts))
         ids = torch.zeros((len(prompts), longest), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        ids, mask = ids.to(self._device), mask.to(self._device)
+        return ids.to(self._device), mask.to(self._device)
+
+    def _run(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+        """Run prompts through the model; return a row per prompt of logits, mask and cache."""
+        ids, mask = self._padded(prompts)
         cache = DynamicCache(config=self._model.config)
         output = self._model(
             input_ids=ids,
@@ -369,9 +405,7 @@ class _Batch:
             use_cache=True,
             logits_to_keep=1,
         )
-        repeat = torch.from_numpy(self._part).to(self._device)
-        cache.batch_select_indices(repeat)
-        return output.logits[:, -1][repeat], mask[repeat], cache
+        return output.logits[:, -1], mask, cache
 
     def _unwanted(self, rows: np.ndarray) -> np.ndarray:
         cancelled = np.array([job.cancelled for job, _ in self._parts])

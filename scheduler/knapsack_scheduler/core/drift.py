@@ -17,7 +17,7 @@ import numpy as np
 from knapsack_scheduler.core.elementary import exp, log
 from knapsack_scheduler.core.problem import FloatArray, IntArray
 
-PROMPTS = 1024
+PROMPTS = 512
 """Prompts visited last that the curve is fitted to."""
 
 FEWEST_PROMPTS = 50
@@ -54,6 +54,8 @@ class Drift:
         Args:
             alpha, beta: float64[M], > 0.
         """
+        if self == Drift():
+            return alpha, beta
         total = alpha + beta
         mean = np.clip(_mean(self.shift + self.slope * log(alpha / beta)), *_MEAN)
         return mean * total, (1.0 - mean) * total

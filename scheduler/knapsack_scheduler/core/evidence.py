@@ -97,6 +97,34 @@ class Visits:
 _COLUMNS = ("step", "policy_version", "rollouts", "successes", "by_level")
 
 
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Copies of some prompts' windows, slot by slot: what is done to a slot is done to all.
+
+    Attributes:
+        step, policy_version, rollouts, successes: as of ``Visits``, [WINDOW, n].
+    """
+
+    step: npt.NDArray[np.int64]
+    policy_version: npt.NDArray[np.int64]
+    rollouts: npt.NDArray[np.int32]
+    successes: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, visits: Visits, rows: IntArray) -> Windows:
+        """Return the windows of rows, int64[n]."""
+        return cls(
+            _slots(visits.step, rows),
+            _slots(visits.policy_version, rows),
+            _slots(visits.rollouts, rows),
+            _slots(visits.successes, rows),
+        )
+
+
+def _slots(column: npt.NDArray[_Item], rows: IntArray) -> npt.NDArray[_Item]:
+    return np.ascontiguousarray(column.take(rows, axis=0).T)
+
+
 def _resized(column: npt.NDArray[_Item], rows: int, fill: int) -> npt.NDArray[_Item]:
     bigger = np.full((rows, *column.shape[1:]), fill, column.dtype)
     bigger[: column.shape[0]] = column
@@ -160,16 +188,25 @@ def merge_visits(
     new = ~same
     if not new.any():
         return
-    rows, place = rows[new], place[new]
-    at = np.arange(rows.size)
-    # Slots behind the place move one back; the last one falls out.
-    slot = np.arange(WINDOW)
-    source = np.where(slot > place[:, None], slot - 1, slot)
+    if not new.all():
+        rows, place = rows[new], place[new]
+        counts = [(column, added[new]) for column, added in counts]
     values: list[tuple[npt.NDArray[Any], int | npt.NDArray[np.integer]]] = [
         (visits.step, step),
         (visits.policy_version, policy_version),
-        *((column, added[new]) for column, added in counts),
+        *counts,
     ]
+    # Slots behind the place move one back; the last one falls out.
+    if not place.any():
+        for column, value in values:
+            first = column.take(rows, axis=0)
+            first[:, 1:] = first[:, :-1].copy()
+            first[:, 0] = value
+            column[rows] = first
+        return
+    at = np.arange(rows.size)
+    slot = np.arange(WINDOW)
+    source = np.where(slot > place[:, None], slot - 1, slot)
     for column, value in values:
         moved = column[rows[:, None], source]
         moved[at, place] = value
@@ -206,11 +243,9 @@ def group_outcomes(
         positions: how many positions there are.
         success_threshold: a rollout is a success if its reward is above this.
     """
-    success = (rewards.astype(np.float64) > success_threshold).astype(np.int64)
+    success = rewards.astype(np.float64) > success_threshold
     rollouts = np.bincount(owner, minlength=positions).astype(np.int64)
-    # Integer sums: exact in any order, unlike bincount's float weights.
-    successes = np.zeros(positions, np.int64)
-    np.add.at(successes, owner, success)
+    successes = np.bincount(owner[success], minlength=positions).astype(np.int64)
     low = np.full(positions, np.inf, np.float32)
     high = np.full(positions, -np.inf, np.float32)
     np.minimum.at(low, owner, rewards)

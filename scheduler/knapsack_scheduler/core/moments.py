@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from knapsack_scheduler.core.problem import FloatArray
+from knapsack_scheduler.core.problem import FloatArray, IntArray
 
 _STIRLING_FROM = 10
 
@@ -23,28 +23,59 @@ def moment(alpha: FloatArray, beta: FloatArray, x: int, y: int) -> FloatArray:
     return product
 
 
-def log_rising(x: FloatArray, n: FloatArray) -> FloatArray:
-    """Return log(Gamma(x + n) / Gamma(x)): Stirling's series after a shift by 10.
+class AllAlike:
+    """Chances that rollouts come out all alike, under Beta posteriors.
+
+    Args:
+        alpha, beta: float64[M], > 0.
+    """
+
+    def __init__(self, alpha: FloatArray, beta: FloatArray) -> None:
+        self._arguments = np.stack([alpha, beta, alpha + beta])
+        self._logs = log_gamma(self._arguments)
+
+    def after(self, rollouts: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Return E[p^n] and E[q^n] for n rollouts on each prompt, float64[M] each.
+
+        Args:
+            rollouts: n, int64[M], >= 0.
+        """
+        rising = log_gamma(self._arguments + rollouts) - self._logs
+        return np.exp(rising[0] - rising[2]), np.exp(rising[1] - rising[2])
+
+
+def log_rising(x: FloatArray, n: IntArray | FloatArray) -> FloatArray:
+    """Return log(Gamma(x + n) / Gamma(x)).
 
     Args:
         x: float64[.., M], > 0.
-        n: float64[M], >= 0.
+        n: [M], >= 0.
     """
-    arguments = np.stack([x + n, x]).ravel()
-    logs = np.empty_like(arguments)
-    for start in range(0, logs.size, _CHUNK):
-        logs[start : start + _CHUNK] = _log_gamma(arguments[start : start + _CHUNK])
-    ends = logs.reshape(2, *x.shape)
-    rising: FloatArray = ends[0] - ends[1]
+    rising: FloatArray = log_gamma(x + n) - log_gamma(x)
     return rising
 
 
+def log_gamma(x: FloatArray) -> FloatArray:
+    """Return log(Gamma(x)) of numbers above 0: Stirling's series after a shift by 10."""
+    flat = x.ravel()
+    logs = np.empty_like(flat)
+    for start in range(0, flat.size, _CHUNK):
+        logs[start : start + _CHUNK] = _log_gamma(flat[start : start + _CHUNK])
+    return logs.reshape(x.shape)
+
+
 def _log_gamma(x: FloatArray) -> FloatArray:
-    product = x.copy()
-    for t in range(1, _STIRLING_FROM):
-        product = product * (x + float(t))
-    z = x + float(_STIRLING_FROM)
-    z2 = z * z
-    series = (1.0 / 12.0 - (1.0 / 360.0 - (1.0 / 1260.0 - 1.0 / (1680.0 * z2)) / z2) / z2) / z
+    product, shifted = x.copy(), x.copy()
+    for _ in range(1, _STIRLING_FROM):
+        shifted += 1.0
+        product *= shifted
+    z = shifted + 1.0
+    inverse = 1.0 / z
+    square = inverse * inverse
+    series = np.full_like(z, -1.0 / 1680.0)
+    for term in (1.0 / 1260.0, -1.0 / 360.0, 1.0 / 12.0):
+        series *= square
+        series += term
+    series *= inverse
     result: FloatArray = (z - 0.5) * np.log(z) - z + 0.9189385332046727 + series - np.log(product)
     return result

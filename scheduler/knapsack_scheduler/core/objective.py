@@ -18,7 +18,7 @@ import numpy as np
 
 from knapsack_scheduler.core.chains import Chain, Marginals
 from knapsack_scheduler.core.levels import level_marginals, level_values
-from knapsack_scheduler.core.moments import log_rising, moment
+from knapsack_scheduler.core.moments import AllAlike, moment
 from knapsack_scheduler.core.problem import Begun, BoolArray, FloatArray, IntArray, Posterior
 
 
@@ -141,6 +141,8 @@ def conditional_marginals(objective: Objective, posterior: Posterior, begun: Beg
     fresh = begun.delivered == 0
     new = posterior_marginals(objective, alpha, beta)
     new = new.advanced(np.maximum(begun.outstanding - 1, 0) * fresh)
+    if fresh.all():
+        return new
     total = alpha + beta + float(i + j + 1)
     failed_all = ~fresh & ~begun.mixed & (begun.successes == 0)
     passed_all = ~fresh & ~begun.mixed & (begun.successes > 0)
@@ -166,7 +168,11 @@ def _chosen(where: BoolArray, one: Chain, other: Chain) -> Chain:
 
 
 def expected_values(
-    objective: Objective, posterior: Posterior, begun: Begun, further: IntArray
+    objective: Objective,
+    posterior: Posterior,
+    begun: Begun,
+    further: IntArray,
+    alike: tuple[FloatArray, FloatArray] | None = None,
 ) -> FloatArray:
     """Return the expected value of each whole group in closed form, float64[M].
 
@@ -178,14 +184,18 @@ def expected_values(
         posterior: knows the delivered outcomes.
         begun: of the groups.
         further: rollouts of the group beside the delivered ones, int64[M].
+        alike: chances that ``further`` rollouts all pass, and all fail, where known.
     """
     alpha, beta = posterior.alpha, posterior.beta
-    gain = moment(alpha, beta, objective.i, objective.j)
-    a = alpha + float(objective.i)
-    b = beta + float(objective.j)
-    passed, failed, whole = log_rising(np.stack([a, b, a + b]), further.astype(np.float64))
-    all_pass, all_fail = np.exp(passed - whole), np.exp(failed - whole)
-    fresh = np.where(further < 2, 0.0, 1.0 - all_pass - all_fail)
-    left = 1.0 - np.where(begun.successes > 0, all_pass, all_fail)
-    chance = np.where(begun.delivered > 0, np.where(begun.mixed, 1.0, left), fresh)
-    return gain * np.maximum(chance, 0.0)
+    i, j = objective.i, objective.j
+    all_pass, all_fail = alike or AllAlike(alpha, beta).after(further)
+    # E[p^n I] is E[p^n] times what I is once n rollouts have passed.
+    if i or j:
+        all_pass = all_pass * moment(alpha + further, beta, i, j)
+        all_fail = all_fail * moment(alpha, beta + further, i, j)
+    gain = moment(alpha, beta, i, j)
+    worth = np.where(further < 2, 0.0, gain - all_pass - all_fail)
+    if begun.delivered.any():
+        left = gain - np.where(begun.successes > 0, all_pass, all_fail)
+        worth = np.where(begun.delivered > 0, np.where(begun.mixed, gain, left), worth)
+    return np.maximum(worth, 0.0)

@@ -17,7 +17,8 @@ from knapsack_scheduler.core.catalogue import find_objective
 from knapsack_scheduler.core.chains import Marginals
 from knapsack_scheduler.core.costs import divide_within
 from knapsack_scheduler.core.many import divide_alike
-from knapsack_scheduler.core.objective import EFFECTIVE, Rule
+from knapsack_scheduler.core.moments import AllAlike
+from knapsack_scheduler.core.objective import EFFECTIVE, Objective, Rule, expected_values
 from knapsack_scheduler.core.paper import paper_sizes
 from knapsack_scheduler.core.problem import (
     Begun,
@@ -210,12 +211,17 @@ def _plan(
     if wanted.tokens is None:
         left = max(budget.total_rollouts - int(begun.size.sum()), 0)
         unallocated = left - allocated - remaining
-    chances = effective_chances(beliefs.posterior, begun, new)
-    reasons = _reasons(policy, objective, beliefs, begun, forced, given, chances, problem, price)
+    worth = _Worth.of(objective, beliefs.posterior, begun)
+    chances, value = worth.of_wave(new)
+    level = fill_lowest(
+        problem.size, problem.size + problem.room, int(given.sum()), beliefs.tie_keys
+    )
+    values = value, worth.total(forced + level)
+    reasons = _reasons(policy, objective, beliefs, begun, new, chances, values, price)
     bound = reasons.value + slack
     if policy != "posterior" and wanted.tokens is None:
         best, _ = problem.exactly(beliefs, int(given.sum()), wanted)
-        bound = _value(objective, beliefs, begun, forced + best)
+        bound = worth.total(forced + best)
     reasons = replace(reasons, value_upper_bound=max(bound, reasons.value))
     return Decision(new, allocated, remaining, unallocated, chances, reasons)
 
@@ -294,11 +300,51 @@ def effective_chances(posterior: Posterior, begun: Begun, new: IntArray) -> Floa
         begun: what the groups had before.
         new: rollouts given to each, int64[M].
     """
-    return EFFECTIVE.values(posterior, begun, begun.outstanding + new)
+    return _Worth.of(EFFECTIVE, posterior, begun).of_wave(new)[0]
 
 
-def _value(objective: Rule, beliefs: Beliefs, begun: Begun, new: IntArray) -> float:
-    return float(objective.values(beliefs.posterior, begun, begun.outstanding + new).sum())
+@dataclass(frozen=True, slots=True)
+class _Worth:
+    """What whole groups are worth by the new rollouts that they may get.
+
+    Attributes:
+        alike: of the posterior; None where rewards have levels.
+    """
+
+    objective: Rule
+    posterior: Posterior
+    begun: Begun
+    alike: AllAlike | None
+
+    @classmethod
+    def of(cls, objective: Rule, posterior: Posterior, begun: Begun) -> _Worth:
+        alike = AllAlike(posterior.alpha, posterior.beta) if posterior.levels is None else None
+        return cls(objective, posterior, begun, alike)
+
+    def of_wave(self, new: IntArray) -> tuple[FloatArray, float]:
+        """Return the chance that each group is effective, and the value of all."""
+        further = self.begun.outstanding + new
+        alike = self._all_alike(further)
+        chances = self._values(EFFECTIVE, further, alike)
+        if self.objective is EFFECTIVE:
+            return chances, float(chances.sum())
+        return chances, float(self._values(self.objective, further, alike).sum())
+
+    def total(self, new: IntArray) -> float:
+        """Return the value of all groups."""
+        further = self.begun.outstanding + new
+        alike = self._all_alike(further)
+        return float(self._values(self.objective, further, alike).sum())
+
+    def _all_alike(self, further: IntArray) -> tuple[FloatArray, FloatArray] | None:
+        return None if self.alike is None else self.alike.after(further)
+
+    def _values(
+        self, rule: Rule, further: IntArray, alike: tuple[FloatArray, FloatArray] | None
+    ) -> FloatArray:
+        if isinstance(rule, Objective) and alike is not None:
+            return expected_values(rule, self.posterior, self.begun, further, alike)
+        return rule.values(self.posterior, self.begun, further)
 
 
 def _reasons(
@@ -306,25 +352,21 @@ def _reasons(
     objective: Rule,
     beliefs: Beliefs,
     begun: Begun,
-    forced: IntArray,
-    given: IntArray,
+    new: IntArray,
     chances: FloatArray,
-    problem: _Problem,
+    values: tuple[float, float],
     price: float,
 ) -> Reasons:
-    new = forced + given
+    """Return the reasons; ``values`` are of the decision, and of the same total levelled."""
     sizes = begun.size + new
     groups = max(int(np.count_nonzero(sizes)), 1)
-    level = fill_lowest(
-        problem.size, problem.size + problem.room, int(given.sum()), beliefs.tie_keys
-    )
     return Reasons(
         policy=policy,
         objective=objective.name,
         effective_group_rate=float(chances.sum()) / groups,
         effective_rollout_rate=float((chances * sizes).sum()) / max(int(sizes.sum()), 1),
-        value=_value(objective, beliefs, begun, new),
-        uniform_value=_value(objective, beliefs, begun, forced + level),
+        value=values[0],
+        uniform_value=values[1],
         value_upper_bound=0.0,
         price=price,
         unseen_prompts=int(np.count_nonzero(beliefs.unseen)),

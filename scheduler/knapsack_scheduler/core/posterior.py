@@ -2,39 +2,32 @@
 
 The counts of a visit weigh ``visit_discount`` less for each later step that visited the
 prompt and ``version_discount`` less for each policy version since, because the policy
-moves on; the prior is fitted to the run's own prompts, and so is the drift of success rates
-since they were seen (``core/drift.py``). A prompt that nobody has visited has the prior, one
-that is rarely visited drifts back to it, and a prompt that always failed keeps some chance of
-success: no case needs a rule of its own.
+moves on; the prior is fitted to the run's own prompts (``core/rates.py``), and so is the
+drift of success rates since they were seen (``core/drift.py``). A prompt that nobody has
+visited has the prior, one that is rarely visited drifts back to it, and a prompt that always
+failed keeps some chance of success: no case needs a rule of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from knapsack_scheduler.core.drift import FEWEST_PROMPTS, Drift, fit_drift
-from knapsack_scheduler.core.evidence import WINDOW, Visits
+from knapsack_scheduler.core.evidence import WINDOW, Visits, Windows
 from knapsack_scheduler.core.levels import class_weights
 from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray, Levels, Posterior
+from knapsack_scheduler.core.rates import believed, fit_rates
 from knapsack_scheduler.core.rewardlevels import RewardLevels
-
-_FIXED_POINT = 2**40
-"""Scale of the exact integer sums of success rates."""
 
 _MAX_EXPONENT = 2**20
 """Version distances beyond this weigh the same: 0.99999 ** 2**20 is 3e-5."""
 
-PRIOR_PROMPTS = 16
-"""Pseudo-prompts of Beta(1/2, 1/2) in the fit: what is assumed before there is data."""
-
-PRIOR_STRENGTH = (0.3, 4.0)
-"""Least and most rollouts that the prior weighs."""
-
-PRIOR_MEAN = (0.02, 0.98)
-"""Least and greatest mean of the prior: a run that never fails may yet."""
+_TABLE = 2**14
+"""Powers below this one are looked up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,89 +47,37 @@ class Discounts:
 
 @dataclass(frozen=True, slots=True)
 class Prior:
-    """A Beta distribution of success rates, alpha > 0 and beta > 0."""
-
-    alpha: float
-    beta: float
-
-
-@dataclass(frozen=True, slots=True)
-class PriorStatistics:
-    """Sums over every prompt's newest visit, as exact integers.
-
-    Integers make the sums independent of the order of reports, and ``moved`` keeps
-    them up to date without a pass over the prompts.
+    """What is believed of a prompt before it is seen.
 
     Attributes:
-        prompts: prompts with a visit.
-        rate_sum: sum of successes/rollouts, in units of 2**-40.
-        pairs: prompts whose newest visit has two rollouts or more.
-        pair_sum: sum over those of the unbiased estimate of the squared success rate,
-            k(k-1) / n(n-1), in units of 2**-40.
+        alpha, beta: Beta distribution of its success rate, > 0.
+        weights: how success rates are spread, see ``core/rates.py``; () while no prompt has
+            been seen, and evidence is just added to alpha and beta.
     """
 
-    prompts: int = 0
-    rate_sum: int = 0
-    pairs: int = 0
-    pair_sum: int = 0
-
-    def moved(
-        self,
-        old_rollouts: IntArray,
-        old_successes: IntArray,
-        new_rollouts: IntArray,
-        new_successes: IntArray,
-    ) -> PriorStatistics:
-        """Return the sums after prompts' newest visits went from old to new counts.
-
-        Args:
-            old_rollouts, old_successes: [n], counts before; 0 rollouts for no visit.
-            new_rollouts, new_successes: [n], counts after.
-        """
-        old = _sums(old_rollouts, old_successes)
-        new = _sums(new_rollouts, new_successes)
-        return PriorStatistics(
-            self.prompts + new[0] - old[0],
-            self.rate_sum + new[1] - old[1],
-            self.pairs + new[2] - old[2],
-            self.pair_sum + new[3] - old[3],
-        )
+    alpha: float = 0.5
+    beta: float = 0.5
+    weights: tuple[float, ...] = ()
 
 
-def _sums(rollouts: IntArray, successes: IntArray) -> tuple[int, int, int, int]:
-    n = np.asarray(rollouts, np.int64)
-    k = np.asarray(successes, np.int64)
-    k, n = k[n > 0], n[n > 0]
-    rate = np.floor_divide(k * _FIXED_POINT, n) if n.size else n
-    k2, n2 = k[n > 1], n[n > 1]
-    # Dividing twice keeps the product inside 63 bits for groups of up to 2**20.
-    once = np.floor_divide(k2 * _FIXED_POINT, n2) if n2.size else n2
-    rest = np.maximum(k2 - 1, 0)
-    whole, part = np.divmod(once, np.maximum(n2 - 1, 1))
-    pair = whole * rest + np.floor_divide(part * rest, np.maximum(n2 - 1, 1))
-    return int(n.size), int(rate.sum()), int(n2.size), int(pair.sum())
+def newest_prior(
+    visits: Visits, rows: IntArray, newest_policy_version: int, discounts: Discounts
+) -> Prior:
+    """Return the prior that some prompts tell of; Beta(1/2, 1/2) if there are none.
 
-
-def fit_prior(statistics: PriorStatistics) -> Prior:
-    """Return the Beta distribution whose first two moments are those of the run.
-
-    Method of moments on unbiased per-prompt estimates, with ``PRIOR_PROMPTS``
-    pseudo-prompts of Beta(1/2, 1/2) and the strength and mean held within
-    ``PRIOR_STRENGTH`` and ``PRIOR_MEAN``.
+    Args:
+        visits: the run's windows.
+        rows: int64[n], prompts with a visit.
+        newest_policy_version: newest version reported to the run.
+        discounts: how fast evidence ages.
     """
-    mean = (statistics.rate_sum / _FIXED_POINT + PRIOR_PROMPTS * 0.5) / (
-        statistics.prompts + PRIOR_PROMPTS
-    )
-    square = (statistics.pair_sum / _FIXED_POINT + PRIOR_PROMPTS * 0.375) / (
-        statistics.pairs + PRIOR_PROMPTS
-    )
-    mean = min(max(mean, PRIOR_MEAN[0]), PRIOR_MEAN[1])
-    variance = square - mean * mean
-    least, most = PRIOR_STRENGTH
-    strength = most
-    if variance > 0.0:
-        strength = min(max(mean * (1.0 - mean) / variance - 1.0, least), most)
-    return Prior(mean * strength, (1.0 - mean) * strength)
+    if rows.size == 0:
+        return Prior()
+    windows = Windows.of(visits, rows)
+    weight, _ = _weights(windows, None, newest_policy_version, discounts)
+    weights = fit_rates(*_evidence(windows, weight))
+    alpha, beta = believed(weights, np.zeros(1), np.zeros(1))
+    return Prior(float(alpha[0]), float(beta[0]), weights)
 
 
 def posterior(
@@ -166,26 +107,38 @@ def posterior(
         reward_levels: of the run.
         drift: of the run.
     """
-    levels, success = _prior_levels(prior, reward_levels, visits)
-    columns = np.tile(levels, (rows.size, 1))
     seen = np.flatnonzero(rows >= 0)
-    if seen.size:
-        picked = rows[seen]
-        apart = None if step is None else np.int64(step)
-        weight, now = _weights(visits, picked, apart, newest_policy_version, discounts)
-        counts = _counts(visits, picked)
+    picked = rows if seen.size == rows.size else rows[seen]
+    windows = Windows.of(visits, picked)
+    apart = None if step is None else np.int64(step)
+    weight, now = _weights(windows, apart, newest_policy_version, discounts)
+    passed, failed = _evidence(windows, weight)
+    alpha, beta = _believed(prior, passed, failed)
+    moved = drift.moved(alpha, beta)
+    has_evidence = passed + failed > 0.0
+    alpha = np.where(has_evidence, moved[0], alpha)
+    beta = np.where(has_evidence, moved[1], beta)
+    if reward_levels.plural and visits.by_level is not None:
+        levels, success = _prior_levels(prior, reward_levels)
+        columns = np.tile(levels, (rows.size, 1))
+        by_level = visits.by_level[picked].transpose(1, 0, 2)
         older = columns[seen]
-        for level, count in enumerate(counts):
-            older[:, level] += _row_sum(weight * count)
-        older = _moved(older, success, _row_sum(weight) > 0.0, drift)
-        if now.any():
-            for level, count in enumerate(counts):
-                older[:, level] += (now * count).sum(axis=1)
+        older[:, : by_level.shape[2]] += _summed(weight[:, :, None] * by_level)
+        now_weighs = class_weights(older, success)
+        for level, good in enumerate(success.tolist()):
+            older[:, level] *= alpha / now_weighs[0] if good else beta / now_weighs[1]
+        if now is not None:
+            older[:, : by_level.shape[2]] += (now[:, :, None] * by_level).sum(axis=0)
         columns[seen] = older
-    alpha, beta = class_weights(columns, success)
-    if success.size == 2:
+        return Posterior(*class_weights(columns, success), Levels(columns, success))
+    if now is not None:
+        alpha = alpha + (now * windows.successes).sum(axis=0)
+        beta = beta + (now * (windows.rollouts - windows.successes)).sum(axis=0)
+    if seen.size == rows.size:
         return Posterior(alpha, beta)
-    return Posterior(alpha, beta, Levels(columns, success))
+    both = np.full(rows.size, prior.alpha), np.full(rows.size, prior.beta)
+    both[0][seen], both[1][seen] = alpha, beta
+    return Posterior(*both)
 
 
 def newest_drift(
@@ -203,21 +156,16 @@ def newest_drift(
     """
     if rows.size < FEWEST_PROMPTS:
         return Drift()
-    version = visits.policy_version[rows, :1]
-    newest = visits.step[rows, :1]
-    weight, now = _weights(visits, rows, newest, version, discounts)
-    successes, rollouts = visits.successes[rows], visits.rollouts[rows]
-    alpha = prior.alpha + _row_sum(weight * successes)
-    beta = prior.beta + _row_sum(weight * (rollouts - successes))
-    return fit_drift(alpha, beta, (now * rollouts).sum(axis=1), (now * successes).sum(axis=1))
+    windows = Windows.of(visits, rows)
+    weight, now = _weights(windows, windows.step[0], windows.policy_version[0], discounts)
+    assert now is not None
+    alpha, beta = _believed(prior, *_evidence(windows, weight))
+    rollouts, successes = windows.rollouts, windows.successes
+    return fit_drift(alpha, beta, (now * rollouts).sum(axis=0), (now * successes).sum(axis=0))
 
 
-def _prior_levels(
-    prior: Prior, reward_levels: RewardLevels, visits: Visits
-) -> tuple[FloatArray, BoolArray]:
+def _prior_levels(prior: Prior, reward_levels: RewardLevels) -> tuple[FloatArray, BoolArray]:
     """Return the prior's weight of each level, and which levels are successes."""
-    if not reward_levels.plural or visits.by_level is None:
-        return np.array([prior.beta, prior.alpha]), np.array([False, True])
     success = reward_levels.success
     weights = np.empty(success.size)
     for good in (False, True):
@@ -230,83 +178,80 @@ def _prior_levels(
     return weights, success
 
 
-def _counts(visits: Visits, picked: IntArray) -> list[npt.NDArray[np.int32]]:
-    """Return the rollouts of each level in each visit, [n, WINDOW] each."""
-    if visits.by_level is not None:
-        by_level = visits.by_level[picked]
-        return [by_level[:, :, level] for level in range(by_level.shape[2])]
-    successes = visits.successes[picked]
-    return [visits.rollouts[picked] - successes, successes]
+def _evidence(windows: Windows, weight: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return the weighed successes and failures of each row, float64[n]."""
+    failures = windows.rollouts - windows.successes
+    return _summed(weight * windows.successes), _summed(weight * failures)
 
 
-def _moved(
-    columns: FloatArray, success: BoolArray, has_evidence: BoolArray, drift: Drift
-) -> FloatArray:
-    """Return the columns with the means of the rows that have evidence moved."""
-    if drift == Drift():
-        return columns
-    alpha, beta = class_weights(columns, success)
-    new_alpha, new_beta = drift.moved(alpha, beta)
-    for level, good in enumerate(success.tolist()):
-        factor = new_alpha / alpha if good else new_beta / beta
-        columns[:, level] *= np.where(has_evidence, factor, 1.0)
-    return columns
+def _believed(
+    prior: Prior, successes: FloatArray, failures: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    if prior.weights:
+        return believed(prior.weights, successes, failures)
+    return prior.alpha + successes, prior.beta + failures
 
 
 def _weights(
-    visits: Visits,
-    picked: IntArray,
+    windows: Windows,
     apart: npt.NDArray[np.int64] | np.int64 | None,
     newest_policy_version: int | IntArray,
     discounts: Discounts,
-) -> tuple[FloatArray, BoolArray]:
-    """Return what each visit weighs, [n, WINDOW], and which are at the step apart.
+) -> tuple[FloatArray, BoolArray | None]:
+    """Return what each visit weighs, [WINDOW, n], and which are at the step apart.
 
-    Visits at the step ``apart`` ([n, 1], one for all, or None) weigh nothing and make the
-    others no older.
+    Visits at the step ``apart`` ([n], one for all, or None) weigh nothing and make the
+    others no older. None where there are no such visits.
     """
-    step = visits.step[picked]
-    rollouts = visits.rollouts[picked]
-    filled = rollouts > 0
-    now = np.zeros_like(filled) if apart is None else filled & (step == apart)
-    others = filled & ~now
+    step = windows.step
+    others = windows.rollouts > 0
+    now = None
+    if apart is not None:
+        now = others & (step == apart)
+        if now.any():
+            others &= ~now
+        else:
+            now = None
     # The age of a visit is the number of different steps among the newer ones.
     begins = others.copy()
-    begins[:, 1:] &= ~(others[:, :-1] & (step[:, 1:] == step[:, :-1]))
-    age = np.cumsum(begins, axis=1, dtype=np.int8)
+    begins[1:] &= ~(others[:-1] & (step[1:] == step[:-1]))
+    age = np.cumsum(begins, axis=0, dtype=np.int8)
     # Nothing is younger than the first of the others, whose age is 0.
-    weight = _power(discounts.visit, np.maximum(np.arange(WINDOW + 1) - 1, 0))[age]
-    weight[~others] = 0.0
-    distance = np.maximum(newest_policy_version - visits.policy_version[picked], 0)
-    weight *= _power(discounts.version, distance)
-    total = _row_sum(weight * rollouts)
-    over = total > discounts.cap
-    weight[over] *= (discounts.cap / total[over])[:, None]
+    weight: FloatArray = _powers(discounts.visit, WINDOW + 1)[np.maximum(age - 1, 0)]
+    weight *= others
+    if discounts.version != 1.0:
+        distance = np.maximum(newest_policy_version - windows.policy_version, 0)
+        weight *= _power(discounts.version, distance)
+    total = _summed(weight * windows.rollouts)
+    weight *= discounts.cap / np.maximum(total, discounts.cap)
     return weight, now
 
 
-def _row_sum(columns: FloatArray) -> FloatArray:
-    """Sum each row from newest to oldest: np.sum may choose another order."""
-    total = columns[:, 0].copy()
-    for slot in range(1, columns.shape[1]):
-        total += columns[:, slot]
+def _summed(slots: FloatArray) -> FloatArray:
+    """Sum each row's visits from newest to oldest: np.sum may choose another order."""
+    total: FloatArray = slots[0].copy()
+    for slot in slots[1:]:
+        total += slot
     return total
 
 
 def _power(base: float, exponents: IntArray) -> FloatArray:
-    """Return base ** exponents by squaring: only multiplications, so reproducible."""
-    if base == 1.0 or exponents.size == 0:
-        return np.ones(exponents.shape)
-    left = np.minimum(exponents, _MAX_EXPONENT)
-    most = int(left.max())
-    if most < left.size:
-        # Fewer powers than exponents: the same bits, looked up.
-        powers: FloatArray = _squared(base, np.arange(most + 1))[left]
+    """Return base ** exponents, float64 of their shape."""
+    most = int(exponents.max(initial=0))
+    if most < _TABLE:
+        powers: FloatArray = _powers(base, 1 << most.bit_length())[exponents]
         return powers
-    return _squared(base, left)
+    return _squared(base, np.minimum(exponents, _MAX_EXPONENT))
+
+
+@lru_cache(maxsize=64)
+def _powers(base: float, count: int) -> FloatArray:
+    """Return base ** k for k = 0 .. count - 1, not to be written to."""
+    return _squared(base, np.arange(count))
 
 
 def _squared(base: float, exponents: IntArray) -> FloatArray:
+    """Raise by squaring: only multiplications, so reproducible."""
     result = np.ones(exponents.shape)
     left = exponents
     factor = base

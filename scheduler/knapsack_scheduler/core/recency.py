@@ -14,22 +14,36 @@ import numpy.typing as npt
 
 from knapsack_scheduler.core.evidence import Visits
 from knapsack_scheduler.core.problem import IntArray, KeyArray
+from knapsack_scheduler.core.ties import lowest_keys
 
 
-class Revisited:
-    """Prompts with visits at two steps or more, by the step of their newest one."""
+class LastVisited:
+    """Prompts with visits at one step or more, or at two, by the step of their newest one.
 
-    def __init__(self) -> None:
+    Args:
+        twice: only those with visits at two steps or more.
+    """
+
+    def __init__(self, twice: bool) -> None:
+        self._twice = twice
         self._by_step: dict[int, list[IntArray]] = {}
 
     def add(self, rows: IntArray, visits: Visits) -> None:
-        """Take in that something was learned of these rows, int64[n]."""
-        step = visits.step[rows]
-        older = (visits.rollouts[rows] > 0) & (step != step[:, :1])
-        revisited = older.any(axis=1)
-        rows, newest = rows[revisited], step[revisited, 0]
-        for at in np.unique(newest).tolist():
-            self._by_step.setdefault(at, []).append(rows[newest == at])
+        """Take in that something was learned of these rows, int64[n], each named once."""
+        newest = visits.step[rows, 0]
+        if self._twice:
+            again = (visits.rollouts[rows] > 0) & (visits.step[rows] != newest[:, None])
+            twice = again.any(axis=1)
+            rows, newest = rows[twice], newest[twice]
+        if not rows.size:
+            return
+        if (newest == newest[0]).all():
+            self._by_step.setdefault(int(newest[0]), []).append(rows)
+            return
+        order = np.argsort(newest, kind="stable")
+        steps, begins = np.unique(newest[order], return_index=True)
+        for at, of_step in zip(steps.tolist(), np.split(rows[order], begins[1:]), strict=True):
+            self._by_step.setdefault(at, []).append(of_step)
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """Return what ``from_columns`` makes the same of."""
@@ -41,13 +55,13 @@ class Revisited:
         }
 
     @classmethod
-    def from_columns(cls, columns: Mapping[str, npt.NDArray[Any]]) -> Revisited:
-        """Return that of ``columns()``."""
-        revisited = cls()
+    def from_columns(cls, columns: Mapping[str, npt.NDArray[Any]], twice: bool) -> LastVisited:
+        """Return that of ``columns()``, with the same ``twice``."""
+        last = cls(twice)
         rows = np.split(columns["rows"], np.cumsum(columns["size"])[:-1])
         steps = columns["step"].tolist()
-        revisited._by_step = {step: [rows[at]] for at, step in enumerate(steps)}
-        return revisited
+        last._by_step = {step: [rows[at]] for at, step in enumerate(steps)}
+        return last
 
     def newest(self, count: int, visits: Visits, keys: KeyArray) -> IntArray:
         """Return the rows whose newest visit is newest, in the order of their keys.
@@ -67,7 +81,9 @@ class Revisited:
             if total >= count:
                 del self._by_step[step]
                 continue
-            rows = np.unique(np.concatenate(self._by_step[step]))
+            rows = self._by_step[step][0]
+            if len(self._by_step[step]) > 1:
+                rows = np.unique(np.concatenate(self._by_step[step]))
             rows = rows[visits.step[rows, 0] == step]
             if rows.size == 0:
                 # All of them were visited again since.
@@ -79,4 +95,5 @@ class Revisited:
         if not found:
             return np.zeros(0, np.int64)
         rows = np.concatenate(found)
-        return rows[np.argsort(keys[rows], kind="stable")[:count]]
+        rows = rows[lowest_keys(keys[rows], count)]
+        return rows[np.argsort(keys[rows], kind="stable")]
