@@ -70,9 +70,11 @@ image-locks: .venv-deploy/.ready
 	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.ci/lock-images .venv-deploy/bin/uv
 
-# verl, Ray and what they load warn of much that is not ours.
+# verl, Ray and what they load warn of much that is not ours. The first test starts five
+# processes that import them.
 test-verl: .venv-verl/.ready
-	.venv-verl/bin/python -m pytest tests/verl_trainer -W ignore --show-capture=no $(TEST_ARGS)
+	.venv-verl/bin/python -m pytest tests/verl_trainer -W ignore --show-capture=no \
+		--timeout 600 $(TEST_ARGS)
 
 test-loops: .venv-verl/.loops
 	.venv-verl/bin/python -m pytest tests/loops -W ignore $(TEST_ARGS)

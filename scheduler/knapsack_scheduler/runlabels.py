@@ -20,11 +20,18 @@ class RunLabels:
 
     Args:
         clock: returns seconds that never go back.
+        begin: called with a label before it is returned for the first time.
         forget: called with a label whose series are to end.
     """
 
-    def __init__(self, clock: Callable[[], float], forget: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        begin: Callable[[str], None],
+        forget: Callable[[str], None],
+    ) -> None:
         self._clock = clock
+        self._begin = begin
         self._forget = forget
         self._seen: OrderedDict[str, float] = OrderedDict()
 
@@ -36,6 +43,8 @@ class RunLabels:
             if now - since < REST_SECONDS:
                 return OTHER
             self.remove(oldest)
+        if run_id not in self._seen:
+            self._begin(run_id)
         self._seen[run_id] = now
         self._seen.move_to_end(run_id)
         return run_id

@@ -46,7 +46,7 @@ class RunMetrics:
     ) -> None:
         self._all: list[Counter | Gauge | Histogram] = []
         self._children: dict[tuple[Counter, str], list[Counter]] = {}
-        self._labels = RunLabels(clock, self._forget)
+        self._labels = RunLabels(clock, self._begin, self._forget)
         prefix = "knapsack_scheduler_"
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -234,6 +234,15 @@ class RunMetrics:
         self.known.labels(run).set(prompts.known)
         for band, count in zip(BANDS, prompts.by_band, strict=True):
             self.prompts.labels(run, band).set(count)
+
+    def _begin(self, run: str) -> None:
+        # What never happens is 0 and not absent.
+        for counter in (
+            *(self.unallocated, self.reported, self.unasked, self.ignored, self.imported),
+            *(self.groups, self.effective_groups, self.effective_rollouts, self.rewinds),
+            *self.planned.values(),
+        ):
+            counter.labels(run)
 
     def _forget(self, run: str) -> None:
         for metric in self._all:

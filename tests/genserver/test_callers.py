@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -80,6 +82,64 @@ def test_a_caller_that_is_killed_frees_the_engine(start_generator: Any, model_fo
     assert found["calls_under_way"] == found["unread_rollouts"] == 0
 
 
+class Wire:
+    """Connects callers to a server until it is cut: then whatever either side sends is lost.
+
+    As a machine that has vanished: no connection is closed, and no question answered.
+    """
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._server = (host, int(port))
+        self.is_cut = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self._sockets: list[socket.socket] = [self._listener]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                caller, _ = self._listener.accept()
+                server = socket.create_connection(self._server)
+                self._sockets += [caller, server]
+                for ends in ((caller, server), (server, caller)):
+                    threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self.is_cut.is_set():
+                    target.sendall(data)
+
+    def close(self) -> None:
+        """Close everything."""
+        for each in self._sockets:
+            each.close()
+
+
+def test_a_caller_that_has_vanished_is_noticed(start_generator: Any, model_folder: Path) -> None:
+    """Nothing is closed and nothing comes any more; the server asks, and ends the work."""
+    generator = start_generator(
+        f"--model={model_folder}", "--max-batch-rollouts=32", "--keepalive-seconds=1"
+    )
+    wire = Wire(generator.addresses["listen"])
+    caller = subprocess.Popen([sys.executable, "-c", CALLER, wire.address], stdout=subprocess.PIPE)
+    assert caller.stdout is not None
+    try:
+        assert caller.stdout.readline() == b"came\n"
+        wire.is_cut.set()
+        until(lambda: levels(generator)["calls_under_way"] == 0)
+        found = levels(generator)
+        assert found["waiting_rollouts"] == 0
+        assert found["rollouts_given_up_total"] > 100
+    finally:
+        caller.kill()
+        caller.wait(30)
+        caller.stdout.close()
+        wire.close()
+
+
 def test_a_caller_that_does_not_read_costs_little_memory(start_generator: Any) -> None:
     """Its finished rollouts stay below the limit, and others are served meanwhile."""
     generator = start_generator("--engine=fake", "--max-unread-rollouts=300")
@@ -134,7 +194,7 @@ def test_waves_are_parts_of_one_group(start_generator: Any, model_folder: Path) 
     with RolloutClient(generator.addresses["listen"]) as client:
         whole = client.generate(prompts, [12, 5, 40], max_tokens=6, seed=8)
         with client.session(max_tokens=6, seed=8, request_id="step-8") as session:
-            session.add([4, 0, 9], prompts)
+            session.add([4, 0, 9], prompts, expected_tokens=[6, 0, 2], prompt_ids=["a", "b", "c"])
             first = session.collect()
             assert [len(group) for group in first] == [4, 0, 9]
             session.add([8, 5], prompt_indices=[0, 1])

@@ -36,7 +36,8 @@ def learning_run(
         speed: of learning.
     """
     random = np.random.default_rng(seed)
-    skill = random.normal(-0.5, 2.5, prompts)
+    # Many that never succeed and many that always do.
+    skill = random.normal(-1.5, 3.5, prompts)
     order = np.zeros(0, np.int64)
     for step in range(steps):
         if order.size < batch:

@@ -68,10 +68,12 @@ def timeseries(
             "spanNulls": False,
             "stacking": {"mode": stacked, "group": "A"},
             "axisSoftMin": 0,
+            # An axis of nothing but zeroes would reach to 100.
+            "axisSoftMax": 0.01 if unit in ("percentunit", "s") else 1,
         },
     }
     if minimum is None:
-        del defaults["custom"]["axisSoftMin"]
+        del defaults["custom"]["axisSoftMin"], defaults["custom"]["axisSoftMax"]
     else:
         defaults["min"] = minimum
     if maximum is not None:
@@ -106,7 +108,7 @@ def stat(
     unit: str,
     expression: str,
     *,
-    width: int = 3,
+    width: int = 6,
     thresholds: Sequence[tuple[float | None, str]] = ((None, "text"),),
     decimals: int | None = None,
     mappings: Sequence[Json] = (),
@@ -133,7 +135,7 @@ def stat(
         defaults["decimals"] = decimals
     queries = [query(expression, title, instant=True)]
     return {
-        **_panel("stat", title, description, queries, width, 4),
+        **_panel("stat", title, description, queries, width, 3),
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": {
             "colorMode": "value",

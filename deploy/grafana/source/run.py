@@ -44,11 +44,12 @@ def _uniform_effective(kind: str, over: str) -> str:
     return _ratio(f"predicted_uniform_effective_{kind}_total", f"predicted_{kind}_total", over)
 
 
-def _saved(over: str) -> str:
+def _saved(got: str, uniform: str, generated: str) -> str:
+    """Return the rollouts that uniform groups would have taken for as much, less those made."""
+    over = "$window"
     return (
-        f"{_sum('effective_groups_total', over)} * {_sum('predicted_rollouts_total', over)}"
-        f" / {_sum('predicted_uniform_effective_groups_total', over)}"
-        f" - {_sum('reported_rollouts_total', over)}"
+        f"{_sum(got, over)} * {_sum('predicted_rollouts_total', over)} / {_sum(uniform, over)}"
+        f" - {_sum(generated, over)}"
     )
 
 
@@ -109,12 +110,10 @@ _TODAY = [
         thresholds=((None, PLAIN), (1.02, GOOD)),
     ),
     stat(
-        "Rollouts saved",
-        """Rollouts that uniform groups would have taken for as many effective groups, less those
-        that came. Effective groups are counted, those of uniform are predicted. Below 0 where
-        the objective gave effective groups away for better ones.""",
+        "Rollouts",
+        "Rollouts that came, over the time shown.",
         "short",
-        _saved("$__range"),
+        _sum("reported_rollouts_total", "$__range"),
     ),
     stat(
         "Step",
@@ -310,11 +309,40 @@ _ARRIVED = [
     ),
     timeseries(
         "Rollouts saved in the window",
-        """Rollouts that uniform groups would have taken for as many effective groups, less those
-        that came.""",
+        """Rollouts that uniform groups would have taken for as much, less those that were
+        generated: as many effective groups, as many rollouts in such groups (both counted,
+        uniform's predicted), or as much expected value. The default objective gives up groups
+        of easy prompts for groups of hard ones, so that the first may be below 0. See
+        METRICS.md.""",
         "short",
-        [query(_saved("$window"), "saved")],
-        colours={"saved": "green"},
+        [
+            query(
+                _saved(
+                    "effective_groups_total",
+                    "predicted_uniform_effective_groups_total",
+                    "reported_rollouts_total",
+                ),
+                "by groups",
+            ),
+            query(
+                _saved(
+                    "effective_rollouts_total",
+                    "predicted_uniform_effective_rollouts_total",
+                    "reported_rollouts_total",
+                ),
+                "by rollouts",
+            ),
+            query(
+                _saved(
+                    "predicted_value_total",
+                    "predicted_uniform_value_total",
+                    "predicted_rollouts_total",
+                ),
+                "by value, predicted",
+            ),
+        ],
+        colours={"by groups": "purple", "by rollouts": "blue", "by value, predicted": "green"},
+        dashed=("by value, predicted",),
         minimum=None,
     ),
     timeseries(

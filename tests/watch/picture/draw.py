@@ -86,8 +86,6 @@ def main() -> None:
         subprocess.run(
             ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=HERE, check=True
         )
-    if not (HERE / "dist").exists():
-        subprocess.run(["npm", "run", "build"], cwd=HERE, check=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         blocks = folder / "prometheus/data"

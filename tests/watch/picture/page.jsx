@@ -1,9 +1,9 @@
 // Draws a committed dashboard from a live Prometheus with the components of @grafana/ui.
 //
-// What is Grafana's: panels' frames, charts with their axes and legends, big numbers, tables,
-// units, colours, field settings and transformations. What is not: the grid, the head of the
-// page, the filling in of variables, and the heat map, whose component is no part of the
-// library and is drawn here cell by cell.
+// What is Grafana's: panels' frames, charts with their axes and legends, big numbers, units,
+// colours, field settings and transformations. What is not: the grid, the head of the page, the
+// filling in of variables, the cells of tables, and the heat map, whose component is no part of
+// the library.
 
 import {
   applyFieldOverrides,
@@ -26,7 +26,6 @@ import {
   BigValueGraphMode,
   BigValueTextMode,
   PanelChrome,
-  Table,
   TimeSeries,
 } from '@grafana/ui';
 import React from 'react';
@@ -57,14 +56,21 @@ standardFieldConfigEditorRegistry.setInit(() =>
   )
 );
 standardTransformersRegistry.setInit(() =>
-  Object.values(standardTransformers).map((transformation) => ({
-    id: transformation.id,
-    name: transformation.name,
-    transformation,
-    editor: () => null,
-  }))
+  // Some have an old name beside the new one.
+  [...new Map(Object.values(standardTransformers).map((each) => [each.id, each])).values()].map(
+    (transformation) => ({
+      id: transformation.id,
+      name: transformation.name,
+      transformation,
+      editor: () => null,
+    })
+  )
 );
-const custom = ['lineStyle'].map((id) => setting(`custom.${id}`, id));
+const CUSTOM = [
+  'axisSoftMax', 'axisSoftMin', 'drawStyle', 'fillOpacity', 'lineInterpolation', 'lineStyle',
+  'lineWidth', 'showPoints', 'spanNulls', 'stacking',
+];
+const custom = CUSTOM.map((id) => setting(`custom.${id}`, id));
 const registry = {
   getIfExists: (id) =>
     custom.find((each) => each.id === id) ?? standardFieldConfigEditorRegistry.getIfExists(id),
@@ -198,7 +204,7 @@ const BLUES = ['#ffffff', '#deebf7', '#c6dbef', '#9ecae1', '#6baed6', '#4292c6',
 
 function HeatMap({ data, width, height }) {
   const rows = data
-    .map((frame) => ({ bound: Number(frame.name), values: frame.fields[1].values }))
+    .map((frame) => ({ bound: Number(frame.name.replace('+Inf', 'Infinity')), values: frame.fields[1].values }))
     .sort((a, b) => a.bound - b.bound);
   const cells = rows.map((row, at) =>
     row.values.map((value, column) => Math.max((value ?? 0) - (at ? rows[at - 1].values[column] ?? 0 : 0), 0))
@@ -243,10 +249,34 @@ function HeatMap({ data, width, height }) {
 }
 
 function Rows({ data, width, height }) {
-  return data.length ? (
-    <Table data={data[0]} width={width} height={height} enablePagination={false} />
-  ) : (
-    <Nothing width={width} height={height} />
+  if (!data.length) {
+    return <Nothing width={width} height={height} />;
+  }
+  const fields = data[0].fields;
+  const cell = { padding: '1px 12px', textAlign: 'right', fontSize: 13 };
+  return (
+    <table style={{ width, fontVariantNumeric: 'tabular-nums', lineHeight: '18px' }}>
+      <thead>
+        <tr>
+          {fields.map((field) => (
+            <th key={field.name} style={{ ...cell, fontWeight: 500 }}>
+              {getFieldDisplayName(field, data[0], data)}
+            </th>
+          ))}
+        </tr>
+      </thead>
+      <tbody>
+        {[...Array(data[0].length).keys()].map((row) => (
+          <tr key={row}>
+            {fields.map((field) => (
+              <td key={field.name} style={cell}>
+                {formattedValueToString(field.display(field.values[row]))}
+              </td>
+            ))}
+          </tr>
+        ))}
+      </tbody>
+    </table>
   );
 }
 
