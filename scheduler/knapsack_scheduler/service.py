@@ -184,7 +184,8 @@ class SchedulerService:
     def _allocate(
         self, request: pb.AllocateRequest, ids: tuple[str, ...], run: LoadedRun, writing: Writing
     ) -> tuple[pb.Allocation, BudgetDivided | None]:
-        digest = wire.digest_of(request)
+        payload = wire.payload_of(request)
+        digest = wire.digest_of(payload)
         before = run.answered(writing, "allocate", request.request_id, digest)
         if before is not None:
             return pb.Allocation.FromString(before), None
@@ -219,7 +220,7 @@ class SchedulerService:
         name = wire.allocation_id(run.row.identity, run.row.branch, request.request_id)
         answer = wire.allocation_message(name, run.row.run_id, request.step, 1, decision, prior)
         writing.append(
-            _entry("allocate", request.request_id, request.step, digest, request, answer)
+            _entry("allocate", request.request_id, request.step, digest, payload, answer)
         )
         run.decided = AllocationMade(
             name,
@@ -252,7 +253,8 @@ class SchedulerService:
     def _extend(
         self, request: pb.ExtendRequest, run: LoadedRun, writing: Writing
     ) -> tuple[pb.Allocation, BudgetDivided | None]:
-        digest = wire.digest_of(request)
+        payload = wire.payload_of(request)
+        digest = wire.digest_of(payload)
         before = run.answered(writing, "extend", request.request_id, digest)
         if before is not None:
             return pb.Allocation.FromString(before), None
@@ -296,7 +298,7 @@ class SchedulerService:
             request.allocation_id, run.row.run_id, allocation.step, wave, decision, prior
         )
         writing.append(
-            _entry("extend", request.request_id, allocation.step, digest, request, answer)
+            _entry("extend", request.request_id, allocation.step, digest, payload, answer)
         )
         run.decided = AllocationExtended(
             request.allocation_id,
@@ -337,7 +339,8 @@ class SchedulerService:
     def _report(
         self, request: pb.ReportRequest, rewards: Rewards, run: LoadedRun, writing: Writing
     ) -> tuple[pb.ReportResponse, int, LoadedRun]:
-        digest = wire.digest_of(request)
+        payload = wire.payload_of(request)
+        digest = wire.digest_of(payload)
         before = run.answered(writing, "report", request.report_id, digest)
         if before is not None:
             return pb.ReportResponse.FromString(before), request.step, run
@@ -363,7 +366,7 @@ class SchedulerService:
                 )
             answer = pb.ReportResponse(accepted_rollouts=count)
             step = request.step
-        writing.append(_entry("report", request.report_id, step, digest, request, answer))
+        writing.append(_entry("report", request.report_id, step, digest, payload, answer))
         run.decided = OutcomesReported(
             request.allocation_id,
             step,
@@ -390,7 +393,8 @@ class SchedulerService:
     def _rewind(
         self, request: pb.RewindRunRequest, run: LoadedRun, writing: Writing
     ) -> tuple[pb.Run, LoadedRun | None]:
-        digest = wire.digest_of(request)
+        payload = wire.payload_of(request)
+        digest = wire.digest_of(payload)
         if request.request_id:
             before = run.answered(writing, "rewind", request.request_id, digest)
             if before is not None:
@@ -400,7 +404,7 @@ class SchedulerService:
         answer.rewinds += 1
         # Without an id of its own a rewind is named for its place in the journal.
         key = request.request_id or f"\x01{writing.run.last_seq + 1}"
-        writing.append(_entry("rewind", key, request.step, digest, request, answer))
+        writing.append(_entry("rewind", key, request.step, digest, payload, answer))
         return answer, run
 
     async def list_prompt_stats(
@@ -446,7 +450,7 @@ class SchedulerService:
     def _import(
         self, stream: wire.ImportStream, payload: bytes, run: LoadedRun, writing: Writing
     ) -> pb.ImportOutcomesResponse:
-        digest = wire.digest_of_bytes(payload)
+        digest = wire.digest_of(payload)
         before = run.answered(writing, "import", stream.request_id, digest)
         if before is not None:
             return pb.ImportOutcomesResponse.FromString(before)
@@ -474,12 +478,8 @@ class SchedulerService:
         return answer
 
 
-def _entry(
-    kind: str, key: str, step: int, digest: bytes, request: Message, answer: Message
-) -> Entry:
-    return Entry(
-        0, kind, key, 0, step, digest, request.SerializeToString(), answer.SerializeToString()
-    )
+def _entry(kind: str, key: str, step: int, digest: bytes, payload: bytes, answer: Message) -> Entry:
+    return Entry(0, kind, key, 0, step, digest, payload, answer.SerializeToString())
 
 
 def _allocation(run: LoadedRun, name: str) -> OpenAllocation:
