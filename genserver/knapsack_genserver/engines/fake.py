@@ -54,6 +54,7 @@ class FakeEngine:
         self._version = weight_version
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting = 0
+        self._drawing = asyncio.Lock()
         self._closing = False
 
     async def start(self) -> None:
@@ -89,8 +90,10 @@ class FakeEngine:
         try:
             if self._hold is not None:
                 await self._hold.wait()
-            for completion in self._completions(group, version):
-                inbox.put([completion])
+            # A group at a turn of the event loop, so that others have theirs.
+            async with self._drawing:
+                await asyncio.sleep(0)
+                inbox.put(list(self._completions(group, version)))
         finally:
             self._waiting -= group.num_rollouts
 
