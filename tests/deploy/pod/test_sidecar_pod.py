@@ -122,7 +122,7 @@ def test_the_killed_sidecar_comes_back_with_its_state(story: Story) -> None:
 def test_the_training_never_stops(story: Story) -> None:
     """Each step of the trainer came, some with equal groups while the sidecar was away."""
     steps = [line["step"] for line in story.trainer_log if "step" in line]
-    assert steps == list(range(200))
+    assert steps == list(range(400))
 
 
 def test_the_sidecar_ends_last_and_drained(story: Story) -> None:
