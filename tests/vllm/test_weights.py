@@ -1,0 +1,240 @@
+"""Weights change whole or not at all, through every door, and are what their folder holds."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from knapsack_genserver.errors import FailedPrecondition
+
+from small_engines import all_of, group
+from vllm_http import Http
+from vllm_models import greedy, tiny_model
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+PROMPTS = [[1, 2, 3], [7], [5, 6, 5, 6, 5], list(range(20))]
+
+
+async def greedy_of(engine: Any) -> list[list[int]]:
+    """Return what the engine generates greedily."""
+    groups = [group(prompt, 1, temperature=0.0, max_tokens=40) for prompt in PROMPTS]
+    return [rollouts[0].token_ids for rollouts in await all_of(engine, *groups)]
+
+
+@pytest.fixture(scope="session")
+def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other weights of the same model."""
+    folder = tmp_path_factory.mktemp("weights") / "other"
+    tiny_model(seed=5).save_pretrained(folder)
+    return folder
+
+
+def changed(folder: Path, to: Path, change: Any) -> Path:
+    """Return a copy of a folder whose tensors were changed by a function."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    change(tensors)
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+async def test_greedy_tokens_are_those_of_hugging_face(engine, model_folder, other_folder) -> None:
+    """Before, on new weights, and back on the old ones."""
+    before = await greedy_of(engine)
+    assert before == greedy(model_folder, PROMPTS, 40)
+    loaded = await engine.load_weights(other_folder, 3)
+    assert loaded.version == 3
+    assert loaded.paused_seconds > 0
+    after = await greedy_of(engine)
+    assert after == greedy(other_folder, PROMPTS, 40)
+    assert after != before
+    again = await engine.load_weights(model_folder, 4)
+    assert again.fingerprint != loaded.fingerprint
+    assert (await engine.load_weights(other_folder, 5)).fingerprint == loaded.fingerprint
+    await engine.load_weights(model_folder, 6)
+    assert await greedy_of(engine) == before
+
+
+async def test_a_folder_that_cannot_be_served_changes_nothing(
+    engine, model_folder, other_folder, tmp_path
+) -> None:
+    """The message says what is wrong with it; the old tokens come, under the old version."""
+    before = await greedy_of(engine)
+
+    def drop(tensors: dict[str, Any]) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+
+    def add(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(1)
+
+    def reshape(tensors: dict[str, Any]) -> None:
+        tensors["lm_head.weight"] = torch.zeros(23, 63)
+
+    def spoil(tensors: dict[str, Any]) -> None:
+        tensors["model.norm.weight"][3] = torch.nan
+
+    bad = {
+        "up_proj.*missing": changed(other_folder, tmp_path / "drop", drop),
+        "layers.2.*no tensor of that name": changed(other_folder, tmp_path / "add", add),
+        r"lm_head.*\(23, 63\).*\(23, 64\)": changed(other_folder, tmp_path / "reshape", reshape),
+        "norm.*not finite": changed(other_folder, tmp_path / "spoil", spoil),
+        "not a folder": tmp_path / "none",
+        "no .*safetensors": tmp_path,
+    }
+    truncated = shutil.copytree(other_folder, tmp_path / "truncated") / "model.safetensors"
+    truncated.write_bytes(truncated.read_bytes()[:-1000])
+    bad["cannot be read"] = truncated.parent
+    for reason, folder in bad.items():
+        with pytest.raises(FailedPrecondition, match=f"(?s){reason}.*the old weights serve on"):
+            await engine.load_weights(folder, 9)
+        assert await greedy_of(engine) == before
+        assert engine.status().weight_version == 0
+
+
+async def test_weights_that_fail_while_they_are_taken_are_put_back(
+    engine, other_folder, tmp_path
+) -> None:
+    """Even where the model has been changed already, and the old folder is gone."""
+    old = shutil.copytree(other_folder, tmp_path / "old")
+    await engine.load_weights(old, 1)
+    before = await greedy_of(engine)
+    shutil.rmtree(old)
+
+    # Tied in the folder, not in the model: found out only when it computes.
+    folder = tmp_path / "new"
+    tiny_model(seed=6).save_pretrained(folder)
+    await engine.llm._workers("knapsack_check_weights", str(folder))
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+
+    async def check_then_overwrite(method: str, *args: Any) -> Any:
+        answer = await workers(method, *args)
+        if method == "knapsack_check_weights":
+            path.write_bytes(whole[:-8] + bytes(8))
+        return answer
+
+    workers = engine.llm._workers
+    engine.llm._workers = check_then_overwrite
+    try:
+        with pytest.raises(FailedPrecondition, match=r"written to.*the old weights serve on"):
+            await engine.load_weights(folder, 2)
+    finally:
+        del engine.llm._workers
+    assert await greedy_of(engine) == before
+    assert engine.status().weight_version == 1
+
+
+async def test_rollouts_in_flight_go_on_with_the_new_weights(engine, other_folder) -> None:
+    """Each says which tokens are whose, and the new ones are what the new weights say."""
+    prompt = [4, 4, 2]
+    long = group(prompt, 8, seed=3, max_tokens=240, stop_token_ids=())
+    stream = engine.generate(group(prompt, 60, seed=1, max_tokens=200))
+    await anext(aiter(stream))
+    loaded = await engine.load_weights(other_folder, 1)
+    rest = [c async for c in stream]
+    (after,) = await all_of(engine, long)
+    assert loaded.version == 1
+    assert all(not c.error for c in rest)
+    for c in rest:
+        spans = [(s.version, s.start, s.end) for s in c.weights]
+        assert [s[1] for s in spans[1:]] == [s[2] for s in spans[:-1]]
+        assert (spans[0][1], spans[-1][2]) == (0, len(c.token_ids))
+        assert [s[0] for s in spans] in ([0], [0, 1], [1])
+    assert any(len(c.weights) == 2 for c in rest)
+    assert {s.version for c in after for s in c.weights} == {1}
+
+
+async def test_an_update_over_http_is_the_same_update(
+    engine, http: Http, model_folder, other_folder, tmp_path
+) -> None:
+    """Start, update and finish of vLLM's API; wrong folders and wrong orders are refused."""
+    before = await greedy_of(engine)
+    assert (await http.post("/update_weights", update_info={"path": str(other_folder)}))[0] == 409
+    assert (await http.post("/finish_weight_update"))[0] == 409
+    assert (await http.post("/init_weight_transfer_engine", init_info={}))[0] == 200
+    assert (await http.post("/pause?mode=keep"))[0] == 200
+    assert (await http.post("/start_weight_update"))[0] == 200
+    status, answer = await http.post("/update_weights", update_info={"path": str(tmp_path)})
+    assert (status, "holds no" in str(answer)) == (400, True)
+    assert (await http.post("/finish_weight_update"))[0] == 409
+    assert (await http.post("/start_weight_update"))[0] == 200
+    assert (await http.post("/update_weights", update_info={"path": str(other_folder)}))[0] == 200
+    assert (await http.post("/finish_weight_update", weight_version="step-7"))[0] == 200
+    assert (await http.get("/weight_info"))[1] == {"weight_version": "step-7"}
+    assert (await http.get("/is_paused"))[1] == {"is_paused": True}
+    assert (await http.post("/resume"))[0] == 200
+    assert engine.status().weight_version == 7
+    assert await greedy_of(engine) == greedy(other_folder, PROMPTS, 40) != before
+    # A reload of vLLM's own goes through the same gate, and is right.
+    answer = await http.post(
+        "/collective_rpc", method="reload_weights", kwargs={"weights_path": str(model_folder)}
+    )
+    assert answer[0] == 200
+    assert engine.status().weight_version == 8
+    assert await greedy_of(engine) == before
+
+
+async def test_nothing_is_generated_between_start_and_finish(
+    engine, http: Http, other_folder
+) -> None:
+    """What kills vLLM alone: a start, no finish, and a request. Here it waits."""
+    assert (await http.post("/start_weight_update"))[0] == 200
+    asked = asyncio.ensure_future(all_of(engine, group(num_rollouts=3)))
+    over_http = asyncio.ensure_future(
+        http.post("/v1/completions", model=http.model, prompt=[1, 2], max_tokens=3)
+    )
+    for refused in ("/resume", "/start_weight_update", "/sleep", "/pause?mode=wait"):
+        assert (await http.post(refused))[0] in (409, 500), refused
+    for method in ("start_weight_update", "update_weights", "reset_weights", "knapsack_x"):
+        assert (await http.post("/collective_rpc", method=method))[0] == 400
+    assert (await http.post("/collective_rpc", method="anything"))[0] == 409
+    with pytest.raises(FailedPrecondition, match="through vLLM's transfer API is under way"):
+        await engine.load_weights(other_folder, 1)
+    assert not asked.done()
+    assert not over_http.done()
+    assert (await http.post("/update_weights", update_info={"path": str(other_folder)}))[0] == 200
+    assert not asked.done()
+    assert (await http.post("/finish_weight_update", weight_version="2"))[0] == 200
+    (found,) = await asked
+    assert {s.version for c in found for s in c.weights} == {2}
+    assert (await over_http)[0] == 200
+
+
+async def test_an_update_that_is_left_alone_ends(engine, http: Http) -> None:
+    """The old weights serve those who waited."""
+    before = await greedy_of(engine)
+    assert (await http.post("/start_weight_update"))[0] == 200
+    # As long as the server's patience.
+    assert await asyncio.wait_for(greedy_of(engine), 60) == before
+    assert (await http.post("/finish_weight_update"))[0] == 409
+    assert engine.status().weight_version == 0
+
+
+async def test_weights_that_nobody_knows_are_not_served(engine, http: Http, model_folder) -> None:
+    """A failure half way, of which the old weights cannot be put back, refuses generation."""
+
+    async def lost(method: str, *args: Any) -> Any:
+        if method in ("knapsack_take_weights", "knapsack_restore_weights"):
+            raise RuntimeError("the disk is gone")
+        return await workers(method, *args)
+
+    workers = engine.llm._workers
+    engine.llm._workers = lost
+    try:
+        with pytest.raises(FailedPrecondition, match=r"no weights serve.*the disk is gone"):
+            await engine.load_weights(model_folder, 1)
+    finally:
+        del engine.llm._workers
+    with pytest.raises(Exception, match="no weights serve until an update succeeds"):
+        engine.generate(group())
+    status, answer = await http.post("/v1/completions", model=http.model, prompt=[1], max_tokens=2)
+    assert (status, "no weights serve" in str(answer)) == (503, True)
+    await engine.load_weights(model_folder, 2)
+    assert await greedy_of(engine) == greedy(model_folder, PROMPTS, 40)
