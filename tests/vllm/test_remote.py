@@ -28,6 +28,8 @@ from knapsack_genserver.server import Server
 from small_engines import all_of, group
 from vllm_models import greedy, tiny_model
 
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
 POOL = PoolOptions(piece_rollouts=8)
 
 
