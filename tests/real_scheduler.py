@@ -18,6 +18,7 @@ class SchedulerProcess:
         self._store = store
         self._process: subprocess.Popen[str] | None = None
         self.port = 0
+        self.admin = ""
         self.health_address = ""
 
     @property
@@ -51,6 +52,7 @@ class SchedulerProcess:
         serving = json.loads(line)
         self.port = int(serving["listen"].rsplit(":", 1)[1])
         self.health_address = serving["health"]
+        self.admin = serving["admin"]
 
     def kill(self) -> None:
         """Kill it with signal 9."""

@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.chunk_rollouts, options.max_unread_rollouts, options.max_unread_tokens
         ),
         seed=options.seed,
+        keepalive_seconds=options.keepalive_seconds,
         drain_seconds=options.drain_seconds,
         http_listen=_http_listen(options),
         rl_routes=_RL_ROUTES[options.rl_routes],
@@ -251,6 +252,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_limits(command.add_argument_group("limits, and how the engine is fed"), default)
     add("--seed", type=_count(0), help="of requests that name no seed; none draws one")
+    add(
+        "--keepalive-seconds",
+        type=float,
+        default=default.keepalive_seconds,
+        metavar="S",
+        help="after which a silent client is asked whether it is there; it has as long to answer",
+    )
     add(
         "--drain-seconds",
         type=float,

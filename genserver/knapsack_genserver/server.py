@@ -51,6 +51,8 @@ class ServerOptions:
         admission: how much is held at once.
         feeding: how the engine is fed.
         seed: of the seeds for requests without one; None draws one.
+        keepalive_seconds: after which a silent client is asked whether it is there, and
+            has as long again to answer.
         drain_seconds: how long calls under way may take to end after SIGTERM.
         http_listen: HOST:PORT of the engine's own HTTP API, where it has one; None for no
             such API.
@@ -67,6 +69,7 @@ class ServerOptions:
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     feeding: Feeding = field(default_factory=Feeding)
     seed: int | None = None
+    keepalive_seconds: float = 20.0
     drain_seconds: float = 30.0
     http_listen: str | None = None
     rl_routes: bool | None = None
@@ -144,14 +147,17 @@ class Server:
             feeding=options.feeding,
         )
         self._service = service
+        keepalive = round(1000 * options.keepalive_seconds)
         server = grpc.aio.server(
             options=[
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", _MESSAGE_BYTES),
                 ("grpc.max_send_message_length", _MESSAGE_BYTES),
                 # A client whose machine is gone says no goodbye; its work ends all the same.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.keepalive_time_ms", keepalive),
+                ("grpc.keepalive_timeout_ms", keepalive),
+                # Without it the answer to a ping is waited for a minute, whatever the above.
+                ("grpc.http2.ping_timeout_ms", keepalive),
                 # Clients ask whether we are there, also while nothing comes.
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.http2.max_pings_without_data", 0),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from knapsack_scheduler.core.calibration import Calibration
 from knapsack_scheduler.core.evidence import GroupOutcomes
 from knapsack_scheduler.core.problem import (
     BoolArray,
@@ -37,9 +38,8 @@ class Counted:
         groups: positions that had their first rollout.
         effective_groups: positions whose rewards became unequal.
         effective_rollouts: rollouts that came to lie in groups with unequal rewards.
-        judged_groups: groups whose rollouts have all come, of which a chance was predicted.
-        judged_effective_groups: those of them that are effective.
-        predicted_effective_groups: the sum of their chances.
+        judged: groups whose rollouts have all come, of which a chance was predicted; None
+            for none.
         completes: all rollouts of an allocation have now come.
     """
 
@@ -48,9 +48,7 @@ class Counted:
     groups: int = 0
     effective_groups: int = 0
     effective_rollouts: int = 0
-    judged_groups: int = 0
-    judged_effective_groups: int = 0
-    predicted_effective_groups: float = 0.0
+    judged: Calibration | None = None
     completes: bool = False
 
 

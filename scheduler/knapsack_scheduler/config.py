@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -24,6 +25,12 @@ from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.runconfig import RunConfig
 
 ENVIRONMENT = "KNAPSACK_SCHEDULER_"
+# What Kubernetes puts into every pod beside a Service named knapsack-scheduler, or
+# knapsack-scheduler-ANYTHING: an address each, and no setting.
+_SERVICE_LINK = re.compile(
+    ENVIRONMENT + r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?)"
+)
+_SERVICE_PORT = re.compile(r"(tcp|udp|sctp)://")
 _DEFAULT = RunConfig()
 
 
@@ -136,8 +143,10 @@ def load_settings(flags: dict[str, Any], file: Path | None) -> Settings:
 
 def _refuse_unknown(environment: Mapping[str, str]) -> None:
     """Raise ConfigError for a variable of ours that is no setting: a typing error is none."""
-    for name in environment:
+    for name, value in environment.items():
         key = name.removeprefix(ENVIRONMENT).lower()
+        if _SERVICE_LINK.fullmatch(name) or (name.endswith("PORT") and _SERVICE_PORT.match(value)):
+            continue
         if name.startswith(ENVIRONMENT) and key not in Settings.model_fields:
             near = get_close_matches(key, Settings.model_fields, 1)
             hint = f"; did you mean {ENVIRONMENT}{near[0].upper()}?" if near else ""

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from knapsack_scheduler.allocations import Counted
+from knapsack_scheduler.core.bands import BandArray
+from knapsack_scheduler.core.outlook import Outlook
 from knapsack_scheduler.core.problem import IntArray, Reasons
 
 
@@ -40,6 +42,8 @@ class CallHandled:
         call_id: request or report id; empty if it has none.
         message: why it was refused; empty if it was not.
         request_id: names the call in logs.
+        pending_reports: reports of the run that the caller says wait in its outbox; None
+            where it says nothing.
     """
 
     method: str
@@ -49,6 +53,7 @@ class CallHandled:
     call_id: str = ""
     message: str = ""
     request_id: str = ""
+    pending_reports: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,10 @@ class BudgetDivided:
         allocated: rollouts of this wave.
         unallocated: budget that the bounds could not hold.
         reasons: of the decision.
-        num_rollouts: of each position.
+        num_rollouts: of each position, int64[M].
+        bands: of each position's prompt, int8[M]; see ``core.bands``.
+        evidence_ages: steps since the newest outcome of each position's prompt that has one.
+        outlook: what the whole budget is expected to bring; None while waves are to come.
         seconds: that the solver took.
         end_time: when it was done, nanoseconds since 1970.
     """
@@ -76,20 +84,62 @@ class BudgetDivided:
     unallocated: int
     reasons: Reasons
     num_rollouts: IntArray
+    bands: BandArray
+    evidence_ages: IntArray
+    outlook: Outlook | None
     seconds: float
     end_time: int = 0
 
 
 @dataclass(frozen=True, slots=True)
+class Prompts:
+    """What is known of a run's prompts.
+
+    Attributes:
+        known: prompts with an outcome.
+        by_band: prompts in each band, in the order of ``core.bands.BANDS``; unseen ones are
+            those of allocations of which nothing was reported.
+    """
+
+    known: int
+    by_band: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunLoaded:
+    """A run was read from the store, before its first call."""
+
+    run_id: str
+    prompts: Prompts
+    step: int
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True)
 class OutcomesCounted:
-    """A report or an import was counted."""
+    """A report or an import was counted.
+
+    Attributes:
+        run_id: the run.
+        step: of the allocation, or the report's own; -1 for an import.
+        policy_version: that generated the rollouts.
+        counted: what it changed.
+        prompts: what is known of the run's prompts.
+        allocated: the rollouts belong to an allocation.
+        imported: they are of an earlier run.
+        step_lag: steps that the run had gone on when they came.
+        version_lag: newest policy version that the run has seen, less theirs.
+    """
 
     run_id: str
     step: int
     policy_version: int
     counted: Counted
-    known_prompts: int
+    prompts: Prompts
+    allocated: bool = True
     imported: bool = False
+    step_lag: int = 0
+    version_lag: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +148,7 @@ class RunRewound:
 
     run_id: str
     step: int
+    prompts: Prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +171,47 @@ class Committed:
     failed: bool
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotEnded:
+    """A snapshot was written, or could not be. Emitted in the thread that wrote it."""
+
+    failed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LoopLagged:
+    """The event loop came to a timer so many seconds later than it was due."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreMeasured:
+    """The store is a file, and was looked at.
+
+    Attributes:
+        bytes: of its files.
+        free_bytes: left on their disk for the scheduler.
+        disk_bytes: size of that disk.
+    """
+
+    bytes: int
+    free_bytes: int
+    disk_bytes: int
+
+
 Event = (
-    CallBegun | CallHandled | BudgetDivided | OutcomesCounted | RunRewound | RunRemoved | Committed
+    CallBegun
+    | CallHandled
+    | BudgetDivided
+    | OutcomesCounted
+    | RunLoaded
+    | RunRewound
+    | RunRemoved
+    | Committed
+    | SnapshotEnded
+    | LoopLagged
+    | StoreMeasured
 )
 Listener = Callable[[Event], None]
 

@@ -70,7 +70,7 @@ class LivePage:
                 step.gain = event.reasons.value / uniform if uniform > 0 else None
             case OutcomesCounted(imported=False):
                 run = self._run(event.run_id)
-                run.known_prompts = event.known_prompts
+                run.known_prompts = event.prompts.known
                 run.policy_version = max(run.policy_version, event.policy_version)
                 counted = event.counted
                 if counted.accepted:

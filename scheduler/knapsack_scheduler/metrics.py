@@ -2,181 +2,148 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from knapsack_scheduler.bulk_histogram import BulkHistogram
+from knapsack_scheduler.errors import SchedulerError
 from knapsack_scheduler.events import (
-    BudgetDivided,
+    CallBegun,
     CallHandled,
     Committed,
     Event,
-    OutcomesCounted,
-    RunRemoved,
-    RunRewound,
+    LoopLagged,
+    SnapshotEnded,
+    StoreMeasured,
 )
-
-MOST_RUNS = 100
-"""Runs with labels of their own; later ones share the label ``other``."""
+from knapsack_scheduler.runmetrics import RunMetrics
 
 _CALL_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-_SOLVE_SECONDS = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.5, 2.5)
-_GROUP_SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+_LAG_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+CODES = ("OK", "CANCELLED", *sorted({error.code for error in SchedulerError.__subclasses__()}))
+"""Codes that every method's calls are counted under from the start: an increase from nothing
+is none to Prometheus, and the first error is the one to be told of."""
 
 
 class Metrics:
-    """Listens to events and keeps the metrics of one registry."""
+    """Listens to events and keeps the metrics of one registry.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        run = ["run_id"]
+    Args:
+        registry: what they are registered in.
+        methods: names of the RPCs.
+    """
 
-        def counter(name: str, text: str, labels: list[str]) -> Counter:
-            return Counter(f"knapsack_scheduler_{name}", text, labels, registry=registry)
+    def __init__(self, registry: CollectorRegistry, methods: tuple[str, ...] = ()) -> None:
+        name = "knapsack_scheduler_{}".format
+        self.runs = RunMetrics(registry)
+        self.calls = Counter(
+            name("calls_total"), "Calls answered or refused.", ["method", "code"], registry=registry
+        )
+        self.call_seconds = Histogram(
+            name("call_seconds"),
+            "Time from a call to its answer.",
+            ["method"],
+            buckets=_CALL_SECONDS,
+            registry=registry,
+        )
+        self.in_progress = Gauge(
+            name("calls_in_progress"), "Calls under way.", ["method"], registry=registry
+        )
+        for method in methods:
+            self.call_seconds.labels(method)
+            self.in_progress.labels(method)
+            for code in CODES:
+                self.calls.labels(method, code)
+        self.commit_seconds = Histogram(
+            name("store_transaction_seconds"),
+            "Time of one transaction of the store.",
+            buckets=_CALL_SECONDS,
+            registry=registry,
+        )
+        self.commit_failures = Counter(
+            name("store_failures_total"),
+            "Transactions of the store that failed.",
+            registry=registry,
+        )
+        self.snapshots = Counter(
+            name("snapshots_total"), "Snapshots of runs.", ["result"], registry=registry
+        )
+        for result in ("written", "failed"):
+            self.snapshots.labels(result)
+        self._store_bytes: dict[str, Gauge] = {}
+        self._registry = registry
+        self.loop_lag = Histogram(
+            name("event_loop_lag_seconds"),
+            "How much later than it was due the event loop came to a timer, once a second.",
+            buckets=_LAG_SECONDS,
+            registry=registry,
+        )
 
-        def gauge(name: str, text: str, labels: list[str]) -> Gauge:
-            return Gauge(f"knapsack_scheduler_{name}", text, labels, registry=registry)
+    def describe(
+        self,
+        *,
+        version: str,
+        store: str,
+        ready: Callable[[], float],
+        used_bytes: Callable[[], float],
+        most_bytes: int,
+    ) -> None:
+        """Show what the server is, and what is asked for at every scrape.
 
-        def histogram(
-            name: str, text: str, labels: list[str], buckets: tuple[float, ...]
-        ) -> Histogram:
-            return Histogram(
-                f"knapsack_scheduler_{name}", text, labels, buckets=buckets, registry=registry
-            )
-
-        self.calls = counter("calls_total", "Calls answered or refused.", ["method", "code"])
-        self.call_seconds = histogram(
-            "call_seconds", "Time from a call to its answer.", ["method"], _CALL_SECONDS
+        Args:
+            version: of the program.
+            store: kind of the store.
+            ready: 1 while calls are served, else 0.
+            used_bytes: of requests and answers in memory.
+            most_bytes: that these may take.
+        """
+        name = "knapsack_scheduler_{}".format
+        info = Gauge(
+            name("build_info"),
+            "Always 1; its labels say what runs.",
+            ["version", "store"],
+            registry=self._registry,
         )
-        self.solve_seconds = histogram(
-            "solve_seconds", "Time to divide one budget.", run, _SOLVE_SECONDS
-        )
-        self.commit_seconds = histogram(
-            "store_transaction_seconds", "Time of one transaction of the store.", [], _CALL_SECONDS
-        )
-        self.commit_failures = counter(
-            "store_failures_total", "Transactions of the store that failed.", []
-        )
-        self.allocated = counter("allocated_rollouts_total", "Rollouts allocated.", run)
-        self.unallocated = counter(
-            "unallocated_rollouts_total", "Budget that the bounds could not hold.", run
-        )
-        self.reported = counter("reported_rollouts_total", "Rollouts reported and counted.", run)
-        self.ignored = counter(
-            "ignored_rollouts_total", "Rollouts reported of allocations that were rewound.", run
-        )
-        self.imported = counter("imported_rollouts_total", "Rollouts imported.", run)
-        self.groups = counter("reported_groups_total", "Groups with a rollout reported.", run)
-        self.effective_groups = counter(
-            "effective_groups_total", "Groups whose rewards are not all equal.", run
-        )
-        self.effective_rollouts = counter(
-            "effective_rollouts_total", "Rollouts in groups whose rewards are not all equal.", run
-        )
-        self.judged_groups = counter(
-            "judged_groups_total", "Groups of which a predicted chance was judged.", run
-        )
-        self.judged_effective = counter(
-            "judged_effective_groups_total", "Judged groups that came out effective.", run
-        )
-        self.judged_predicted = counter(
-            "judged_predicted_effective_groups_total",
-            "Sum of the predicted chances of the judged groups.",
-            run,
-        )
-        self.group_size = BulkHistogram(
-            "knapsack_scheduler_group_wave_rollouts",
-            "Rollouts given to a group in one wave.",
-            "run_id",
-            _GROUP_SIZES,
-            registry,
-        )
-        self.rewinds = counter("rewinds_total", "Rewinds.", run)
-        self.group_rate = gauge(
-            "predicted_effective_group_ratio",
-            "Expected share of groups that are effective, of the newest allocation.",
-            run,
-        )
-        self.rollout_rate = gauge(
-            "predicted_effective_rollout_ratio",
-            "Expected share of rollouts in effective groups, of the newest allocation.",
-            run,
-        )
-        self.value = gauge("predicted_value", "Expected objective of the newest allocation.", run)
-        self.uniform_value = gauge(
-            "predicted_uniform_value", "Expected objective of the same budget uniformly.", run
-        )
-        self.unseen = gauge(
-            "unseen_prompts", "Prompts without an outcome in the newest allocation.", run
-        )
-        self.known = gauge("known_prompts", "Prompts with an outcome.", run)
-        self.step = gauge("step", "Step of the newest allocation or report.", run)
-        self.policy_version = gauge("policy_version", "Policy version of the newest report.", run)
-        self._by_run = [
-            *(self.solve_seconds, self.allocated, self.unallocated, self.reported, self.ignored),
-            *(self.imported, self.groups, self.effective_groups, self.effective_rollouts),
-            *(self.judged_groups, self.judged_effective, self.judged_predicted),
-            *(self.rewinds, self.group_rate, self.rollout_rate, self.value),
-            *(self.uniform_value, self.unseen, self.known, self.step, self.policy_version),
-        ]
-        self._runs: set[str] = set()
-
-    def label(self, run_id: str) -> str:
-        """Return the run's label: its id, or ``other`` when there are too many."""
-        if run_id not in self._runs and len(self._runs) >= MOST_RUNS:
-            return "other"
-        self._runs.add(run_id)
-        return run_id
+        info.labels(version, store).set(1)
+        for gauge, text, value in (
+            ("ready", "1 while calls are served, 0 while it starts or drains.", ready),
+            ("inflight_bytes", "Bytes of requests and answers in memory.", used_bytes),
+            ("inflight_limit_bytes", "Bytes that these may take.", lambda: most_bytes),
+        ):
+            Gauge(name(gauge), text, registry=self._registry).set_function(value)
 
     def __call__(self, event: Event) -> None:
         """Count an event."""
         match event:
+            case CallBegun():
+                self.in_progress.labels(event.method).inc()
             case CallHandled():
+                self.in_progress.labels(event.method).dec()
                 self.calls.labels(event.method, event.code).inc()
                 self.call_seconds.labels(event.method).observe(event.seconds)
             case Committed():
                 self.commit_seconds.observe(event.seconds)
                 self.commit_failures.inc(int(event.failed))
-            case BudgetDivided():
-                self._divided(event, self.label(event.run_id))
-            case OutcomesCounted():
-                self._counted(event, self.label(event.run_id))
-            case RunRewound():
-                self.rewinds.labels(self.label(event.run_id)).inc()
-            case RunRemoved():
-                self._forget(event.run_id)
+            case SnapshotEnded():
+                self.snapshots.labels("failed" if event.failed else "written").inc()
+            case LoopLagged():
+                self.loop_lag.observe(event.seconds)
+            case StoreMeasured():
+                self._measured("store_bytes", "Bytes of the store's files.", event.bytes)
+                self._measured(
+                    "store_free_bytes", "Bytes free on the disk of the store.", event.free_bytes
+                )
+                self._measured(
+                    "store_disk_bytes", "Size of the disk of the store.", event.disk_bytes
+                )
+        self.runs(event)
 
-    def _divided(self, event: BudgetDivided, run: str) -> None:
-        reasons = event.reasons
-        self.solve_seconds.labels(run).observe(event.seconds)
-        self.allocated.labels(run).inc(event.allocated)
-        self.unallocated.labels(run).inc(max(event.unallocated, 0))
-        self.group_size.observe(run, event.num_rollouts)
-        self.group_rate.labels(run).set(reasons.effective_group_rate)
-        self.rollout_rate.labels(run).set(reasons.effective_rollout_rate)
-        self.value.labels(run).set(reasons.value)
-        self.uniform_value.labels(run).set(reasons.uniform_value)
-        self.unseen.labels(run).set(reasons.unseen_prompts)
-        self.step.labels(run).set(event.step)
-
-    def _counted(self, event: OutcomesCounted, run: str) -> None:
-        counted = event.counted
-        self.known.labels(run).set(event.known_prompts)
-        if event.imported:
-            self.imported.labels(run).inc(counted.accepted)
-            return
-        self.reported.labels(run).inc(counted.accepted)
-        self.ignored.labels(run).inc(counted.ignored)
-        self.groups.labels(run).inc(counted.groups)
-        self.effective_groups.labels(run).inc(counted.effective_groups)
-        self.effective_rollouts.labels(run).inc(counted.effective_rollouts)
-        self.judged_groups.labels(run).inc(counted.judged_groups)
-        self.judged_effective.labels(run).inc(counted.judged_effective_groups)
-        self.judged_predicted.labels(run).inc(counted.predicted_effective_groups)
-        if counted.accepted:
-            self.policy_version.labels(run).set(event.policy_version)
-
-    def _forget(self, run_id: str) -> None:
-        if run_id in self._runs:
-            self._runs.discard(run_id)
-            for metric in self._by_run:
-                metric.remove_by_labels({"run_id": run_id})
-            self.group_size.remove(run_id)
+    def _measured(self, name: str, text: str, value: int) -> None:
+        # Only a store that is a file has them; 0 for another would be a full disk.
+        gauge = self._store_bytes.get(name)
+        if gauge is None:
+            gauge = self._store_bytes[name] = Gauge(
+                f"knapsack_scheduler_{name}", text, registry=self._registry
+            )
+        gauge.set(value)

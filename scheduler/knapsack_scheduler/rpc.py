@@ -36,7 +36,9 @@ _LOG = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["BudgetScheduler"]
 REQUEST_ID_KEY = "x-request-id"
+PENDING_REPORTS_KEY = "x-knapsack-pending-reports"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_PENDING_REPORTS = re.compile(r"[0-9]{1,9}")
 _PROMPT_BYTES = 4 * 1024 + 80
 _RUN_BYTES = 2048
 _IMPORT_FACTOR = 3
@@ -79,6 +81,11 @@ class SchedulerServicer:
             handlers[method.name] = as_stream(self._handler(method.name))
         generic = grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
         server.add_generic_rpc_handlers((generic,))
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of requests and answers in memory, or kept free for them; no imports."""
+        return self._calls.used
 
     async def settled(self) -> None:
         """Wait for work whose callers have gone."""
@@ -303,6 +310,11 @@ class _Call:
         await self.context.abort(grpc.StatusCode[self.code], message, trailer)
         raise AssertionError("unreachable: abort raises")
 
+    def _pending_reports(self) -> int | None:
+        """Return what the caller says of its outbox; what is no number is nothing."""
+        said = str(self._metadata.get(PENDING_REPORTS_KEY, ""))
+        return int(said) if _PENDING_REPORTS.fullmatch(said) else None
+
     def handled(self) -> None:
         """Tell how it ended."""
         self._events.emit(
@@ -313,6 +325,7 @@ class _Call:
                 *self._about,
                 self.message,
                 self._id,
+                self._pending_reports(),
             )
         )
 

@@ -74,7 +74,7 @@ class Runs:
         self._turns: dict[str, _Turn] = {}
         self._preparing: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="runs")
-        self._snapshots = Snapshotter(journal, retention)
+        self._snapshots = Snapshotter(journal, retention, events)
 
     def close(self) -> None:
         """Wait for what is under way; a snapshot is given up."""
@@ -173,13 +173,14 @@ class Runs:
                 asyncio.ensure_future(self.in_thread(lambda: self._delete(run_id)))
             )
 
-    async def preload(self, count: int) -> None:
-        """Load the runs that were written to last, so that their next call does not wait.
+    async def preload(self, count: int) -> list[LoadedRun]:
+        """Load and return the runs that were written to last: their next call does not wait.
 
         One that cannot be loaded is logged, and refused when it is asked for.
         """
 
-        def load() -> None:
+        def load() -> list[LoadedRun]:
+            loaded = []
             rows = self._journal.list_runs("", 10**9)
             for row in sorted(rows, key=lambda row: -row.update_time)[:count]:
                 start = time.perf_counter()
@@ -196,8 +197,10 @@ class Runs:
                     time.perf_counter() - start,
                 )
                 self._keep(row.run_id, run)
+                loaded.append(run)
+            return loaded
 
-        await self.in_thread(load)
+        return await self.in_thread(load)
 
     @asynccontextmanager
     async def _turn(self, run_id: str) -> AsyncIterator[None]:

@@ -6,6 +6,8 @@ import asyncio
 import json
 import signal
 import sys
+from contextlib import suppress
+from importlib.metadata import version
 
 import grpc
 import grpc.aio
@@ -13,7 +15,13 @@ from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import GC_COLLECTOR, PLATFORM_COLLECTOR, PROCESS_COLLECTOR, CollectorRegistry
+from prometheus_client import (
+    GC_COLLECTOR,
+    PLATFORM_COLLECTOR,
+    PROCESS_COLLECTOR,
+    CollectorRegistry,
+    disable_created_metrics,
+)
 
 from knapsack_scheduler.admin import admin_app
 from knapsack_scheduler.config import Settings, default_config, host_and_port
@@ -21,6 +29,7 @@ from knapsack_scheduler.errors import ConfigError
 from knapsack_scheduler.events import Events
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.store import sqlite_file
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.livepage import LivePage
 from knapsack_scheduler.logs import log_event
@@ -29,6 +38,7 @@ from knapsack_scheduler.rpc import SERVICE, SchedulerServicer
 from knapsack_scheduler.security import TokenGuard, server_credentials, warn_of_readable
 from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
 from knapsack_scheduler.tracing import Tracing
+from knapsack_scheduler.watching import watch
 
 READINESS = ""
 LIVENESS = "liveness"
@@ -76,6 +86,7 @@ class Server:
         self._api: grpc.aio.Server | None = None
         self._probes: grpc.aio.Server | None = None
         self._admin: web.AppRunner | None = None
+        self._watch: asyncio.Task[None] | None = None
         self.addresses: dict[str, str] = {}
 
     async def start(self) -> None:
@@ -144,7 +155,17 @@ class Server:
         for collector in (PROCESS_COLLECTOR, PLATFORM_COLLECTOR, GC_COLLECTOR):
             registry.register(collector)
         page = LivePage()
-        for listener in (Metrics(registry), page, log_event):
+        # The times at which series began: half as many series again, for nothing.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        metrics = Metrics(registry, tuple(method.name for method in SERVICE.methods))
+        metrics.describe(
+            version=version("knapsack-rl"),
+            store=self._settings.store.partition(":")[0].partition("+")[0],
+            ready=lambda: self._serving,
+            used_bytes=lambda: self._servicer.used_bytes if self._servicer else 0,
+            most_bytes=self._limits.inflight_bytes,
+        )
+        for listener in (metrics, page, log_event):
             self._events.listen(listener)
         if self._settings.tracing:
             self._tracing = Tracing.exporting()
@@ -160,6 +181,7 @@ class Server:
                 f"admin_listen = {self._settings.admin_listen!r}: cannot be bound: {error.strerror}"
             ) from None
         self.addresses["admin"] = f"{host}:{runner.addresses[0][1]}"
+        self._watch = asyncio.create_task(watch(self._events, sqlite_file(self._settings.store)))
 
     async def _set_ready(self, ready: bool) -> None:
         self._serving = ready
@@ -176,6 +198,10 @@ class Server:
         if self._service:
             await asyncio.to_thread(self._service.close)
         await asyncio.to_thread(self._journal.close)
+        if self._watch:
+            self._watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watch
         if self._probes:
             await self._probes.stop(0)
         if self._admin:

@@ -19,8 +19,16 @@ from google.protobuf.message import Message
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import pages, validation, wire
 from knapsack_scheduler.allocations import OpenAllocation
-from knapsack_scheduler.core.policy import plan_allocation, plan_extension
-from knapsack_scheduler.core.problem import Budget, Decision, InfeasibleBudget
+from knapsack_scheduler.core.outlook import outlook
+from knapsack_scheduler.core.policy import begun_groups, plan_allocation, plan_extension
+from knapsack_scheduler.core.problem import (
+    Beliefs,
+    Bounds,
+    Budget,
+    Decision,
+    InfeasibleBudget,
+    IntArray,
+)
 from knapsack_scheduler.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -32,6 +40,8 @@ from knapsack_scheduler.events import (
     BudgetDivided,
     Events,
     OutcomesCounted,
+    Prompts,
+    RunLoaded,
     RunRemoved,
     RunRewound,
 )
@@ -89,7 +99,11 @@ class SchedulerService:
 
     async def preload(self, count: int) -> None:
         """Load the runs that were written to last, before the first call comes."""
-        await self._runs.preload(count)
+        for run in await self._runs.preload(count):
+            state = run.state
+            self.events.emit(
+                RunLoaded(run.row.run_id, _prompts(run), state.last_step, state.last_policy_version)
+            )
 
     def close(self) -> None:
         """Wait for calls under way; the journal is closed by whoever opened it."""
@@ -170,7 +184,8 @@ class SchedulerService:
     def _allocate(
         self, request: pb.AllocateRequest, ids: tuple[str, ...], run: LoadedRun, writing: Writing
     ) -> tuple[pb.Allocation, BudgetDivided | None]:
-        digest = wire.digest_of(request)
+        payload = wire.payload_of(request)
+        digest = wire.digest_of(payload)
         before = run.answered(writing, "allocate", request.request_id, digest)
         if before is not None:
             return pb.Allocation.FromString(before), None
@@ -198,11 +213,14 @@ class SchedulerService:
         except InfeasibleBudget as error:
             raise InvalidArgument(error.field, error.value, error.allowed) from None
         seconds = time.perf_counter() - start
-        divided = _divided(run, request.step, 1, decision, seconds)
+        rows = state.rows_of(ids)
+        divided = _divided(
+            run, request.step, 1, rows, np.zeros_like(rows), beliefs, bounds, decision, seconds
+        )
         name = wire.allocation_id(run.row.identity, run.row.branch, request.request_id)
         answer = wire.allocation_message(name, run.row.run_id, request.step, 1, decision, prior)
         writing.append(
-            _entry("allocate", request.request_id, request.step, digest, request, answer)
+            _entry("allocate", request.request_id, request.step, digest, payload, answer)
         )
         run.decided = AllocationMade(
             name,
@@ -235,7 +253,8 @@ class SchedulerService:
     def _extend(
         self, request: pb.ExtendRequest, run: LoadedRun, writing: Writing
     ) -> tuple[pb.Allocation, BudgetDivided | None]:
-        digest = wire.digest_of(request)
+        payload = wire.payload_of(request)
+        digest = wire.digest_of(payload)
         before = run.answered(writing, "extend", request.request_id, digest)
         if before is not None:
             return pb.Allocation.FromString(before), None
@@ -252,23 +271,34 @@ class SchedulerService:
         budget = allocation.budget
         tokens = budget.total_tokens if beliefs.expected_tokens.any() else 0
         start = time.perf_counter()
+        outcomes = allocation.outcomes(state.reward_levels)
         decision = plan_extension(
             state.config.policy,
             state.config.objective,
             beliefs,
             allocation.bounds,
             Budget(budget.total_rollouts, tokens, request.wave_fraction, True),
-            allocation.outcomes(state.reward_levels),
+            outcomes,
             request.keep_outstanding,
         )
         seconds = time.perf_counter() - start
         wave = allocation.wave + 1
-        divided = _divided(run, allocation.step, wave, decision, seconds)
+        divided = _divided(
+            run,
+            allocation.step,
+            wave,
+            allocation.rows.astype(np.int64),
+            begun_groups(outcomes, request.keep_outstanding).size,
+            beliefs,
+            allocation.bounds,
+            decision,
+            seconds,
+        )
         answer = wire.allocation_message(
             request.allocation_id, run.row.run_id, allocation.step, wave, decision, prior
         )
         writing.append(
-            _entry("extend", request.request_id, allocation.step, digest, request, answer)
+            _entry("extend", request.request_id, allocation.step, digest, payload, answer)
         )
         run.decided = AllocationExtended(
             request.allocation_id,
@@ -294,7 +324,14 @@ class SchedulerService:
         if counted.accepted or counted.ignored:
             self.events.emit(
                 OutcomesCounted(
-                    request.run_id, step, request.policy_version, counted, known.state.known_prompts
+                    request.run_id,
+                    step,
+                    request.policy_version,
+                    counted,
+                    _prompts(known),
+                    allocated=bool(request.allocation_id),
+                    step_lag=max(known.state.last_step - step, 0),
+                    version_lag=max(known.state.last_policy_version - request.policy_version, 0),
                 )
             )
         return answer
@@ -302,7 +339,8 @@ class SchedulerService:
     def _report(
         self, request: pb.ReportRequest, rewards: Rewards, run: LoadedRun, writing: Writing
     ) -> tuple[pb.ReportResponse, int, LoadedRun]:
-        digest = wire.digest_of(request)
+        payload = wire.payload_of(request)
+        digest = wire.digest_of(payload)
         before = run.answered(writing, "report", request.report_id, digest)
         if before is not None:
             return pb.ReportResponse.FromString(before), request.step, run
@@ -328,7 +366,7 @@ class SchedulerService:
                 )
             answer = pb.ReportResponse(accepted_rollouts=count)
             step = request.step
-        writing.append(_entry("report", request.report_id, step, digest, request, answer))
+        writing.append(_entry("report", request.report_id, step, digest, payload, answer))
         run.decided = OutcomesReported(
             request.allocation_id,
             step,
@@ -345,28 +383,29 @@ class SchedulerService:
         validation.within("step", request.step, -1, self._limits.step)
         if request.request_id:
             validation.name("request_id", request.request_id)
-        (answer, done), _ = await self._runs.alone(
+        (answer, rewound), _ = await self._runs.alone(
             request.run_id, lambda run, writing: self._rewind(request, run, writing)
         )
-        if done:
-            self.events.emit(RunRewound(request.run_id, request.step))
+        if rewound:
+            self.events.emit(RunRewound(request.run_id, request.step, _prompts(rewound)))
         return answer
 
     def _rewind(
         self, request: pb.RewindRunRequest, run: LoadedRun, writing: Writing
-    ) -> tuple[pb.Run, bool]:
-        digest = wire.digest_of(request)
+    ) -> tuple[pb.Run, LoadedRun | None]:
+        payload = wire.payload_of(request)
+        digest = wire.digest_of(payload)
         if request.request_id:
             before = run.answered(writing, "rewind", request.request_id, digest)
             if before is not None:
-                return pb.Run.FromString(before), False
+                return pb.Run.FromString(before), None
         run.become(LoadedRun.load(writing, rewound_to=request.step))
         answer = wire.run_message(run.row, run.state)
         answer.rewinds += 1
         # Without an id of its own a rewind is named for its place in the journal.
         key = request.request_id or f"\x01{writing.run.last_seq + 1}"
-        writing.append(_entry("rewind", key, request.step, digest, request, answer))
-        return answer, True
+        writing.append(_entry("rewind", key, request.step, digest, payload, answer))
+        return answer, run
 
     async def list_prompt_stats(
         self, request: pb.ListPromptStatsRequest
@@ -404,16 +443,14 @@ class SchedulerService:
         )
         if counted.accepted:
             self.events.emit(
-                OutcomesCounted(
-                    stream.run_id, -1, 0, counted, run.state.known_prompts, imported=True
-                )
+                OutcomesCounted(stream.run_id, -1, 0, counted, _prompts(run), imported=True)
             )
         return answer
 
     def _import(
         self, stream: wire.ImportStream, payload: bytes, run: LoadedRun, writing: Writing
     ) -> pb.ImportOutcomesResponse:
-        digest = wire.digest_of_bytes(payload)
+        digest = wire.digest_of(payload)
         before = run.answered(writing, "import", stream.request_id, digest)
         if before is not None:
             return pb.ImportOutcomesResponse.FromString(before)
@@ -441,12 +478,8 @@ class SchedulerService:
         return answer
 
 
-def _entry(
-    kind: str, key: str, step: int, digest: bytes, request: Message, answer: Message
-) -> Entry:
-    return Entry(
-        0, kind, key, 0, step, digest, request.SerializeToString(), answer.SerializeToString()
-    )
+def _entry(kind: str, key: str, step: int, digest: bytes, payload: bytes, answer: Message) -> Entry:
+    return Entry(0, kind, key, 0, step, digest, payload, answer.SerializeToString())
 
 
 def _allocation(run: LoadedRun, name: str) -> OpenAllocation:
@@ -485,8 +518,17 @@ def _check_report(request: pb.ReportRequest, rewards: Rewards, allocation: OpenA
 
 
 def _divided(
-    run: LoadedRun, step: int, wave: int, decision: Decision, seconds: float
+    run: LoadedRun,
+    step: int,
+    wave: int,
+    rows: IntArray,
+    begun: IntArray,
+    beliefs: Beliefs,
+    bounds: Bounds,
+    decision: Decision,
+    seconds: float,
 ) -> BudgetDivided:
+    state = run.state
     return BudgetDivided(
         run.row.run_id,
         step,
@@ -496,9 +538,16 @@ def _divided(
         decision.unallocated,
         decision.reasons,
         decision.num_rollouts,
+        state.bands(rows),
+        state.evidence_ages(rows, step),
+        outlook(state.config.objective, beliefs, bounds, begun, decision),
         seconds,
         time.time_ns(),
     )
+
+
+def _prompts(run: LoadedRun) -> Prompts:
+    return Prompts(run.state.known_prompts, tuple(run.state.population.tolist()))
 
 
 def _stats_page(run: LoadedRun, after: str, size: int) -> pb.ListPromptStatsResponse:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from knapsack_scheduler.errors import RunNotFound, SchedulerError
+from knapsack_scheduler.events import Events, SnapshotEnded
 from knapsack_scheduler.journal.columns import Columns, ColumnsDamaged
 from knapsack_scheduler.journal.compaction import Retention, compact
 from knapsack_scheduler.journal.journal import Journal
@@ -28,9 +29,10 @@ _BYTES_PER_CALL = 2**16
 class Snapshotter:
     """One thread that writes one snapshot at a time and compacts the journal behind it."""
 
-    def __init__(self, journal: Journal, retention: Retention) -> None:
+    def __init__(self, journal: Journal, retention: Retention, events: Events) -> None:
         self._journal = journal
         self._retention = retention
+        self._events = events
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
         self._busy = threading.Lock()
         self._closing = threading.Event()
@@ -89,11 +91,18 @@ class Snapshotter:
                 time.perf_counter() - start,
                 (plan.floor.seq if plan.floor else row.floor_seq) + 1,
             )
+            self._events.emit(SnapshotEnded(failed=False))
         except (Abandoned, RunNotFound):
             pass
-        except (SchedulerError, ColumnsDamaged) as error:
-            _LOG.warning("run %r: no snapshot at entry %d: %s", row.run_id, seq, error)
-        except Exception:
-            _LOG.exception("run %r: no snapshot at entry %d", row.run_id, seq)
+        except Exception as error:
+            known = isinstance(error, SchedulerError | ColumnsDamaged)
+            _LOG.warning(
+                "run %r: no snapshot at entry %d: %s",
+                row.run_id,
+                seq,
+                error,
+                exc_info=None if known else error,
+            )
+            self._events.emit(SnapshotEnded(failed=True))
         finally:
             self._busy.release()

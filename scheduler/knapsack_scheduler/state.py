@@ -22,6 +22,7 @@ from knapsack_scheduler.allocations import (
     allocation_columns,
     allocations_of,
 )
+from knapsack_scheduler.core.bands import BANDS, BandArray, bands_of, population
 from knapsack_scheduler.core.calibration import Calibration
 from knapsack_scheduler.core.drift import PROMPTS as DRIFT_PROMPTS
 from knapsack_scheduler.core.drift import Drift
@@ -91,6 +92,8 @@ class RunState:
         self._rows: dict[str, int] = {}
         self._looked_up: tuple[tuple[str, ...], int, IntArray] = ((), 0, np.zeros(0, np.int64))
         self._visits = Visits()
+        self._bands: BandArray = np.zeros(0, np.int8)
+        self.population = np.zeros(len(BANDS), np.int64)
         self._visited = LastVisited(twice=False)
         self._revisited = LastVisited(twice=True)
         self._prior: Prior | None = Prior()
@@ -128,6 +131,17 @@ class RunState:
         rows = np.fromiter(found, np.int64, len(prompt_ids))
         self._looked_up = (prompt_ids, len(self.prompt_ids), rows)
         return rows.copy()
+
+    def bands(self, rows: IntArray) -> BandArray:
+        """Return the band of each position's prompt, see ``core.bands``; row -1 is unseen."""
+        # The last element, which -1 would name, may be anything.
+        return np.where(rows >= 0, self._bands[rows] if self._bands.size else 0, 0).astype(np.int8)
+
+    def evidence_ages(self, rows: IntArray, step: int) -> IntArray:
+        """Return the steps since each prompt's newest outcome; those without one are left out."""
+        newest = self._sums[_LAST_STEP, rows[rows >= 0]]
+        ages: IntArray = np.maximum(step - newest[newest >= 0], 0)
+        return ages
 
     def beliefs(self, prompt_ids: tuple[str, ...], step: int) -> tuple[Beliefs, Prior]:
         """Return what is believed of each position's prompt, and the run's prior.
@@ -210,7 +224,9 @@ class RunState:
             keys = np.zeros(capacity, np.uint64)
             keys[:first] = self._keys[:first]
             self._sums, self._keys = sums, keys
+            self._bands = np.concatenate([self._bands[:first], np.zeros(capacity - first, np.int8)])
         self._keys[first:size] = tie_keys(new)
+        self.population[0] += size - first
         return self.rows_of(prompt_ids)
 
     def _open(self, fact: AllocationMade) -> None:
@@ -272,14 +288,10 @@ class RunState:
         chance = allocation.chance[complete]
         effective = allocation.mixed[complete]
         rollouts = allocation.delivered[complete].astype(np.int64)
-        self.calibration = self.calibration.with_groups(chance, rollouts, effective)
+        judged = Calibration.of_groups(chance, rollouts, effective)
+        self.calibration = self.calibration.plus(judged)
         allocation.chance[complete] = np.nan
-        return replace(
-            counted,
-            judged_groups=int(chance.size),
-            judged_effective_groups=int(np.count_nonzero(effective)),
-            predicted_effective_groups=float(chance.sum(dtype=np.float64)),
-        )
+        return replace(counted, judged=judged)
 
     def _import(self, fact: OutcomesImported) -> Counted:
         accepted = 0
@@ -315,6 +327,7 @@ class RunState:
         self._visited.add(unique, self._visits)
         self._revisited.add(unique, self._visits)
         self._prior = self._drift = None
+        self._place(unique)
         sums = self._sums
         first = int(np.count_nonzero(sums[_ROLLOUTS, unique] == 0))
         if first:
@@ -335,6 +348,12 @@ class RunState:
             np.add.at(sums[_TOKEN_ROLLOUTS], of, 1)
             self._token_sum += int(rewards.tokens.sum())
             self._token_rollouts += int(rewards.tokens.size)
+
+    def _place(self, rows: IntArray) -> None:
+        """Put prompts that were visited into their bands; no row twice."""
+        bands = bands_of(self._visits, rows)
+        self.population += population(bands) - population(self._bands[rows])
+        self._bands[rows] = bands
 
     def _levelled(self, rewards: Rewards, rows: IntArray, unique: IntArray) -> IntArray | None:
         """Take in the levels of rewards; return rollouts by level of each of ``unique``."""
@@ -414,6 +433,9 @@ class RunState:
             state._visited.add(np.flatnonzero(state._visits.rollouts[:, 0]), state._visits)
         state._revisited = LastVisited.from_columns(_of_name("revisited", columns), twice=True)
         state._prior = state._drift = None
+        # Not stored: they are what the visits say.
+        state._bands = bands_of(state._visits, np.arange(len(state.prompt_ids)))
+        state.population = population(state._bands)
         state.allocations = allocations_of(columns)
         return state
 

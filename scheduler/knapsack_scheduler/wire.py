@@ -40,12 +40,12 @@ from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.state import PromptColumns, RunState
 
 
-def digest_of(request: Message) -> bytes:
-    """Return a hash that is equal for equal requests."""
-    return digest_of_bytes(request.SerializeToString(deterministic=True))
+def payload_of(request: Message) -> bytes:
+    """Return the bytes of a request as the journal stores them: equal for equal requests."""
+    return request.SerializeToString(deterministic=True)
 
 
-def digest_of_bytes(data: bytes) -> bytes:
+def digest_of(data: bytes) -> bytes:
     """Return the 16-byte hash that tells a repeated call from another."""
     return hashlib.blake2b(data, digest_size=16).digest()
 

@@ -65,7 +65,7 @@ def fill(url: str, revision: str) -> None:
             )
         )
         for seq, (kind, key, step, payload, answer) in enumerate(calls(), 1):
-            digest = wire.digest_of_bytes(payload)
+            digest = wire.digest_of(payload)
             connection.execute(
                 sa.insert(entries).values(
                     run_key=1, seq=seq, kind=kind, key=key, branch=0, step=step, digest=digest,

@@ -189,10 +189,10 @@ async def call(
                 for message in data:
                     yield message
 
-            async for answer in channel.stream_stream(path)(requests(), timeout=5):
+            async for answer in channel.stream_stream(path)(requests(), timeout=3):
                 answers.append(answer)
         elif method == "Generate":
-            async for answer in channel.unary_stream(path)(data[0], timeout=5):
+            async for answer in channel.unary_stream(path)(data[0], timeout=3):
                 answers.append(answer)
         else:
             answers.append(await channel.unary_unary(path)(data[0], timeout=60))
@@ -268,7 +268,7 @@ def test_mutated_requests_are_refused_rightly(
     start_generator: Any, model_folder: Any, engine: str
 ) -> None:
     """Nothing is INTERNAL or UNKNOWN, an OK answer is whole, and the server is idle after."""
-    flags = ["--engine=fake"] if engine == "fake" else [f"--model={model_folder}"]
+    flags = ["--engine=fake"] if engine == "fake" else [f"--model={model_folder}", "--threads=1"]
     generator = start_generator(*flags, "--max-call-rollouts=300", "--log-level=error")
     count = REQUESTS if engine == "fake" else REQUESTS // 10
     seen = asyncio.run(fuzz(generator.addresses["listen"], 1, count))

@@ -20,7 +20,7 @@ async def calibration(service: SchedulerService) -> pb.Calibration:
 
 def test_sums_by_hand() -> None:
     """Each group is counted in the bin of its chance; chance 1 belongs to the last."""
-    sums = Calibration.nothing().with_groups(
+    sums = Calibration.of_groups(
         np.array([0.05, 0.5, 1.0, 0.55], np.float32),
         np.array([2, 4, 8, 16]),
         np.array([False, True, True, False]),

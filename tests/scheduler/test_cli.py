@@ -144,3 +144,21 @@ def test_help_names_every_command_and_setting() -> None:
     done = command("sevre")
     assert done.returncode == 2
     assert "invalid choice" in done.stderr
+
+
+def test_variables_of_a_kubernetes_service_are_no_settings() -> None:
+    """A Service named knapsack-scheduler beside it is no reason not to start; a typo still is."""
+    links = {
+        "KNAPSACK_SCHEDULER_SERVICE_HOST": "10.0.0.1",
+        "KNAPSACK_SCHEDULER_SERVICE_PORT": "50051",
+        "KNAPSACK_SCHEDULER_SERVICE_PORT_GRPC": "50051",
+        "KNAPSACK_SCHEDULER_PORT": "tcp://10.0.0.1:50051",
+        "KNAPSACK_SCHEDULER_PORT_50051_TCP": "tcp://10.0.0.1:50051",
+        "KNAPSACK_SCHEDULER_PORT_50051_TCP_ADDR": "10.0.0.1",
+        "KNAPSACK_SCHEDULER_METRICS_PORT": "tcp://10.0.0.2:9464",
+    }
+    done = command("check", **links)
+    assert done.returncode == 0, done.stderr
+    done = command("check", **{**links, "KNAPSACK_SCHEDULER_PORT": "50051"})
+    assert done.returncode == 2
+    assert "KNAPSACK_SCHEDULER_PORT: is no setting" in done.stderr

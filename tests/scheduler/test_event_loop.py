@@ -53,6 +53,20 @@ async def test_the_event_loop_does_nothing_per_prompt(tmp_path: Path) -> None:
     try:
         with grpc.insecure_channel(server.addresses["listen"]) as channel:
             stub = rpc.BudgetSchedulerStub(channel)
+            # The first calls of a run make its series.
+            first = pb.AllocateRequest(
+                run_id="run", request_id="first", prompt_ids=["a", "b"], total_rollouts=8
+            )
+            answer = await asyncio.to_thread(stub.Allocate, first)
+            report = pb.ReportRequest(
+                run_id="run",
+                allocation_id=answer.allocation_id,
+                report_id="first",
+                prompt_indices=[0, 1],
+                num_rewards=answer.num_rollouts,
+                rewards=[1.0, 0.0] * 4,
+            )
+            await asyncio.to_thread(stub.Report, report)
             for step in range(2):
                 request = pb.AllocateRequest(
                     run_id="run",

@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from knapsack_scheduler.allocations import Counted
 from knapsack_scheduler.bulk_histogram import BulkHistogram
-from knapsack_scheduler.events import OutcomesCounted, RunRemoved
+from knapsack_scheduler.core.calibration import Calibration
+from knapsack_scheduler.events import OutcomesCounted, Prompts, RunRemoved
 from knapsack_scheduler.metrics import Metrics
 
 
@@ -47,14 +48,17 @@ def test_judged_groups_are_counted_and_forgotten_with_the_run() -> None:
     """Three counters say how predictions compare; a deleted run leaves no series."""
     registry = CollectorRegistry()
     metrics = Metrics(registry)
-    counted = Counted(
-        accepted=8, judged_groups=3, judged_effective_groups=1, predicted_effective_groups=1.25
-    )
-    metrics(OutcomesCounted("run", 4, 2, counted, 7))
-    found = samples(registry)
-    prefix = "knapsack_scheduler_judged_"
-    assert found[prefix + "groups_total", "run", ""] == 3
-    assert found[prefix + "effective_groups_total", "run", ""] == 1
-    assert found[prefix + "predicted_effective_groups_total", "run", ""] == pytest.approx(1.25)
+    chances = np.array([0.25, 0.25, 0.75], np.float32)
+    judged = Calibration.of_groups(chances, np.array([2, 2, 4]), np.array([True, False, False]))
+    metrics(OutcomesCounted("run", 4, 2, Counted(accepted=8, judged=judged), Prompts(7, (0,) * 6)))
+
+    def of(name: str, chance: str) -> float | None:
+        labels = {"run_id": "run", "chance": chance}
+        return registry.get_sample_value(f"knapsack_scheduler_judged_{name}_total", labels)
+
+    assert [of("groups", c) for c in ("0.2-0.3", "0.7-0.8", "0-0.1")] == [2, 1, 0]
+    assert [of("effective_groups", c) for c in ("0.2-0.3", "0.7-0.8")] == [1, 0]
+    predicted = [of("predicted_effective_groups", c) for c in ("0.2-0.3", "0.7-0.8")]
+    assert predicted == pytest.approx([0.5, 0.75])
     metrics(RunRemoved("run"))
     assert not [key for key in samples(registry) if key[1] == "run"]

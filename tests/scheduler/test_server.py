@@ -148,12 +148,12 @@ def test_health_reflection_and_pages(start_scheduler, calls) -> None:
     assert "<b>run" not in page
     status, text = get(admin, "/metrics")
     samples = {
-        (s.name, s.labels.get("run_id", "")): s.value
+        (s.name, *(s.labels.get(label, "") for label in ("run_id", "band"))): s.value
         for family in text_string_to_metric_families(text)
         for s in family.samples
     }
-    assert samples["knapsack_scheduler_allocated_rollouts_total", "<b>run"] == 8
-    assert samples["knapsack_scheduler_reported_rollouts_total", "<b>run"] == 3
+    assert samples["knapsack_scheduler_allocated_rollouts_total", "<b>run", "unseen"] == 8
+    assert samples["knapsack_scheduler_reported_rollouts_total", "<b>run", ""] == 3
     assert get(admin, "/other")[0] == 404
 
 

@@ -72,6 +72,7 @@ def trimmed(state: RunState) -> RunState:
     size = len(same.prompt_ids)
     same._keys = same._keys[:size]
     same._sums = same._sums[:, :size]
+    same._bands = same._bands[:size]
     # Of these only what they answer counts, not how much more they remember.
     for name in ("_visited", "_revisited"):
         setattr(same, name, getattr(state, name).newest(1024, state._visits, state._keys))

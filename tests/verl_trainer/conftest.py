@@ -24,6 +24,7 @@ os.environ.update(
     PYTHONWARNINGS="ignore",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     RAY_USAGE_STATS_ENABLED="0",
+    VERL_ENGINE_DEVICE="cuda",
 )
 
 

@@ -2,8 +2,8 @@
 
 Real: the configuration, the data loader, the agent loop workers and their loop, the reward
 workers, the TransferQueue, the replay buffers, advantages, the training loop and its
-checkpoints. In place of the engines: ``Engine``, which takes no gradient, and our
-generation server, which generates what vLLM would.
+checkpoints. In place of vLLM: our generation server. In place of the training engine:
+``Engine``, which takes no gradient; ``cpu_engine`` has verl's own.
 """
 
 from __future__ import annotations
@@ -184,11 +184,12 @@ class ServedClient:
             [list(prompt_ids)], [1], max_tokens=4, temperature=1.0, stop_token_ids=[1]
         )
         rollout = group[0]
+        version = rollout.weight_versions[0][0]
         return TokenOutput(
             token_ids=rollout.token_ids,
             log_probs=rollout.logprobs,
             stop_reason="completed",
-            extra_fields={"min_global_steps": 0, "max_global_steps": 0, "global_steps": 0},
+            extra_fields={"min_global_steps": version, "max_global_steps": version},
         )
 
     def __reduce__(self) -> Any:
@@ -254,17 +255,23 @@ class OnCpu:
         self._init_tokenizer()
         self._init_dataloader()
         self._init_dump_executor()
-        self.actor_rollout_wg = Engine()
+        self.actor_rollout_wg = self._engine()
         if OnCpu.reward_loop is None:
             OnCpu.reward_loop = RewardLoopManager(config=self.config)
         self.reward_loop_manager = OnCpu.reward_loop
-        self.checkpoint_manager = Weights()
+        self.checkpoint_manager = self._weights()
         self.distillation_config = None
         self.replay_buffer.poll_interval = 0.05
         self.seen: list[dict[str, Any]] = []
         self.validated: list[int] = []
         self.after_step: Callable[[int], object] = lambda step: None
         self._load_checkpoint()
+
+    def _engine(self) -> Any:
+        return Engine()
+
+    def _weights(self) -> Any:
+        return Weights()
 
     def _get_n_gpus_for_throughput(self) -> int:
         return 1

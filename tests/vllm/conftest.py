@@ -6,7 +6,6 @@ not fit, so the tests share one and leave it with the weights they found.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from knapsack_genserver.engines.vllm.engine import VllmEngine, VllmOptions
 from knapsack_genserver.server import Server, ServerOptions
 
 from vllm_http import Http
-from vllm_models import tiny_model
+from vllm_models import idle, tiny_model
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,16 +63,6 @@ async def engine(server: Server, model_folder: Path) -> AsyncIterator[Any]:
         if shared.status().weight_version != 0:
             await shared.load_weights(model_folder, 0)
         assert await idle(shared)
-
-
-async def idle(engine: Any) -> bool:
-    """Wait until the engine has nothing to do; False if it still has after a second."""
-    for _ in range(100):
-        status = engine.status()
-        if status.running == status.waiting == 0:
-            return True
-        await asyncio.sleep(0.01)
-    return False
 
 
 @pytest_asyncio.fixture(loop_scope="session")

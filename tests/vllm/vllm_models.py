@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,13 @@ def greedy(folder: Path, prompts: list[list[int]], max_tokens: int) -> list[list
         )
         found.append(answer[0, len(prompt) :].tolist())
     return found
+
+
+async def idle(engine: Any) -> bool:
+    """Wait until the engine has nothing to do; False if it still has after a second."""
+    for _ in range(100):
+        status = engine.status()
+        if status.running == status.waiting == 0:
+            return True
+        await asyncio.sleep(0.01)
+    return False

@@ -209,6 +209,8 @@ class AsyncBudgetClient:
             noted=self._emit.pending,
             timeout=self._timeout,
         )
+        if isinstance(transport, GrpcTransport):
+            transport.pending_reports = lambda: self._courier.pending
         self._pid = os.getpid()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._starting = asyncio.Lock()

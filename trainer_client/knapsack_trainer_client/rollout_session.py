@@ -214,6 +214,7 @@ class RolloutSession:
             response = next(self._call)
         except StopIteration:
             self._over = True
+            self._requests.put(None)
             raise GeneratorUnavailable(
                 f"{self._address} ended the session; {self.outstanding} rollouts are missing"
             ) from None

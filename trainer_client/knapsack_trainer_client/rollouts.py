@@ -53,6 +53,7 @@ _OPTIONS = [
     # A server whose machine is gone says no goodbye; nobody waits for it for ever.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
 ]
 

@@ -70,8 +70,17 @@ class Transport(Protocol):
         """Let go of everything. May be called without ``open``, and twice."""
 
 
+PENDING_REPORTS_KEY = "x-knapsack-pending-reports"
+"""Metadata of every call: how many reports of the run wait, for the scheduler's metrics."""
+
+
 class GrpcTransport:
-    """Calls over one gRPC channel, to one scheduler or to several on one database."""
+    """Calls over one gRPC channel, to one scheduler or to several on one database.
+
+    Attributes:
+        pending_reports: how many reports wait at the moment, told with every call; None
+            tells nothing.
+    """
 
     def __init__(self, address: str, token: Token | None, tls: TLS | bool | None) -> None:
         self._address = check_address(address)
@@ -95,6 +104,7 @@ class GrpcTransport:
             self._options.append(("grpc.service_config", balance))
         if server_name:
             self._options.append(("grpc.ssl_target_name_override", server_name))
+        self.pending_reports: Callable[[], int] | None = None
         self._channel: grpc.Channel | None = None
         self._stubs: dict[str, grpc.UnaryUnaryMultiCallable[Any, Any]] = {}
 
@@ -163,12 +173,15 @@ class GrpcTransport:
             )
         return stub
 
-    def _metadata(self) -> tuple[tuple[str, str], ...] | None:
-        if self._token is None:
-            return None
-        token = self._token if isinstance(self._token, str) else self._token()
-        # A token read from a file ends in a newline, which HTTP/2 does not allow.
-        return (("authorization", f"Bearer {token.strip()}"),)
+    def _metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        metadata: list[tuple[str, str | bytes]] = []
+        if self.pending_reports is not None:
+            metadata.append((PENDING_REPORTS_KEY, str(self.pending_reports())))
+        if self._token is not None:
+            token = self._token if isinstance(self._token, str) else self._token()
+            # A token read from a file ends in a newline, which HTTP/2 does not allow.
+            metadata.append(("authorization", f"Bearer {token.strip()}"))
+        return tuple(metadata)
 
 
 def _status(error: grpc.RpcError) -> StatusError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,7 @@ class FakeEngine:
         self._version = weight_version
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting = 0
+        self._drawing = asyncio.Lock()
         self._closing = False
 
     async def start(self) -> None:
@@ -89,24 +90,34 @@ class FakeEngine:
         try:
             if self._hold is not None:
                 await self._hold.wait()
-            for index in range(group.first_index, group.first_index + group.num_rollouts):
-                inbox.put([self._rollout(group, index, version)])
+            # A group at a turn of the event loop, so that others have theirs.
+            async with self._drawing:
+                await asyncio.sleep(0)
+                inbox.put(list(self._completions(group, version)))
         finally:
             self._waiting -= group.num_rollouts
 
-    def _rollout(self, group: Group, index: int, version: int) -> Completion:
-        if self._fails is not None and self._fails(group, index):
-            return Completion(index, [], [], FinishReason.ERROR, (), "told to fail")
-        key = seeds.rollout_keys(group.seed ^ version, np.array([index]))
-        tokens: list[int] = []
-        ends = {END_TOKEN, *group.sampling.stop_token_ids}
-        while len(tokens) < group.sampling.max_tokens:
-            tokens.append(int(seeds.uniforms(key, len(tokens))[0] * VOCABULARY))
-            if tokens[-1] in ends:
-                break
-        reason = FinishReason.STOP if tokens[-1] in ends else FinishReason.LENGTH
-        logprobs = [-math.log(VOCABULARY)] * len(tokens)
-        return Completion(index, tokens, logprobs, reason, (WeightSpan(version, 0, len(tokens)),))
+    def _completions(self, group: Group, version: int) -> Iterator[Completion]:
+        indices = np.arange(group.first_index, group.first_index + group.num_rollouts)
+        keys = seeds.rollout_keys(group.seed ^ version, indices)
+        ends = np.array([END_TOKEN, *group.sampling.stop_token_ids])
+        columns: list[np.ndarray] = []
+        lengths = np.zeros(len(indices), np.int64)
+        while len(columns) < group.sampling.max_tokens and not lengths.all():
+            columns.append((seeds.uniforms(keys, len(columns)) * VOCABULARY).astype(np.int64))
+            lengths[np.isin(columns[-1], ends) & (lengths == 0)] = len(columns)
+        stopped = lengths > 0
+        lengths[~stopped] = len(columns)
+        drawn = np.stack(columns, axis=1)
+        for row, index in enumerate(indices.tolist()):
+            if self._fails is not None and self._fails(group, index):
+                yield Completion(index, [], [], FinishReason.ERROR, (), "told to fail")
+                continue
+            tokens: list[int] = drawn[row, : lengths[row]].tolist()
+            reason = FinishReason.STOP if stopped[row] else FinishReason.LENGTH
+            logprobs = [-math.log(VOCABULARY)] * len(tokens)
+            span = (WeightSpan(version, 0, len(tokens)),)
+            yield Completion(index, tokens, logprobs, reason, span)
 
     async def load_weights(self, path: Path, version: int) -> LoadedWeights:
         """Take any folder there is as weights."""

@@ -57,13 +57,14 @@ class Calibration:
         """Rollouts in effective groups that were predicted, float64[BINS]."""
         return _chances(self.units[1])
 
-    def with_groups(
-        self,
+    @classmethod
+    def of_groups(
+        cls,
         chance: npt.NDArray[np.float32],
         rollouts: IntArray,
         effective: BoolArray,
     ) -> Calibration:
-        """Return the sums after more groups were judged.
+        """Return the sums over some judged groups.
 
         Args:
             chance: what was predicted, float32[n] in [0, 1].
@@ -72,12 +73,22 @@ class Calibration:
         """
         at = np.minimum((chance * BINS).astype(np.int64), BINS - 1)
         units = np.rint(chance.astype(np.float64) / _UNIT).astype(np.int64)
+        return cls(
+            _sums(at, np.ones_like(rollouts)),
+            _sums(at, effective.astype(np.int64)),
+            _sums(at, rollouts),
+            _sums(at, rollouts * effective),
+            np.stack([_sums(at, units), _sums(at, units * rollouts)]),
+        )
+
+    def plus(self, other: Calibration) -> Calibration:
+        """Return the sums over the groups of both."""
         return Calibration(
-            self.groups + _sums(at, np.ones_like(rollouts)),
-            self.effective + _sums(at, effective.astype(np.int64)),
-            self.rollouts + _sums(at, rollouts),
-            self.effective_rollouts + _sums(at, rollouts * effective),
-            self.units + np.stack([_sums(at, units), _sums(at, units * rollouts)]),
+            self.groups + other.groups,
+            self.effective + other.effective,
+            self.rollouts + other.rollouts,
+            self.effective_rollouts + other.effective_rollouts,
+            self.units + other.units,
         )
 
 

@@ -96,9 +96,9 @@ def divide(
     return Solution(given, price)
 
 
-_SAMPLE = 2048
+_SAMPLE = 512
 _LARGE_BATCH = 8 * _SAMPLE
-_SAFETY = 0.8
+_SAFETY = 0.85
 """The price of the batch is hardly below this part of the sample's."""
 
 

@@ -172,7 +172,7 @@ def expected_values(
     posterior: Posterior,
     begun: Begun,
     further: IntArray,
-    alike: AllAlike | None = None,
+    alike: tuple[FloatArray, FloatArray] | None = None,
 ) -> FloatArray:
     """Return the expected value of each whole group in closed form, float64[M].
 
@@ -184,11 +184,11 @@ def expected_values(
         posterior: knows the delivered outcomes.
         begun: of the groups.
         further: rollouts of the group beside the delivered ones, int64[M].
-        alike: of the posterior, where there is one already.
+        alike: chances that ``further`` rollouts all pass, and all fail, where known.
     """
     alpha, beta = posterior.alpha, posterior.beta
     i, j = objective.i, objective.j
-    all_pass, all_fail = (alike or AllAlike(alpha, beta)).after(further)
+    all_pass, all_fail = alike or AllAlike(alpha, beta).after(further)
     # E[p^n I] is E[p^n] times what I is once n rollouts have passed.
     if i or j:
         all_pass = all_pass * moment(alpha + further, beta, i, j)

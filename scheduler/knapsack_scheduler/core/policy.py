@@ -212,10 +212,12 @@ def _plan(
         left = max(budget.total_rollouts - int(begun.size.sum()), 0)
         unallocated = left - allocated - remaining
     worth = _Worth.of(objective, beliefs.posterior, begun)
-    chances = worth.chances(new)
-    reasons = _reasons(
-        policy, objective, beliefs, worth, begun, forced, given, chances, problem, price
+    chances, value = worth.of_wave(new)
+    level = fill_lowest(
+        problem.size, problem.size + problem.room, int(given.sum()), beliefs.tie_keys
     )
+    values = value, worth.total(forced + level)
+    reasons = _reasons(policy, objective, beliefs, begun, new, chances, values, price)
     bound = reasons.value + slack
     if policy != "posterior" and wanted.tokens is None:
         best, _ = problem.exactly(beliefs, int(given.sum()), wanted)
@@ -298,7 +300,7 @@ def effective_chances(posterior: Posterior, begun: Begun, new: IntArray) -> Floa
         begun: what the groups had before.
         new: rollouts given to each, int64[M].
     """
-    return _Worth.of(EFFECTIVE, posterior, begun).chances(new)
+    return _Worth.of(EFFECTIVE, posterior, begun).of_wave(new)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,16 +321,29 @@ class _Worth:
         alike = AllAlike(posterior.alpha, posterior.beta) if posterior.levels is None else None
         return cls(objective, posterior, begun, alike)
 
-    def chances(self, new: IntArray) -> FloatArray:
-        return self._values(EFFECTIVE, new)
+    def of_wave(self, new: IntArray) -> tuple[FloatArray, float]:
+        """Return the chance that each group is effective, and the value of all."""
+        further = self.begun.outstanding + new
+        alike = self._all_alike(further)
+        chances = self._values(EFFECTIVE, further, alike)
+        if self.objective is EFFECTIVE:
+            return chances, float(chances.sum())
+        return chances, float(self._values(self.objective, further, alike).sum())
 
     def total(self, new: IntArray) -> float:
-        return float(self._values(self.objective, new).sum())
-
-    def _values(self, rule: Rule, new: IntArray) -> FloatArray:
+        """Return the value of all groups."""
         further = self.begun.outstanding + new
-        if self.alike is not None and isinstance(rule, Objective):
-            return expected_values(rule, self.posterior, self.begun, further, self.alike)
+        alike = self._all_alike(further)
+        return float(self._values(self.objective, further, alike).sum())
+
+    def _all_alike(self, further: IntArray) -> tuple[FloatArray, FloatArray] | None:
+        return None if self.alike is None else self.alike.after(further)
+
+    def _values(
+        self, rule: Rule, further: IntArray, alike: tuple[FloatArray, FloatArray] | None
+    ) -> FloatArray:
+        if isinstance(rule, Objective) and alike is not None:
+            return expected_values(rule, self.posterior, self.begun, further, alike)
         return rule.values(self.posterior, self.begun, further)
 
 
@@ -336,27 +351,22 @@ def _reasons(
     policy: str,
     objective: Rule,
     beliefs: Beliefs,
-    worth: _Worth,
     begun: Begun,
-    forced: IntArray,
-    given: IntArray,
+    new: IntArray,
     chances: FloatArray,
-    problem: _Problem,
+    values: tuple[float, float],
     price: float,
 ) -> Reasons:
-    new = forced + given
+    """Return the reasons; ``values`` are of the decision, and of the same total levelled."""
     sizes = begun.size + new
     groups = max(int(np.count_nonzero(sizes)), 1)
-    level = fill_lowest(
-        problem.size, problem.size + problem.room, int(given.sum()), beliefs.tie_keys
-    )
     return Reasons(
         policy=policy,
         objective=objective.name,
         effective_group_rate=float(chances.sum()) / groups,
         effective_rollout_rate=float((chances * sizes).sum()) / max(int(sizes.sum()), 1),
-        value=worth.total(new),
-        uniform_value=worth.total(forced + level),
+        value=values[0],
+        uniform_value=values[1],
         value_upper_bound=0.0,
         price=price,
         unseen_prompts=int(np.count_nonzero(beliefs.unseen)),

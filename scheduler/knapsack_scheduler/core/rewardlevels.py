@@ -8,7 +8,7 @@ there were too many.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,12 @@ class RewardLevels:
         """Return the levels after these rewards, finite float32[n], were seen too."""
         if not self.kept or rewards.size == 0:
             return self
+        if self.values.size:
+            level = np.minimum(self.index(rewards), self.values.size - 1)
+            if (self.values[level] == rewards).all():
+                # Nothing new, as nearly always: no need to sort.
+                counts = np.bincount(level, minlength=self.values.size)
+                return replace(self, rollouts=self.rollouts + counts)
         # 0 and -0 are one level; so they are to a sort, which keeps either.
         new, counts = np.unique(rewards + np.float32(0.0), return_counts=True)
         values = np.union1d(self.values, new)

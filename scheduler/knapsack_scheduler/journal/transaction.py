@@ -123,8 +123,13 @@ class Writing(Reading):
 
 def columns_of(record: Entry | RunRow | SnapshotMark) -> dict[str, object]:
     """Return a record's values by column."""
-    return {field.name: getattr(record, field.name) for field in fields(record)}
+    return {name: getattr(record, name) for name in _COLUMNS[type(record)]}
 
+
+_COLUMNS = {
+    record: tuple(field.name for field in fields(record))
+    for record in (Entry, RunRow, SnapshotMark)
+}
 
 # Statements of every call are built once: building one takes as long as running it.
 RUN = sa.select(*[runs.c[field.name] for field in fields(RunRow)])

@@ -148,6 +148,7 @@ class VllmEngine:
         if not self._closing:
             _LOG.critical("vLLM's engine has died")
             self._end_all("vLLM's engine has died")
+            self._llm.died.set()
             self.died.set()
 
     def _end_all(self, why: str) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 
 from vllm.exceptions import GracefulHTTPError
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from knapsack_genserver.engine import LoadedWeights
 from knapsack_genserver.engines.vllm.plugin import NAME
@@ -92,6 +93,7 @@ class GatedLLM(AsyncLLM):  # type: ignore[misc]
     Attributes:
         version: number of the weights that serve.
         broken: why generation is refused; empty if it is not.
+        died: set by whoever notices that the engine has died.
         updated: called with (version, seconds, paused seconds, whether it failed) after
             each update that did not come through ``serve_folder``.
     """
@@ -115,6 +117,7 @@ class GatedLLM(AsyncLLM):  # type: ignore[misc]
         self._root = weights_root
         self._mode = mode
         self._patience = patience
+        self.died = asyncio.Event()
         self._session: Session | None = None
         self._pausing = 0
         self._paused = False
@@ -434,7 +437,19 @@ class GatedLLM(AsyncLLM):  # type: ignore[misc]
 
     async def _workers(self, method: str, *args: Any) -> Any:
         """Call a method of every worker; returns the first one's answer."""
-        answers = await self.engine_core.collective_rpc_async(method, None, args, None)
+        call = asyncio.ensure_future(
+            self.engine_core.collective_rpc_async(method, None, args, None)
+        )
+        # Of an engine that dies meanwhile vLLM never answers.
+        death = asyncio.ensure_future(self.died.wait())
+        try:
+            await asyncio.wait([call, death], return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                raise EngineDeadError
+            answers = call.result()
+        finally:
+            call.cancel()
+            death.cancel()
         return answers[0] if answers else None
 
 

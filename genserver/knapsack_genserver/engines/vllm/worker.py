@@ -17,7 +17,14 @@ from vllm.config import set_current_vllm_config
 from vllm.platforms import current_platform
 
 from knapsack_genserver.engines.vllm.checkpoint import Checkpoint, CheckpointError
+from knapsack_genserver.engines.vllm.cpu_seeds import mend
 from knapsack_genserver.engines.vllm.proof import prove
+
+if current_platform.is_cpu():
+    # Imported into a worker before it makes its model runner.
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    mend(CPUModelRunner)
 
 
 class Holder:

@@ -1,0 +1,203 @@
+"""The sidecar's pod, from our manifest and our image: killed, back, and drained last."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import process_facts
+from deploy_tools import kustomized
+from podman import Podman, as_podman_plays, until
+
+pytestmark = pytest.mark.timeout(1800)
+
+POD = "knapsack-trainer"
+SIDECAR, TRAINER = f"{POD}-scheduler", f"{POD}-trainer"
+
+
+@dataclass
+class Story:
+    """What was seen while the pod ran."""
+
+    manifest: dict[str, Any]
+    status: dict[str, dict[str, str]] = field(default_factory=dict)
+    mounts: dict[str, dict[str, set[str]]] = field(default_factory=dict)
+    listening: set[tuple[str, int]] = field(default_factory=set)
+    memory: tuple[int, int] = (0, 0)
+    pids: list[int] = field(default_factory=list)
+    health_before_start: bool = True
+    trainer_log: list[dict[str, Any]] = field(default_factory=list)
+    trainer_exit: int = -1
+    sidecar_ran_after_trainer: bool = False
+    sidecar_exit: int = -1
+    sidecar_log: str = ""
+
+
+@pytest.fixture(scope="module")
+def story(built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
+    """Play the pod as the kubelet would: sidecar, probe, trainer, kill, end of trainer, drain."""
+    podman: Podman = built.podman
+    job = next(thing for thing in kustomized("sidecar") if thing["kind"] == "Job")
+    template = job["spec"]["template"]
+    seen = Story(template)
+    file = tmp_path_factory.mktemp("pod") / "pod.yaml"
+    file.write_text(yaml.safe_dump(as_podman_plays(template, POD)))
+    podman("kube", "play", "--start=false", "--network=none", file)
+    try:
+        _play(podman, seen)
+        yield seen
+    finally:
+        podman("pod", "rm", "--force", "--time=5", POD, check=False)
+
+
+def _play(podman: Podman, seen: Story) -> None:
+    # The startup probe holds the trainer back until the sidecar serves.
+    seen.health_before_start = podman.serves(SIDECAR)
+    podman("start", SIDECAR)
+    podman.await_serving(SIDECAR)
+    assert podman.serves(SIDECAR, "liveness")
+    podman("start", TRAINER)
+
+    def steps() -> int:
+        return podman("logs", TRAINER).count('"step"')
+
+    until("some steps", lambda: steps() >= 20)
+    for name in (SIDECAR, TRAINER):
+        pid = podman.inspect(name)["State"]["Pid"]
+        seen.status[name] = process_facts.status(pid)
+        seen.mounts[name] = process_facts.mount_options(pid)
+    pid = podman.inspect(SIDECAR)["State"]["Pid"]
+    seen.listening = process_facts.listening(pid)
+    seen.pids.append(pid)
+    os.kill(pid, signal.SIGKILL)
+    seen.pids.append(
+        until(
+            "the sidecar is started again",
+            lambda: (new := podman.inspect(SIDECAR)["State"]["Pid"]) not in (0, pid) and new,
+        )
+    )
+    podman.await_serving(SIDECAR)
+    at_restart = steps()
+    until("more steps", lambda: steps() >= at_restart + 20)
+
+    seen.trainer_exit = int(podman("wait", TRAINER, timeout=300))
+    seen.trainer_log = [json.loads(line) for line in podman("logs", TRAINER).splitlines()]
+    state = podman.inspect(SIDECAR)["State"]
+    seen.sidecar_ran_after_trainer = state["Running"]
+    seen.memory = process_facts.memory_limit_and_peak(state["Pid"])
+    # SIGTERM, and SIGKILL only after the time that the manifest gives.
+    grace = seen.manifest["spec"]["terminationGracePeriodSeconds"]
+    podman("stop", f"--time={grace}", SIDECAR, timeout=grace + 60)
+    seen.sidecar_exit = podman.inspect(SIDECAR)["State"]["ExitCode"]
+    seen.sidecar_log = podman("logs", SIDECAR)
+
+
+def test_every_acknowledged_rollout_is_counted_once(story: Story) -> None:
+    """The trainer's own books and the scheduler's agree although it was killed between them."""
+    done = story.trainer_log[-1]
+    assert done["event"] == "done"
+    assert done["counted"] == done["reported"] > 0
+    assert done["counted_successes"] == done["successes"] > 0
+    assert story.trainer_exit == 0
+
+
+def test_the_killed_sidecar_comes_back_with_its_state(story: Story) -> None:
+    """It is another process, and gives unequal groups at once: it knows the prompts."""
+    first, second = story.pids
+    assert first != second
+    steps = [line for line in story.trainer_log if "step" in line]
+    assert not steps[-1]["fallback"]
+    assert steps[-1]["largest_group"] > 8
+    assert story.sidecar_log.count('"event": "serving"') == 2
+
+
+def test_the_training_never_stops(story: Story) -> None:
+    """Each step of the trainer came, some with equal groups while the sidecar was away."""
+    steps = [line["step"] for line in story.trainer_log if "step" in line]
+    assert steps == list(range(200))
+
+
+def test_the_sidecar_ends_last_and_drained(story: Story) -> None:
+    """It runs when the trainer is done, and SIGTERM ends it with exit code 0."""
+    assert not story.health_before_start
+    assert story.sidecar_ran_after_trainer
+    assert story.sidecar_exit == 0
+
+
+@pytest.mark.parametrize("name", [SIDECAR, TRAINER])
+def test_it_has_no_rights(story: Story, name: str) -> None:
+    """By the kernel's own account: no root, no capabilities, no new privileges, a filter."""
+    status = story.status[name]
+    assert status["Uid"].split() == ["10001"] * 4
+    for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        assert int(status[kind], 16) == 0, kind
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("name", "writable"),
+    [(SIDECAR, {"/var/lib/knapsack-rl", "/tmp"}), (TRAINER, {"/outbox"})],
+)
+def test_it_writes_only_where_it_may(story: Story, name: str, writable: set[str]) -> None:
+    """The root is read-only; what the manifest mounts is not."""
+    mounts = story.mounts[name]
+    assert "ro" in mounts["/"]
+    for path in writable:
+        assert "rw" in mounts[path], path
+
+
+def test_it_stays_within_its_memory(story: Story, record_property) -> None:
+    """The limit of the cgroup is the manifest's, and half of it was never used."""
+    limit, peak = story.memory
+    assert limit == 1536 * 2**20
+    record_property(
+        "measured", f"the sidecar used at most {peak / 2**20:.0f} MiB of {limit / 2**20:.0f}"
+    )
+    assert peak < limit / 2
+
+
+def test_only_health_and_metrics_leave_the_pod(story: Story) -> None:
+    """The API listens on the pod's loopback; what kubelet and Prometheus need does not."""
+    health, scheduler, client = 50052, 9464, 9466
+    assert story.listening == {
+        ("127.0.0.1", 50051),
+        *(("0.0.0.0", port) for port in (health, scheduler, client)),
+    }
+
+
+def test_the_manifest_was_changed_only_as_said(story: Story) -> None:
+    """What podman played has every word of the manifest but sidecars' place and ports."""
+    played = as_podman_plays(story.manifest, POD)["spec"]
+    spec = story.manifest["spec"]
+    for container, original in zip(
+        played["containers"], [*spec["initContainers"], *spec["containers"]], strict=True
+    ):
+        gone = set(original) - set(container)
+        assert gone <= {"ports", "restartPolicy"}
+        assert all(container[key] == original[key] for key in container)
+    assert {k: v for k, v in played.items() if k != "containers"} == {
+        k: v for k, v in spec.items() if k not in ("containers", "initContainers")
+    }
+
+
+def test_a_broken_manifest_does_not_come_up(built, story: Story, tmp_path: Path) -> None:
+    """A flag that is misspelt in the manifest ends the sidecar with exit code 2."""
+    manifest = as_podman_plays(story.manifest, "broken")
+    sidecar = manifest["spec"]["containers"][0]
+    sidecar["args"] = [*sidecar["args"], "--drain-secs=10"]
+    manifest["spec"]["restartPolicy"] = "Never"
+    file = tmp_path / "pod.yaml"
+    file.write_text(yaml.safe_dump(manifest))
+    built.podman("kube", "play", "--start=false", "--network=none", file)
+    built.podman("start", "broken-scheduler", check=False)
+    assert int(built.podman("wait", "broken-scheduler")) == 2
+    built.podman("pod", "rm", "--force", "--time=5", "broken")

@@ -1,0 +1,171 @@
+"""A really trained model with tied embeddings, behind the command as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from knapsack_trainer_client.errors import WeightUpdateFailed
+from knapsack_trainer_client.rollouts import RolloutClient
+
+from smollm2 import convert
+from vllm_models import greedy
+
+FLAGS = ["--dtype=float32", "--max-model-len=512", "--max-num-seqs", "64"]
+CHAT = [[{"role": "user", "content": "What is the capital of France?"}]]
+PROMPTS = ["The three primary colours are", "def add(a, b):\n", "Once upon a time"]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    """The model on disk, converted once per environment."""
+    made = Path(sys.prefix) / "smollm2"
+    convert(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The addresses of a served model, its process, and how ready it was while it loaded."""
+    log = tmp_path_factory.mktemp("log") / "genserver.log"
+    ports = [f"--{name}=127.0.0.1:0" for name in ("listen", "health-listen", "http-listen")]
+    admin = "127.0.0.1:39465"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "knapsack_genserver.cli", "serve", "--engine=vllm"]
+            + [f"--model={folder}", f"--admin-listen={admin}", *ports, *FLAGS],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    try:
+        ready = _until_it_answers(f"http://{admin}/readyz", process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, log.read_text()[-4000:]
+        yield {**json.loads(line), "process": process, "ready": ready, "log": log}
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+        # The engine core must not outlive a server that was killed.
+        _, alive = psutil.wait_procs(children, timeout=60)
+        for child in alive:
+            child.kill()
+        assert not alive
+
+
+def _until_it_answers(url: str, process: subprocess.Popen[str]) -> int:
+    """Return the first status that a URL answers with."""
+    while process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+        except OSError:
+            continue
+    raise AssertionError("the server ended")
+
+
+def noisy(folder: Path, to: Path) -> Path:
+    """Return a copy of a model whose embeddings, and so its output matrix, differ."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    torch.manual_seed(1)
+    tensors["model.embed_tokens.weight"] = (
+        embedding + 0.3 * embedding.std() * torch.randn(embedding.shape)
+    ).to(embedding.dtype)
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def test_a_trained_model_and_its_update(serving, folder: Path, tmp_path: Path) -> None:
+    """Greedy tokens are Hugging Face's, on the old weights, the new ones and back."""
+    assert serving["ready"] == 503
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [tokenizer.encode(text) for text in PROMPTS]
+
+    def generated(client: RolloutClient) -> list[list[int]]:
+        groups = client.generate(prompts, [1] * 3, max_tokens=16, temperature=0)
+        assert not groups.failed
+        return [list(rollouts[0].token_ids) for rollouts in groups]
+
+    with RolloutClient(serving["listen"]) as client:
+        assert client.status().engine == "vllm"
+        answer = client.generate(CHAT, [2], max_tokens=12, temperature=0)[0][0]
+        assert "Paris" in answer.text
+        before = generated(client)
+        assert before == greedy(folder, prompts, 16)
+
+        new = noisy(folder, tmp_path / "new")
+        client.update_weights(new, 1)
+        after = generated(client)
+        assert after == greedy(new, prompts, 16)
+        assert after != before
+        groups = client.generate(["1 + 1 ="], [6], max_tokens=4, seed=2)
+        assert [r.weight_version for r in groups[0]] == [1] * 6
+
+        (new / "model.safetensors").unlink()
+        with pytest.raises(WeightUpdateFailed, match="the old weights serve on"):
+            client.update_weights(new, 2)
+        assert generated(client) == after
+        client.update_weights(folder, 3)
+        assert generated(client) == before
+    log = serving["log"].read_text()
+    assert "weights compared with their source" in log
+    assert '"unproven": 0' in log
+    assert "not all compared" not in log
+
+
+def test_it_ends_when_told_to(serving) -> None:
+    """SIGTERM: no process is left, exit code 0."""
+    process = serving["process"]
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == 0
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--no-such-flag=1"], "--no-such-flag=1: neither knapsack-genserver nor vLLM"),
+        (["--port=8001"], "--port: --http-listen"),
+        (["--max-num-seqs=many"], "max-num-seqs"),
+        (["--http-listen=0.0.0.0:0"], "http_listen = '0.0.0.0:0': others can reach"),
+    ],
+)
+def test_flags_that_cannot_be(folder: Path, flags: list[str], reason: str) -> None:
+    """One line that names the flag, exit code 2, no traceback."""
+    ports = [f"--{n}=127.0.0.1:0" for n in ("listen", "admin-listen", "health-listen")]
+    command = [sys.executable, "-m", "knapsack_genserver.cli", "serve", "--engine=vllm"]
+    done = subprocess.run(
+        [*command, f"--model={folder}", *ports, "--http-listen=127.0.0.1:0", *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ,
+    )
+    assert done.returncode == 2
+    assert reason in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
