@@ -201,6 +201,16 @@ def test_defaults_are_verls() -> None:
     assert settings.filter.metric is None
 
 
+def test_a_token_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret is no key of a configuration that verl prints."""
+    monkeypatch.setenv("KNAPSACK_RL_TOKEN", "secret")
+    settings = read_settings(config(**{f"{OURS}scheduler": "localhost:1"}))
+
+    assert "secret" not in repr(settings)
+    with settings.client() as made:
+        assert made._client._transport._token == "secret"  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [

@@ -307,6 +307,24 @@ def test_rollouts_that_fail_are_missing(world: Any, scheduler: Any, tmp_path: Pa
     assert stats["letters/3"].total_rollouts == 1
 
 
+def test_prompts_may_be_skipped(world: Any, scheduler: Any, tmp_path: Path) -> None:
+    """With a minimum of 0 the others get what a skipped prompt leaves, and keep it."""
+    options = (
+        "trainer.total_training_steps=8",
+        "+trainer.v1.sampler.sampler_kwargs.min_rollouts=0",
+    )
+    config = make_config(tmp_path, world.folder, scheduler.address, *options)
+    trainer, manager = world.trainer(config)
+    trainer.fit(manager)
+
+    for seen in trainer.seen:
+        assert (len(seen["uid"]), seen["surplus"], seen["padding"]) == (ROWS, 0, 0)
+        assert min(sizes(seen).values()) >= 2
+        assert seen["advantages"] == pytest.approx(expected(seen, "grpo"), abs=1e-6)
+    assert any(len(sizes(seen)) < 4 for seen in trainer.seen)
+    assert manager.budget.client.run().total_rollouts == 8 * ROWS
+
+
 def test_one_prompt_twice_in_a_batch_is_two_groups(
     world: Any, scheduler: Any, tmp_path: Path
 ) -> None:
@@ -410,7 +428,9 @@ def test_groups_in_a_checkpoint_are_not_lost(world: Any, scheduler: Any, tmp_pat
     assert all(len(by_group(seen, "rewards")) == 4 for seen in again.seen)
     assert restored
     used = sum(len(seen["uid"]) + seen["surplus"] for seen in [*trainer.seen, *again.seen])
-    assert manager.budget.client.run().total_rollouts == used
+    client = manager.budget.client
+    assert client.run().total_rollouts == used
+    assert {s.prompt_id for s in client.prompt_stats()} == {f"letters/{i}" for i in range(8)}
 
 
 @pytest.mark.parametrize("changes", [{"extra_info": {"level": 1}}, {"extra_info": {"index": 0}}])

@@ -73,10 +73,10 @@ class Podman:
         """Return what podman knows of a container."""
         return json.loads(self("container", "inspect", container))[0]
 
-    def serves(self, container: str, service: str = "") -> bool:
-        """Return whether a scheduler's health port says SERVING, as a probe would see it."""
+    def serves(self, container: str, service: str = "", *, port: int = 50052) -> bool:
+        """Return whether a server's health port says SERVING, as a probe would see it."""
         python, check = "/opt/knapsack-rl/bin/python", "/opt/knapsack-rl/healthcheck.py"
-        said = self("exec", container, python, check, "127.0.0.1:50052", service, check=False)
+        said = self("exec", container, python, check, f"127.0.0.1:{port}", service, check=False)
         return said == "SERVING\n"
 
     def await_serving(self, container: str) -> None:
@@ -129,7 +129,7 @@ class Podman:
         return self("image", "inspect", "--format", "{{.Id}}", tag).strip()
 
 
-def until(what: str, happened: Callable[[], Any], seconds: float = 90) -> Any:
+def until(what: str, happened: Callable[[], Any], seconds: float = 240) -> Any:
     """Return the first true answer; AssertionError if there is none in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -152,8 +152,6 @@ def own_podman() -> Iterator[Podman]:
         if podman is not None:
             podman("pod", "rm", "--all", "--force", "--time=5", check=False)
             podman("rm", "--all", "--force", "--time=5", check=False)
-            podman("volume", "rm", "--all", "--force", check=False)
-            podman("rmi", "--all", "--force", check=False)
             # Podman mounts the folder of its layers onto itself.
             subprocess.run(["umount", "--recursive", str(folder / "graph/overlay")], check=False)
         shutil.rmtree(folder)

@@ -175,48 +175,49 @@ class _Reporting:
         if partition_id == "train":
             groups = self._settle(partition_snapshot, set(selected_prompt_uids))
             self._count(groups)
-            partition_snapshot = self._trimmed(partition_id, partition_snapshot, groups)
+            usual = self._budget_of().settings.rollouts_per_prompt * len(selected_prompt_uids)
+            partition_snapshot = self._trimmed(partition_snapshot, groups, usual)
         return super()._materialize_batch(  # type: ignore[misc]
             partition_id, selected_prompt_uids, partition_snapshot
         )
 
-    def _settle(self, tags: dict[str, Any], uids: set[str]) -> list[FinishedGroup]:
+    def _budget_of(self) -> VerlBudget:
         if self._budget is None:
             raise refused(
                 _MANAGER_KEY, None, f"must be {__name__}.BudgetedAgentLoopManager (or a subclass)"
             )
+        return self._budget
+
+    def _settle(self, tags: dict[str, Any], uids: set[str]) -> list[FinishedGroup]:
+        budget = self._budget_of()
         groups = read_groups("train", tags, uids)
-        strangers = [group for group in groups if group.uid not in self._budget.groups]
+        strangers = [group for group in groups if group.uid not in budget.groups]
         if strangers:
             self._name(tags, strangers)
-        self._budget.settle(uids, groups)
+        budget.settle(uids, groups)
         return groups
 
     def _name(self, tags: dict[str, Any], groups: Sequence[FinishedGroup]) -> None:
         """Name the prompts of groups that a checkpoint brought back."""
-        assert self._budget is not None
         first = {split_key(key)[0]: key for key in final_keys(tags, {g.uid for g in groups})}
-        keys = [first[group.uid] for group in groups]
-        named = read_identity("train", keys)
-        ids = self._budget.name(
+        named = read_identity("train", [first[group.uid] for group in groups])
+        ids = self._budget_of().name(
             named["raw_prompt"] or [], named["extra_info"], named["index"], named["data_source"]
         )
         for group, prompt_id in zip(groups, ids, strict=True):
             group.prompt_id = prompt_id
 
     def _trimmed(
-        self, partition_id: str, tags: dict[str, Any], groups: Sequence[FinishedGroup]
+        self, tags: dict[str, Any], groups: Sequence[FinishedGroup], usual: int
     ) -> dict[str, Any]:
-        """Leave out lone rollouts, and what is above ``rollout.n`` rows for each group.
+        """Leave out lone rollouts, and what is above the usual number of rollouts.
 
         Groups that were allocated together are not always sampled together: after a
         filter or in an asynchronous trainer. Rows beyond the usual number would be filled
         up with padding to one more mini-batch, which is one more optimizer step.
         """
-        assert self._budget is not None
         sessions = {group.uid: group.sessions for group in groups}
         lone = lone_rollouts(sessions)
-        usual = self._budget.settings.rollouts_per_prompt * len(groups)
         rest = {uid: numbers for uid, numbers in sessions.items() if len(numbers) > 1}
         surplus = surplus_rollouts(rest, usual)
         self._metrics["knapsack/lone_rollouts"] = float(len(lone))
@@ -224,15 +225,14 @@ class _Reporting:
         dropped = lone | surplus
         if not dropped:
             return tags
-        keys = [key for key in tags if split_key(key)[:2] in dropped]
-        transfer_queue.kv_clear(partition_id=partition_id, keys=keys)
-        return {key: tag for key, tag in tags.items() if key not in set(keys)}
+        left_out = {key for key in tags if split_key(key)[:2] in dropped}
+        transfer_queue.kv_clear(partition_id="train", keys=list(left_out))
+        return {key: tag for key, tag in tags.items() if key not in left_out}
 
     def _count(self, groups: Sequence[FinishedGroup]) -> None:
-        assert self._budget is not None
         self._metrics = {
             **group_metrics(groups),
-            "knapsack/fallback": float(self._budget.is_fallback),
+            "knapsack/fallback": float(self._budget_of().is_fallback),
         }
 
 

@@ -23,7 +23,7 @@ class FinishedGroup:
         uid: verl's name of the group.
         sessions: verl's numbers of its rollouts.
         rewards, completion_tokens: of each.
-        policy_version: step whose weights began the group.
+        policy_version: the oldest step whose weights began one of them.
         prompt_id, step: name and step for a group that was allocated before a restart.
     """
 

@@ -23,15 +23,20 @@ def final_keys(tags: Mapping[str, Any], uids: Collection[str]) -> list[str]:
     last: dict[tuple[str, int], tuple[int, str]] = {}
     for key in tags:
         uid, session, output = split_key(key)
-        if uid in uids and last.get((uid, session), (-1, ""))[0] < output:
+        if session >= 0 and uid in uids and last.get((uid, session), (-1, ""))[0] < output:
             last[uid, session] = (output, key)
     return [key for _, key in last.values()]
 
 
 def split_key(key: str) -> tuple[str, int, int]:
-    """Return uid, session and output of a trajectory's key."""
-    uid, session, output = key.rsplit("_", 2)
-    return uid, int(session), int(output)
+    """Return uid, session and output of a trajectory's key; of another key, it and -1, -1.
+
+    A prompt that was cleared while it ran comes back as a key without a mark.
+    """
+    parts = key.rsplit("_", 2)
+    if len(parts) != 3:
+        return key, -1, -1
+    return parts[0], int(parts[1]), int(parts[2])
 
 
 def read_groups(
@@ -71,7 +76,9 @@ def read_groups(
         group.step = int(tag["global_steps"])
         version = tag.get("min_global_steps")
         # Rollouts of a step are made with the weights of the step before.
-        group.policy_version = max(group.step - 1, 0) if version is None else int(version)
+        made_by = max(group.step - 1, 0) if version is None else int(version)
+        is_first = len(group.sessions) == 1
+        group.policy_version = made_by if is_first else min(group.policy_version, made_by)
     return list(groups.values())
 
 
