@@ -62,7 +62,7 @@ test-deploy-static: .venv-deploy/.ready
 
 # Builds the images and runs the pod, with root's podman and no registry: minutes.
 test-deploy-pod: .venv-deploy/.ready
-	.ci/packages podman buildah runc conmon netavark catatonit mmdebstrap postgresql
+	.ci/packages podman buildah runc conmon netavark catatonit mmdebstrap openssl postgresql
 	.venv-deploy/bin/python -m pytest tests/deploy/pod --ignore tests/deploy/pod/demo $(TEST_ARGS)
 
 # Ours of deploy/compose.yaml, with an image that holds torch: by hand, not in .ci/run.

