@@ -66,7 +66,7 @@ class Member:
         self.life: int | None = None
         self.problem = "it has not started yet"
         self.refused: ConfigError | None = None
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[str]] = set()
         self._options = options
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._keeper: asyncio.Task[None] | None = None

@@ -17,6 +17,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from knapsack_genserver.dispatch import Dispatch, Piece
@@ -54,7 +55,7 @@ class _Job:
     # One byte per rollout: whether it has been handed out.
     settled: bytearray
     left: int
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    tasks: set[asyncio.Task[str]] = field(default_factory=set)
 
 
 class ReplicaPool:
@@ -285,14 +286,16 @@ class ReplicaPool:
         serving = self._serving()
         while (piece := self._plan.next_piece()) is not None:
             member, job = serving[piece.replica], self._jobs[piece.group]
-            task = asyncio.get_running_loop().create_task(self._run(member, job, piece))
+            missing = set(range(piece.first, piece.first + piece.count))
+            task = asyncio.get_running_loop().create_task(self._run(member, job, piece, missing))
             for tasks in (member.tasks, job.tasks):
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
+            # A task that is cancelled before its first step runs nothing but this.
+            task.add_done_callback(partial(self._ended, member, job, piece, missing))
 
-    async def _run(self, member: Member, job: _Job, piece: Piece) -> None:
-        """See one piece through on one replica; what does not arrive waits again."""
-        missing = set(range(piece.first, piece.first + piece.count))
+    async def _run(self, member: Member, job: _Job, piece: Piece, missing: set[int]) -> str:
+        """See one piece through on one replica; return why some of it has not arrived."""
         problem = ""
         try:
             await self._read(member, job, piece, missing)
@@ -307,11 +310,17 @@ class ReplicaPool:
             problem = reason_of(error)
             _LOG.exception("replica %d fails", member.number)
             self._lose(member, problem)
-        finally:
-            given_up = self._plan.ended(piece, missing)
-            why = f"lost with {piece.losses + 1} replicas, last: {problem or member.problem}"
-            self._settle(job, _failed(given_up, why))
-            self._fill_soon()
+        return problem
+
+    def _ended(
+        self, member: Member, job: _Job, piece: Piece, missing: set[int], task: asyncio.Task[str]
+    ) -> None:
+        """Give back a piece's place; what has not arrived waits again, or is given up."""
+        problem = "" if task.cancelled() else task.result()
+        given_up = self._plan.ended(piece, missing)
+        why = f"lost with {piece.losses + 1} replicas, last: {problem or member.problem}"
+        self._settle(job, _failed(given_up, why))
+        self._fill_soon()
 
     async def _read(self, member: Member, job: _Job, piece: Piece, missing: set[int]) -> None:
         part = replace(job.group, num_rollouts=piece.count, first_index=piece.first)
