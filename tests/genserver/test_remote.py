@@ -22,7 +22,7 @@ from small_engines import all_of, group
 from vllm_like import VllmLike
 
 POOL = PoolOptions(
-    piece_rollouts=4, check_seconds=0.05, check_failures=2, retry_seconds=(0.001, 0.01)
+    piece_rollouts=4, check_seconds=0.5, check_failures=2, retry_seconds=(0.001, 0.01)
 )
 OPTIONS = RemoteOptions("", retries=2, retry_seconds=0.001, rollouts=16, connections=8)
 GROUPS = [group([k + 1], n, seed=k) for k, n in enumerate([2, 60, 7, 20, 3])]

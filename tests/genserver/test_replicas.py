@@ -20,7 +20,7 @@ from small_engines import all_of, group
 QUICK = PoolOptions(
     piece_rollouts=4,
     replica_rollouts=16,
-    check_seconds=0.02,
+    check_seconds=0.2,
     check_failures=2,
     retry_seconds=(0.001, 0.01),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,12 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from knapsack_genserver.engines.vllm.flags import parse
+from knapsack_genserver.errors import ConfigError
 from knapsack_trainer_client.errors import WeightUpdateFailed
 from knapsack_trainer_client.rollouts import RolloutClient
 
 from smollm2 import convert
 from vllm_models import greedy
 
+COMMAND = [sys.executable, "-m", "knapsack_genserver.cli", "serve", "--engine=vllm"]
 FLAGS = ["--dtype=float32", "--max-model-len=512", "--max-num-seqs", "64"]
 CHAT = [[{"role": "user", "content": "What is the capital of France?"}]]
 PROMPTS = ["The three primary colours are", "def add(a, b):\n", "Once upon a time"]
@@ -47,8 +49,7 @@ def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     admin = "127.0.0.1:39465"
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "knapsack_genserver.cli", "serve", "--engine=vllm"]
-            + [f"--model={folder}", f"--admin-listen={admin}", *ports, *FLAGS],
+            [*COMMAND, f"--model={folder}", f"--admin-listen={admin}", *ports, *FLAGS],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -60,7 +61,8 @@ def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         assert line, log.read_text()[-4000:]
         yield {**json.loads(line), "process": process, "ready": ready, "log": log}
     finally:
-        children = psutil.Process(process.pid).children(recursive=True)
+        running = process.poll() is None
+        children = psutil.Process(process.pid).children(recursive=True) if running else []
         process.kill()
         process.wait()
         assert process.stdout is not None
@@ -146,26 +148,24 @@ def test_it_ends_when_told_to(serving) -> None:
     assert not alive
 
 
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        (["--no-such-flag=1"], "--no-such-flag=1: neither knapsack-genserver nor vLLM"),
-        (["--port=8001"], "--port: --http-listen"),
-        (["--max-num-seqs=many"], "max-num-seqs"),
-        (["--http-listen=0.0.0.0:0"], "http_listen = '0.0.0.0:0': others can reach"),
-    ],
-)
-def test_flags_that_cannot_be(folder: Path, flags: list[str], reason: str) -> None:
+def test_flags_that_cannot_be(folder: Path) -> None:
     """One line that names the flag, exit code 2, no traceback."""
     ports = [f"--{n}=127.0.0.1:0" for n in ("listen", "admin-listen", "health-listen")]
-    command = [sys.executable, "-m", "knapsack_genserver.cli", "serve", "--engine=vllm"]
     done = subprocess.run(
-        [*command, f"--model={folder}", *ports, "--http-listen=127.0.0.1:0", *flags],
+        [*COMMAND, f"--model={folder}", *ports, "--http-listen=127.0.0.1:0", "--no-such-flag=1"],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ,
     )
     assert done.returncode == 2
-    assert reason in done.stderr.splitlines()[-1]
+    reason = "--no-such-flag=1: neither knapsack-genserver nor vLLM knows this flag"
+    assert done.stderr.splitlines()[-1] == f"knapsack-genserver: {reason}"
     assert "Traceback" not in done.stderr
+    for flag, reason in (
+        ("--port=8001", "--port: --http-listen"),
+        ("--max-num-seqs=many", "max-num-seqs"),
+        ("--worker-extension-cls=a.b", "--worker-extension-cls: this server"),
+        ("stray", "stray: is no flag"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            parse(folder, [flag], "json")

@@ -69,7 +69,7 @@ def timeseries(
             "stacking": {"mode": stacked, "group": "A"},
             "axisSoftMin": 0,
             # An axis of nothing but zeroes would reach to 100.
-            "axisSoftMax": 0.01 if unit in ("percentunit", "s") else 1,
+            "axisSoftMax": 0.01 if unit in ("percentunit", "s", "reqps", "ops") else 1,
         },
     }
     if minimum is None:

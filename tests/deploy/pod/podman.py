@@ -129,7 +129,7 @@ class Podman:
         return self("image", "inspect", "--format", "{{.Id}}", tag).strip()
 
 
-def until(what: str, happened: Callable[[], Any], seconds: float = 90) -> Any:
+def until(what: str, happened: Callable[[], Any], seconds: float = 240) -> Any:
     """Return the first true answer; AssertionError if there is none in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -16,6 +16,9 @@ from knapsack_genserver.errors import ConfigError
 from knapsack_genserver.member import PoolOptions
 from knapsack_genserver.replicas import ReplicaPool
 
+_LOG = logging.getLogger(__name__)
+_TRIES = 10
+
 
 class RayPool(ReplicaPool):
     """A pool whose replicas are actors; joins the cluster when it starts.
@@ -51,8 +54,10 @@ class RayPool(ReplicaPool):
         Raises:
             ConfigError: there is no cluster at the address, or a replica cannot start.
         """
+        address = self._address or os.environ.get("RAY_ADDRESS") or "auto"
+        await _reach(address)
         # Ray would have signals end this process; in another thread it cannot.
-        await asyncio.to_thread(_join, self._address)
+        await asyncio.to_thread(_join, address)
         await super().start()
 
     async def close(self) -> None:
@@ -61,11 +66,42 @@ class RayPool(ReplicaPool):
         await asyncio.to_thread(ray.shutdown)
 
 
-def _join(address: str | None) -> None:
+async def _reach(address: str) -> None:
+    """Wait a little for a cluster that starts with this server.
+
+    Ray itself would wait for minutes and then end the process.
+    """
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isdecimal()):
+        return
+    error: Exception | None = None
+    for attempt in range(_TRIES):
+        if attempt:
+            await asyncio.sleep(1.0)
+        try:
+            async with asyncio.timeout(5.0):
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        except (OSError, TimeoutError) as failure:
+            error = failure
+            _LOG.warning("ray_address = %r: does not answer", address)
+        else:
+            writer.close()
+            return
+    raise _unreachable(address, error)
+
+
+def _unreachable(address: str, error: Exception | None) -> ConfigError:
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    return ConfigError(
+        f"ray_address = {address!r}: cannot be joined: {first}; "
+        "ray start --head begins a cluster on this machine"
+    )
+
+
+def _join(address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # It says that it cannot handle signals here, which is what is wanted.
     logging.getLogger("ray").setLevel(logging.ERROR)
-    address = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
         ray.init(
             address=address,
@@ -74,8 +110,4 @@ def _join(address: str | None) -> None:
             logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ConfigError(
-            f"ray_address = {address!r}: cannot be joined: {first}; "
-            "ray start --head begins a cluster on this machine"
-        ) from error
+        raise _unreachable(address, error) from error

@@ -137,8 +137,7 @@ class Checkpoint:
             if at % parts != part or not tensor.is_floating_point():
                 continue
             # The least and the greatest need no mask of the tensor's size.
-            least, most = torch.aminmax(tensor.float()) if tensor.numel() else (None, None)
-            if least is not None and not (least.isfinite() and most.isfinite()):
+            if tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor.float()))):
                 raise CheckpointError(f"{name}: holds numbers that are not finite")
 
     def fingerprint(self) -> str:

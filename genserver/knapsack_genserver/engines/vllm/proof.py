@@ -103,8 +103,8 @@ def _compare(name: str, module: Any, leaf: str, source: torch.Tensor) -> bool:
             raise WrongWeights(f"{name}: the model serves other numbers")
     if leaf == "weight" and source.ndim == 2:
         packed = _compare_packed(name, module, source)
-        return packed or served.numel() > 0
-    return served.numel() > 0
+        return packed or bool(served.numel())
+    return bool(served.numel())
 
 
 def _compare_packed(name: str, module: Any, source: torch.Tensor) -> bool:

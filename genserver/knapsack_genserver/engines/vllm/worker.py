@@ -117,6 +117,7 @@ class Holder:
 
 def pack_heads(model: torch.nn.Module) -> None:
     """Pack output matrices again: a reload leaves those that share the embedding's old."""
+    module: Any
     for module in model.modules():
         if type(module).__name__ == "ParallelLMHead":
             module.quant_method.process_weights_after_loading(module)
