@@ -99,15 +99,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         text=True,
     )
     assert server.stdout is not None
-    line = server.stdout.readline()
-    assert line, (folder / "generator.log").read_text()
-    start_ray()
-    transfer_queue.init(tiny_verl.make_config(folder, folder, None).transfer_queue)
     try:
+        line = server.stdout.readline()
+        assert line, (folder / "generator.log").read_text()
+        start_ray()
+        transfer_queue.init(tiny_verl.make_config(folder, folder, None).transfer_queue)
         yield World(folder, json.loads(line)["listen"])
     finally:
-        transfer_queue.close()
-        ray.shutdown()
+        if ray.is_initialized():
+            transfer_queue.close()
+            ray.shutdown()
         server.send_signal(signal.SIGTERM)
         server.wait(60)
         server.stdout.close()
