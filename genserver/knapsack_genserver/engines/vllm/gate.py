@@ -76,7 +76,7 @@ class Session:
         touched: the model has been changed, or may have been.
         complete: what it has been changed to is known and proven.
         fingerprint: of the folder it was taken from.
-        timer: ends it when nothing comes any more.
+        timer: ends it when nothing comes any more; None while a call of it is under way.
     """
 
     owner: str
@@ -223,10 +223,7 @@ class GatedLLM(AsyncLLM):
 
     async def update_weights(self, request: Any) -> None:
         """Take a part of the weights, or a folder with all of them."""
-        session = self._session
-        if session is None or session.timer is None:
-            raise Refused("start_weight_update must be called before update_weights")
-        session.timer.cancel()
+        session = self._go_on("update_weights")
         info = request.update_info
         try:
             if self._folders:
@@ -249,10 +246,7 @@ class GatedLLM(AsyncLLM):
             weight_version: label of the new weights. Its last digits are their number; a
                 label without any, or none, has the number after the old weights'.
         """
-        session = self._session
-        if session is None or session.timer is None:
-            raise Refused("finish_weight_update called without a matching start_weight_update")
-        session.timer.cancel()
+        session = self._go_on("finish_weight_update")
         try:
             if not self._folders:
                 await self._workers("finish_weight_update")
@@ -261,16 +255,19 @@ class GatedLLM(AsyncLLM):
             self._break(f"{error}")
             await self._fail(session)
             raise
-        if session.complete:
-            self.broken = ""
-            await self.update_weight_version(weight_version or str(self.version + 1))
-        await self._close(session)
+        try:
+            if session.complete:
+                self.broken = ""
+                await self.update_weight_version(weight_version or str(self.version + 1))
+        finally:
+            await asyncio.shield(self._close(session))
         self._tell(session, failed=False)
 
     async def update_weight_version(self, new_version: str) -> None:
         """Label the weights that serve."""
         digits = re.search(r"(\d+)\D*$", new_version)
-        number = int(digits.group(1)) if digits else self.version + 1
+        # Python converts no number of thousands of digits.
+        number = int(digits.group(1)) if digits and len(digits.group(1)) < 20 else _MOST + 1
         self.version = number if number <= _MOST else self.version + 1
         self._numbers[new_version] = self.version
         await super().update_weight_version(new_version)
@@ -374,10 +371,19 @@ class GatedLLM(AsyncLLM):
             raise
         return session
 
+    def _go_on(self, method: str) -> Session:
+        """Return the update that a call goes on with; no other call of it comes between."""
+        session = self._session
+        if session is None:
+            raise Refused(f"{method}: start_weight_update must be called before it")
+        if session.timer is None:
+            raise self._conflict(f"cannot {method} now")
+        session.timer.cancel()
+        session.timer = None
+        return session
+
     async def _close(self, session: Session) -> None:
         """Let generation go on, unless the trainer has paused it or must not be trusted."""
-        if session.timer is not None:
-            session.timer.cancel()
         if session.touched:
             await self.reset_prefix_cache(reset_running_requests=True)
             await self.reset_encoder_cache()
@@ -400,12 +406,11 @@ class GatedLLM(AsyncLLM):
         session.timer = loop.call_later(self._patience, self._left_alone, session)
 
     def _left_alone(self, session: Session) -> None:
+        session.timer = None
         task = asyncio.ensure_future(self._give_up(session))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _give_up(self, session: Session) -> None:
-        if self._session is not session:
-            return
         _LOG.error("an update was begun and left alone for %s s; ending it", self._patience)
         if not self._folders:
             try:

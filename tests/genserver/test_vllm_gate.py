@@ -1,0 +1,241 @@
+"""The gate before vLLM's weights holds in every order of calls.
+
+The orders are of calls that overlap, which a real engine makes only by chance; so vLLM's
+engine is a stand-in here, whose calls to its workers end when a test says so. What a real
+one does with the gate is in tests/vllm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+GATE = "knapsack_genserver.engines.vllm.gate"
+
+
+class HttpError(Exception):
+    """Like vLLM's: a message and a status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Core:
+    """Like vLLM's engine core, as far as the gate sees it.
+
+    Attributes:
+        running: generation goes on.
+        weights: that the model computes with.
+        cached: weights that the prefix cache is of.
+        calls: of workers, in order, with whether generation ran.
+        held: calls of workers that wait for their event.
+        failing: calls of workers that fail, and why.
+    """
+
+    def __init__(self) -> None:
+        self.running = True
+        self.weights = self.cached = "old"
+        self.calls: list[tuple[str, bool]] = []
+        self.held: dict[str, asyncio.Event] = {}
+        self.failing: dict[str, Exception] = {}
+
+    def hold(self, method: str) -> asyncio.Event:
+        """Let a call of workers wait until the event is set."""
+        return self.held.setdefault(method, asyncio.Event())
+
+    async def collective_rpc_async(self, method: str, *_: Any) -> list[dict[str, Any]]:
+        """Call the workers."""
+        self.calls.append((method, self.running))
+        if method in self.held:
+            await self.held[method].wait()
+        if method in self.failing:
+            raise self.failing[method]
+        if method in ("knapsack_take_weights", "update_weights"):
+            self.weights = "new"
+        return [{"fingerprint": "f", "proven": 1, "unproven": []}]
+
+
+class AsyncLLM:
+    """Like vLLM's, as far as the gate sees it.
+
+    Attributes:
+        drained: rollouts in flight have ended, for which a pause with wait waits.
+        asleep: what is not in the GPU's memory.
+        sleep_fails: why sleeping fails, if it does.
+    """
+
+    errored = False
+
+    def __init__(self, backend: str) -> None:
+        self.engine_core = Core()
+        self.output_processor = SimpleNamespace(request_states={}, parent_requests={})
+        transfer = SimpleNamespace(backend=backend)
+        self.vllm_config = SimpleNamespace(weight_transfer_config=transfer)
+        self.drained = asyncio.Event()
+        self.asleep: set[str] = set()
+        self.sleep_fails = ""
+
+    async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
+        """Stand still; with wait when rollouts in flight have ended."""
+        self.engine_core.running = False
+        if mode == "wait":
+            await self.drained.wait()
+
+    async def resume_generation(self) -> None:
+        """Go on, and end every wait."""
+        self.engine_core.running = True
+        self.drained.set()
+
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Free the memory."""
+        await asyncio.sleep(0)
+        if self.sleep_fails:
+            raise ValueError(self.sleep_fails)
+        await AsyncLLM.pause_generation(self, mode=mode)
+        if level:
+            self.asleep = {"weights", "kv_cache"}
+
+    async def wake_up(self, tags: list[str] | None = None) -> bool:
+        """Take the memory back; resumes when all of it is there."""
+        self.asleep -= set(tags or self.asleep)
+        if not self.asleep:
+            await AsyncLLM.resume_generation(self)
+        return not self.asleep
+
+    async def update_weight_version(self, new_version: str) -> None:
+        """Label the weights."""
+
+    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> None:
+        """Forget what was computed with other weights."""
+        await asyncio.sleep(0)
+        self.engine_core.cached = self.engine_core.weights
+
+    async def reset_encoder_cache(self) -> None:
+        """Forget."""
+
+    async def abort(self, *_: Any, **__: Any) -> None:
+        """End rollouts."""
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The gate's module on the stand-in, whether or not vLLM is installed."""
+    contents: dict[str, dict[str, Any]] = {
+        "vllm": {},
+        "vllm.exceptions": {"GracefulHTTPError": HttpError},
+        "vllm.v1": {},
+        "vllm.v1.engine": {},
+        "vllm.v1.engine.async_llm": {"AsyncLLM": AsyncLLM},
+        "vllm.v1.engine.exceptions": {"EngineDeadError": RuntimeError},
+    }
+    for name, content in contents.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, GATE, raising=False)
+    yield importlib.import_module(GATE)
+    sys.modules.pop(GATE, None)
+
+
+async def llm_of(gate: Any, folder: Path, backend: str = "", patience: float = 600.0) -> Any:
+    """Return a guarded engine; without a backend it takes folders."""
+    llm = gate.GatedLLM(backend or gate.NAME)
+    await llm.guard(folder, 0, None, "keep", patience)
+    llm.engine_core.calls.clear()
+    return llm
+
+
+def part(folder: Path) -> Any:
+    """Return a request to take a folder."""
+    return SimpleNamespace(update_info={"path": str(folder)})
+
+
+async def settled() -> None:
+    """Return when every task has gone as far as it can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def at_once(call: Coroutine[Any, Any, None]) -> None:
+    """Await a call that must not wait for anything."""
+    task = asyncio.ensure_future(call)
+    await settled()
+    if not task.done():
+        task.cancel()
+        pytest.fail(f"{call} waits")
+    task.result()
+
+
+@pytest.mark.parametrize("backend", ["", "nccl"])
+async def test_one_call_of_an_update_at_a_time(gate: Any, backend: str, tmp_path: Path) -> None:
+    """While weights are taken nothing ends the update or takes others; then it ends right."""
+    llm = await llm_of(gate, tmp_path, backend)
+    core = llm.engine_core
+    slow = core.hold("update_weights" if backend else "knapsack_check_weights")
+    await llm.start_weight_update()
+    taking = asyncio.ensure_future(llm.update_weights(part(tmp_path)))
+    await settled()
+    with pytest.raises(gate.Refused, match=r"cannot finish_weight_update now.*is under way"):
+        await at_once(llm.finish_weight_update("1"))
+    with pytest.raises(gate.Refused, match=r"cannot update_weights now.*is under way"):
+        await at_once(llm.update_weights(part(tmp_path)))
+    assert (llm.version, core.running) == (0, False)
+    slow.set()
+    await taking
+    await llm.finish_weight_update("1")
+    assert (llm.version, core.weights, core.cached) == (1, "new", "new")
+    assert not any(running for _, running in core.calls)
+    assert core.running
+
+
+async def test_an_update_is_finished_once(gate: Any, tmp_path: Path) -> None:
+    """A second finish, while the first is under way, is refused."""
+    llm = await llm_of(gate, tmp_path, "nccl")
+    slow = llm.engine_core.hold("finish_weight_update")
+    await llm.start_weight_update()
+    await llm.update_weights(part(tmp_path))
+    finishing = asyncio.ensure_future(llm.finish_weight_update("7"))
+    await settled()
+    for call in (llm.finish_weight_update("8"), llm.update_weights(part(tmp_path))):
+        with pytest.raises(gate.Refused, match="is under way"):
+            await at_once(call)
+    slow.set()
+    await finishing
+    assert llm.version == 7
+
+
+async def test_an_update_that_is_being_given_up_takes_nothing_more(
+    gate: Any, tmp_path: Path
+) -> None:
+    """The trainer that comes back too late is refused, and told so."""
+    llm = await llm_of(gate, tmp_path, "nccl", patience=0.0)
+    core = llm.engine_core
+    slow = core.hold("finish_weight_update")
+    await llm.start_weight_update()
+    await settled()
+    assert core.calls[-1] == ("finish_weight_update", False)
+    for call in (llm.finish_weight_update("1"), llm.update_weights(part(tmp_path))):
+        with pytest.raises(gate.Refused, match="is under way"):
+            await at_once(call)
+    slow.set()
+    await settled()
+    assert (llm.version, core.weights, core.running) == (0, "old", True)
+    with pytest.raises(gate.Refused, match="start_weight_update must be called"):
+        await llm.finish_weight_update("1")
+
+
+async def test_a_label_of_any_length_ends_an_update(gate: Any, tmp_path: Path) -> None:
+    """Its number is the next where the label's is none that a version can have."""
+    llm = await llm_of(gate, tmp_path)
+    await llm.start_weight_update()
+    await llm.update_weights(part(tmp_path))
+    await llm.finish_weight_update("9" * 5000)
+    assert (llm.version, llm.engine_core.running) == (1, True)
