@@ -239,3 +239,65 @@ async def test_a_label_of_any_length_ends_an_update(gate: Any, tmp_path: Path) -
     await llm.update_weights(part(tmp_path))
     await llm.finish_weight_update("9" * 5000)
     assert (llm.version, llm.engine_core.running) == (1, True)
+
+
+async def test_a_resume_has_the_last_word_over_a_pause_that_waits(
+    gate: Any, tmp_path: Path
+) -> None:
+    """A trainer that tires of its pause resumes; the next update leaves generation running."""
+    llm = await llm_of(gate, tmp_path)
+    pausing = asyncio.ensure_future(llm.pause_generation(mode="wait"))
+    await settled()
+    with pytest.raises(gate.Refused, match="a pause, sleep or wake-up is under way"):
+        await llm.start_weight_update()
+    await llm.resume_generation()
+    await pausing
+    await llm.serve_folder(tmp_path, 1)
+    assert llm.engine_core.running
+
+
+async def test_a_pause_that_fails_is_none(gate: Any, tmp_path: Path) -> None:
+    """It changes nothing, not even another pause that came meanwhile."""
+    llm = await llm_of(gate, tmp_path)
+    for paused in (False, True):
+        pausing = asyncio.ensure_future(llm.pause_generation(mode="wait"))
+        await settled()
+        if paused:
+            await llm.pause_generation(mode="keep")
+        pausing.cancel()
+        await asyncio.wait([pausing])
+        await llm.serve_folder(tmp_path, 1)
+        assert llm.engine_core.running is not paused
+
+
+async def test_a_pause_outlives_an_update(gate: Any, tmp_path: Path) -> None:
+    """Whether it came before or in it; resuming or waking up ends it."""
+    llm = await llm_of(gate, tmp_path)
+    core = llm.engine_core
+    await llm.pause_generation(mode="keep")
+    await llm.serve_folder(tmp_path, 1)
+    assert not core.running
+    await llm.resume_generation()
+    await llm.start_weight_update()
+    await llm.pause_generation(mode="abort")
+    await llm.finish_weight_update()
+    assert not core.running
+    await llm.sleep(1)
+    await llm.wake_up()
+    await llm.serve_folder(tmp_path, 2)
+    assert core.running
+
+
+async def test_a_sleep_that_fails_is_none(gate: Any, tmp_path: Path) -> None:
+    """The next update leaves generation running; so does one after a light sleep and a resume."""
+    llm = await llm_of(gate, tmp_path)
+    llm.sleep_fails = "sleep mode is not enabled"
+    with pytest.raises(ValueError, match="not enabled"):
+        await llm.sleep(1)
+    await llm.serve_folder(tmp_path, 1)
+    assert llm.engine_core.running
+    await llm.sleep(0)
+    assert not llm.engine_core.running
+    await llm.resume_generation()
+    await llm.serve_folder(tmp_path, 2)
+    assert llm.engine_core.running

@@ -21,7 +21,8 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -119,8 +120,9 @@ class GatedLLM(AsyncLLM):
         self._patience = patience
         self.died = asyncio.Event()
         self._session: Session | None = None
-        self._pausing = 0
-        self._paused = False
+        self._changing = 0
+        # The trainer's last pause, if it has not resumed since.
+        self._paused: object | None = None
         self._asleep = False
         self._numbers: dict[str, int] = {}
         transfer = self.vllm_config.weight_transfer_config
@@ -145,44 +147,65 @@ class GatedLLM(AsyncLLM):
 
     async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
         """Pause; in an update generation stands still already."""
-        if self._session is not None:
-            if mode == "wait":
-                raise self._conflict("cannot wait for rollouts to end")
-            if mode == "abort":
-                await self.abort(
-                    [*self.output_processor.request_states, *self.output_processor.parent_requests],
-                    internal=True,
-                )
-            self._paused = True
-            return
-        self._pausing += 1
+        if self._session is not None and mode == "wait":
+            raise self._conflict("cannot wait for rollouts to end")
+        # Set before it is so: a resume that comes meanwhile has the last word.
+        before, mine = self._paused, object()
+        self._paused = mine
         try:
-            await super().pause_generation(mode=mode, clear_cache=clear_cache)
-            self._paused = True
-        finally:
-            self._pausing -= 1
+            if self._session is None:
+                with self._counted():
+                    await super().pause_generation(mode=mode, clear_cache=clear_cache)
+            elif mode == "abort":
+                await self._abort_all()
+        except BaseException:
+            if self._paused is mine:
+                self._paused = before
+            raise
 
     async def resume_generation(self) -> None:
         """Resume; refused in an update."""
         if self._session is not None:
             raise self._conflict("cannot resume before it is finished")
-        self._paused = False
+        self._paused = None
         await super().resume_generation()
 
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Free the GPU's memory; refused in an update."""
         if self._session is not None:
             raise self._conflict("cannot sleep")
-        self._asleep = True
-        await super().sleep(level, mode)
+        if level < 1:
+            # vLLM's name for a pause that frees nothing; a resume ends it.
+            await self.pause_generation(mode=mode, clear_cache=False)
+            return
+        with self._counted():
+            await super().sleep(level, mode)
+            self._asleep = True
 
     async def wake_up(self, tags: list[str] | None = None) -> bool:
         """Take the GPU's memory back; all of it not in an update, since it would resume."""
         if self._session is not None and (tags is None or "weights" not in tags):
             raise self._conflict("cannot wake up")
-        awake = bool(await super().wake_up(tags))
-        self._asleep = not awake
+        with self._counted():
+            awake = bool(await super().wake_up(tags))
+            self._asleep = not awake
+            if awake:
+                # vLLM has resumed, whoever paused.
+                self._paused = None
         return awake
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Let no update begin meanwhile."""
+        self._changing += 1
+        try:
+            yield
+        finally:
+            self._changing -= 1
+
+    async def _abort_all(self) -> None:
+        requests = self.output_processor
+        await self.abort([*requests.request_states, *requests.parent_requests], internal=True)
 
     # vLLM's transfer API.
 
@@ -358,11 +381,11 @@ class GatedLLM(AsyncLLM):
     async def _open(self, owner: str, mode: str) -> Session:
         if self._session is not None:
             raise self._conflict("cannot begin another one")
-        if self._pausing:
-            raise Refused("a pause is under way; begin the update when it has been answered")
+        if self._changing:
+            raise Refused("a pause, sleep or wake-up is under way; begin when it has ended")
         session = self._session = Session(owner, time.monotonic())
         try:
-            if mode != "keep" and not self._paused:
+            if mode != "keep" and self._paused is None:
                 await super().pause_generation(mode=mode, clear_cache=False)
                 session.began = time.monotonic()
             await super().pause_generation(mode="keep", clear_cache=False)
@@ -390,11 +413,8 @@ class GatedLLM(AsyncLLM):
         self._session = None
         if self.broken:
             # What waits in the engine would wait for ever.
-            await self.abort(
-                [*self.output_processor.request_states, *self.output_processor.parent_requests],
-                internal=True,
-            )
-        elif not (self._paused or self._asleep):
+            await self._abort_all()
+        elif self._paused is None and not self._asleep:
             await super().resume_generation()
 
     async def _fail(self, session: Session) -> None:
