@@ -301,3 +301,38 @@ async def test_a_sleep_that_fails_is_none(gate: Any, tmp_path: Path) -> None:
     await llm.resume_generation()
     await llm.serve_folder(tmp_path, 2)
     assert llm.engine_core.running
+
+
+async def test_sleeping_weights_are_not_updated(gate: Any, tmp_path: Path) -> None:
+    """Through no door, until they are awake; the rest of the memory may sleep on."""
+    llm = await llm_of(gate, tmp_path)
+    core = llm.engine_core
+    await llm.sleep(1)
+    for woken in ("nothing", "kv_cache"):
+        if woken == "kv_cache":
+            assert not await llm.wake_up([woken])
+        for update in (
+            llm.serve_folder(tmp_path, 1),
+            llm.start_weight_update(),
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path)}),
+        ):
+            with pytest.raises(gate.Refused, match="the weights are asleep; wake them up"):
+                await update
+    assert (core.calls, core.weights) == ([], "old")
+    await llm.wake_up()
+    await llm.sleep(2)
+    assert not await llm.wake_up(["weights"])
+    await llm.serve_folder(tmp_path, 1)
+    assert (core.weights, core.running) == ("new", False)
+    assert await llm.wake_up(["kv_cache"])
+    assert core.running
+
+
+async def test_waking_up_resumes_nothing_in_an_update(gate: Any, tmp_path: Path) -> None:
+    """Also with the weights' tag: vLLM resumes whenever all of its memory is there."""
+    llm = await llm_of(gate, tmp_path)
+    await llm.start_weight_update()
+    for tags in (None, ["weights"], ["kv_cache"]):
+        with pytest.raises(gate.Refused, match="cannot wake up"):
+            await llm.wake_up(tags)
+    assert not llm.engine_core.running

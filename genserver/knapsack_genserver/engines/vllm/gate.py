@@ -6,6 +6,7 @@ set of weights and half another, or have no weights at all; a token generated th
 the engine or is wrong without a word. All doors lead through the methods of this class:
 
 - One update at a time. What comes in between is refused (409 over HTTP).
+- While the weights are asleep no update begins: they are not in the GPU's memory.
 - Generation stands still from an update's start to its end, whether or not the trainer
   has asked for a pause, and cannot be resumed in between. Requests that come meanwhile
   wait. In-flight rollouts go on with the new weights (their cache is computed anew) and
@@ -124,6 +125,7 @@ class GatedLLM(AsyncLLM):
         # The trainer's last pause, if it has not resumed since.
         self._paused: object | None = None
         self._asleep = False
+        self._weights_asleep = False
         self._numbers: dict[str, int] = {}
         transfer = self.vllm_config.weight_transfer_config
         self._folders = transfer is not None and transfer.backend == NAME
@@ -180,15 +182,17 @@ class GatedLLM(AsyncLLM):
             return
         with self._counted():
             await super().sleep(level, mode)
-            self._asleep = True
+            self._asleep = self._weights_asleep = True
 
     async def wake_up(self, tags: list[str] | None = None) -> bool:
-        """Take the GPU's memory back; all of it not in an update, since it would resume."""
-        if self._session is not None and (tags is None or "weights" not in tags):
+        """Take the GPU's memory back; refused in an update, since it would resume."""
+        if self._session is not None:
             raise self._conflict("cannot wake up")
         with self._counted():
             awake = bool(await super().wake_up(tags))
             self._asleep = not awake
+            if awake or (tags is not None and "weights" in tags):
+                self._weights_asleep = False
             if awake:
                 # vLLM has resumed, whoever paused.
                 self._paused = None
@@ -383,6 +387,8 @@ class GatedLLM(AsyncLLM):
             raise self._conflict("cannot begin another one")
         if self._changing:
             raise Refused("a pause, sleep or wake-up is under way; begin when it has ended")
+        if self._weights_asleep:
+            raise Refused("the weights are asleep; wake them up first (/wake_up?tags=weights)")
         session = self._session = Session(owner, time.monotonic())
         try:
             if mode != "keep" and self._paused is None:
