@@ -13,7 +13,8 @@ asked for many prompts at once, and batches as it likes:
 - Closing the iterator ends the work it stands for, within one decoding step.
 - ``load_weights`` lets running rollouts end or continue, never mixes two sets within a
   token, and each rollout says which versions made it. If it raises, the old weights
-  serve on.
+  serve on; or it raises ``Unavailable``, ``generate`` does too, and an attribute
+  ``broken`` of the engine says why until an update succeeds.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ GeneratorError
 ├── InvalidArgument      a field, its value, and what is allowed
 ├── FailedPrecondition   a weight update refused or failed; the old weights serve
 ├── ResourceExhausted    a limit of the server is reached
-└── Unavailable          the server starts or drains, or a replica cannot be reached
+└── Unavailable          the server starts or drains, a replica cannot be reached, or no
+    │                    weights serve
     └── ReplicaLost      a replica is gone, with what it held
 
 ConfigError              a setting or a model that the server cannot start with
@@ -71,7 +72,7 @@ class ResourceExhausted(GeneratorError):
 
 
 class Unavailable(GeneratorError):
-    """The server starts or drains, or a replica cannot be reached."""
+    """The server starts or drains, a replica cannot be reached, or no weights serve."""
 
     code = "UNAVAILABLE"
     reason = "unavailable"

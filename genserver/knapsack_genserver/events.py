@@ -112,12 +112,12 @@ class RolloutsGivenUp:
 
 @dataclass(frozen=True, slots=True)
 class WeightsUpdated:
-    """Other weights serve, or an update failed and the old ones do.
+    """Other weights serve, or an update failed and the old ones do, or none.
 
     Attributes:
-        version: that was asked for.
+        version: that was asked for; where none was before it failed, the old one.
         seconds: from the update's arrival to its end.
-        failed: the old weights serve.
+        failed: the old weights serve, or none until an update succeeds.
         paused_seconds: in which no token was made; None if not known.
     """
 

@@ -95,6 +95,6 @@ def log_event(event: Event) -> None:
         case WeightsUpdated():
             fields = {"weight_version": event.version, "seconds": round(event.seconds, 3)}
             if event.failed:
-                _LOG.error("weight update failed; the old weights serve", extra={"fields": fields})
+                _LOG.error("weight update failed", extra={"fields": fields})
             else:
                 _LOG.info("weights updated", extra={"fields": fields})

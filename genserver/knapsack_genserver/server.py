@@ -23,7 +23,7 @@ from prometheus_client.exposition import choose_encoder
 from knapsack_genserver.admission import AdmissionLimits
 from knapsack_genserver.engine import Engine
 from knapsack_genserver.errors import ConfigError, EngineDied
-from knapsack_genserver.events import Events, ServingBegan
+from knapsack_genserver.events import Event, Events, ServingBegan, WeightsUpdated
 from knapsack_genserver.feeder import Feeding
 from knapsack_genserver.logs import log_event
 from knapsack_genserver.metrics import Load, Metrics
@@ -87,6 +87,7 @@ class Server:
         self._events = Events()
         self._health = health_aio.HealthServicer()
         self._serving = False
+        self._telling: set[asyncio.Task[None]] = set()
         self._service: GeneratorService | None = None
         self._api: grpc.aio.Server | None = None
         self._probes: grpc.aio.Server | None = None
@@ -191,6 +192,10 @@ class Server:
                 registry.register(collector)
         self._events.listen(Metrics(registry, self._load))
         self._events.listen(log_event)
+        self._events.listen(self._look_at_weights)
+        if hasattr(self._engine, "updated"):
+            # An engine with doors of its own tells of updates that came through them.
+            self._engine.updated = self._updated
         runner = web.AppRunner(self._admin_app(registry))
         await runner.setup()
         self._admin = runner
@@ -213,9 +218,9 @@ class Server:
             return web.Response(text="ok\n")
 
         async def ready(_request: web.Request) -> web.Response:
-            if self._serving:
+            if self._ready():
                 return web.Response(text="ok\n")
-            return web.Response(text="not serving\n", status=503)
+            return web.Response(text=f"{self._broken() or 'not serving'}\n", status=503)
 
         app = web.Application()
         app.router.add_get("/metrics", metrics)
@@ -230,10 +235,30 @@ class Server:
             return Load(self._engine.status())
         return Load(service.status(), service.calls, service.unread_rollouts)
 
+    def _broken(self) -> str:
+        """Return why the engine has no weights to serve; empty if it has."""
+        return str(getattr(self._engine, "broken", ""))
+
+    def _ready(self) -> bool:
+        return self._serving and not self._broken()
+
     async def _set_ready(self, ready: bool) -> None:
         self._serving = ready
+        await self._tell_health()
+
+    async def _tell_health(self) -> None:
         for name in ("", _SERVICE):
-            await self._health.set(name, _SERVING if ready else _NOT_SERVING)
+            await self._health.set(name, _SERVING if self._ready() else _NOT_SERVING)
+
+    def _updated(self, version: int, seconds: float, paused: float | None, failed: bool) -> None:
+        self._events.emit(WeightsUpdated(version, seconds, failed, paused))
+
+    def _look_at_weights(self, event: Event) -> None:
+        """Answer probes by what an update has left."""
+        if isinstance(event, WeightsUpdated):
+            task = asyncio.ensure_future(self._tell_health())
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls, let those under way end, then close everything."""

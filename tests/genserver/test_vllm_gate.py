@@ -9,13 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import re
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import aiohttp
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from knapsack_genserver.engines.fake import FakeEngine
+from knapsack_genserver.engines.vllm.engine import VllmEngine, VllmOptions
+from knapsack_genserver.errors import FailedPrecondition, Unavailable
+from knapsack_genserver.server import Server, ServerOptions
+
+from small_engines import group
 
 GATE = "knapsack_genserver.engines.vllm.gate"
 
@@ -336,3 +347,96 @@ async def test_waking_up_resumes_nothing_in_an_update(gate: Any, tmp_path: Path)
         with pytest.raises(gate.Refused, match="cannot wake up"):
             await llm.wake_up(tags)
     assert not llm.engine_core.running
+
+
+async def test_a_failed_update_says_whether_any_weights_serve(gate: Any, tmp_path: Path) -> None:
+    """The old ones do after a failure that was put right; none where it was not."""
+    engine = VllmEngine(VllmOptions(tmp_path))
+    engine._llm = llm = await llm_of(gate, tmp_path)
+    failing = llm.engine_core.failing
+    failing["knapsack_take_weights"] = RuntimeError("the disk is gone")
+    with pytest.raises(FailedPrecondition, match="the disk is gone; the old weights serve on"):
+        await engine.load_weights(tmp_path, 1)
+    assert engine.broken == ""
+    failing["knapsack_restore_weights"] = RuntimeError("and the other one")
+    with pytest.raises(Unavailable, match=r"no weights serve until.*the disk is gone"):
+        await engine.load_weights(tmp_path, 1)
+    with pytest.raises(Unavailable, match="no weights serve until"):
+        engine.generate(group())
+    failing["knapsack_check_weights"] = RuntimeError("not a folder")
+    with pytest.raises(Unavailable, match="not a folder; no weights serve until"):
+        await engine.load_weights(tmp_path, 1)
+    failing.clear()
+    await engine.load_weights(tmp_path, 2)
+    assert (engine.broken, llm.version, llm.engine_core.running) == ("", 2, True)
+
+
+async def test_updates_over_http_are_told_of(gate: Any, tmp_path: Path) -> None:
+    """Each once, whether it succeeds; none that came through gRPC, whose caller tells of it."""
+    llm = await llm_of(gate, tmp_path)
+    told: list[tuple[int, bool]] = []
+    llm.updated = lambda version, seconds, paused, failed: told.append((version, failed))
+    await llm.serve_folder(tmp_path, 1)
+    assert told == []
+    await llm.start_weight_update()
+    await llm.update_weights(part(tmp_path))
+    await llm.finish_weight_update("2")
+    reload = {"kwargs": {"weights_path": str(tmp_path)}}
+    await llm.collective_rpc("reload_weights", **reload)
+    assert told == [(2, False), (3, False)]
+    llm.engine_core.failing["knapsack_check_weights"] = RuntimeError("not a folder")
+    await llm.start_weight_update()
+    with pytest.raises(gate.UpdateFailed):
+        await llm.update_weights(part(tmp_path))
+    with pytest.raises(gate.UpdateFailed):
+        await llm.collective_rpc("reload_weights", **reload)
+    assert told[2:] == [(3, True), (4, True)]
+
+
+class Breaking(FakeEngine):
+    """An engine with a door of its own for weights, and without weights when told so."""
+
+    broken = ""
+    updated: Callable[[int, float, float | None, bool], None] | None = None
+
+    def update(self, broken: str) -> None:
+        """Update through that door."""
+        self.broken = broken
+        assert self.updated
+        self.updated(5, 2.0, 1.5, bool(broken))
+
+
+async def test_the_server_is_ready_while_weights_serve() -> None:
+    """Probes say so, over HTTP with the reason; metrics count what the engine tells of."""
+    engine = Breaking()
+    any_port = "127.0.0.1:0"
+    server = Server(engine, ServerOptions(any_port, any_port, any_port))
+    await server.start()
+
+    async def asked(path: str) -> tuple[int, str]:
+        async with http.get(f"http://{server.addresses['admin']}{path}") as answer:
+            return answer.status, await answer.text()
+
+    async def healthy(service: str) -> bool:
+        found = await probe.Check(health_pb2.HealthCheckRequest(service=service))
+        return bool(found.status == health_pb2.HealthCheckResponse.SERVING)
+
+    try:
+        async with (
+            aiohttp.ClientSession() as http,
+            grpc.aio.insecure_channel(server.addresses["health"]) as channel,
+        ):
+            probe = health_pb2_grpc.HealthStub(channel)
+            assert (await asked("/readyz"))[0] == 200
+            engine.update("no weights serve")
+            assert await asked("/readyz") == (503, "no weights serve\n")
+            assert (await healthy(""), await healthy("liveness")) == (False, True)
+            engine.update("")
+            assert (await asked("/readyz"))[0] == 200
+            assert await healthy("")
+            _, text = await asked("/metrics")
+    finally:
+        await server.stop(0.0)
+    for result in ("failed", "served"):
+        assert re.search(rf'weight_updates_total{{.*"{result}"}} 1\.0', text)
+    assert re.search(r"pause_seconds_sum 3\.0", text)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from knapsack_genserver.errors import FailedPrecondition
+from knapsack_genserver.errors import FailedPrecondition, Unavailable
+from knapsack_genserver.events import WeightsUpdated
 
 from small_engines import all_of, group
 from vllm_http import Http
@@ -152,9 +153,16 @@ async def test_rollouts_in_flight_go_on_with_the_new_weights(engine, other_folde
 
 
 async def test_an_update_over_http_is_the_same_update(
-    engine, http: Http, model_folder, other_folder, tmp_path
+    server, engine, http: Http, model_folder, other_folder, tmp_path
 ) -> None:
     """Start, update and finish of vLLM's API; wrong folders and wrong orders are refused."""
+    told: list[tuple[int, bool]] = []
+
+    def listener(event: Any) -> None:
+        if isinstance(event, WeightsUpdated):
+            told.append((event.version, event.failed))
+
+    server._events.listen(listener)
     before = await greedy_of(engine)
     assert (await http.post("/update_weights", update_info={"path": str(other_folder)}))[0] == 409
     assert (await http.post("/finish_weight_update"))[0] == 409
@@ -179,6 +187,7 @@ async def test_an_update_over_http_is_the_same_update(
     assert answer[0] == 200
     assert engine.status().weight_version == 8
     assert await greedy_of(engine) == before
+    assert told == [(0, True), (7, False), (8, False)]
 
 
 async def test_nothing_is_generated_between_start_and_finish(
@@ -191,7 +200,8 @@ async def test_nothing_is_generated_between_start_and_finish(
         http.post("/v1/completions", model=http.model, prompt=[1, 2], max_tokens=3)
     )
     for refused in ("/resume", "/start_weight_update", "/sleep", "/pause?mode=wait"):
-        assert (await http.post(refused))[0] in (409, 500), refused
+        status, answer = await http.post(refused)
+        assert (status, "is under way" in str(answer)) == (409, True), (refused, answer)
     for method in ("start_weight_update", "update_weights", "reset_weights", "knapsack_x"):
         assert (await http.post("/collective_rpc", method=method))[0] == 400
     assert (await http.post("/collective_rpc", method="anything"))[0] == 409
@@ -228,7 +238,7 @@ async def test_weights_that_nobody_knows_are_not_served(engine, http: Http, mode
     workers = engine.llm._workers
     engine.llm._workers = lost
     try:
-        with pytest.raises(FailedPrecondition, match=r"no weights serve.*the disk is gone"):
+        with pytest.raises(Unavailable, match=r"no weights serve.*the disk is gone"):
             await engine.load_weights(model_folder, 1)
     finally:
         del engine.llm._workers

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +65,13 @@ class VllmEngine:
     Attributes:
         registry: where vLLM's metrics are, and the server's should be.
         died: set when vLLM's engine has died and nothing more can be generated.
+        updated: called with (version, seconds, paused seconds or None, whether it failed)
+            after each update that came over HTTP; set before ``start``.
     """
 
     name = "vllm"
     registry: CollectorRegistry = prometheus_client.REGISTRY
+    updated: Callable[[int, float, float | None, bool], None] | None = None
 
     def __init__(self, options: VllmOptions) -> None:
         self._options = options
@@ -111,6 +114,7 @@ class VllmEngine:
             # The event loop must run meanwhile: it answers probes. What vLLM makes of the
             # loop it is made on is made by the first request.
             self._llm = await asyncio.to_thread(GatedLLM.from_engine_args, arguments)
+            self._llm.updated = self.updated
             loaded = await self._llm.guard(
                 options.model,
                 options.weight_version,
@@ -140,6 +144,11 @@ class VllmEngine:
     def llm(self) -> Any:
         """vLLM's engine behind its gate, from ``start`` on."""
         return self._llm
+
+    @property
+    def broken(self) -> str:
+        """Why no weights serve until an update succeeds; empty while some do."""
+        return "" if self._llm is None else str(self._llm.broken)
 
     async def _watched(self) -> None:
         # vLLM tells nobody.
@@ -195,8 +204,8 @@ class VllmEngine:
         """Queue a group; return the iterator of its rollouts."""
         if self._llm is None or self._closing:
             raise Unavailable(self._closing or "the engine has not started")
-        if self._llm.broken:
-            raise Unavailable(self._llm.broken)
+        if self.broken:
+            raise Unavailable(self.broken)
 
         def cancel() -> None:
             for task in tasks:
@@ -249,7 +258,12 @@ class VllmEngine:
             inbox.put([Completion(i, [], [], FinishReason.ERROR, (), why) for i in sorted(missing)])
 
     async def load_weights(self, path: Path, version: int) -> LoadedWeights:
-        """Serve the safetensors of a folder, compared with what the model computes with."""
+        """Serve the safetensors of a folder, compared with what the model computes with.
+
+        Raises:
+            FailedPrecondition: the old weights serve on.
+            Unavailable: no weights serve; until an update succeeds, or at all.
+        """
         if self._llm is None or self._closing:
             raise Unavailable(self._closing or "the engine has not started")
         from knapsack_genserver.engines.vllm.gate import Refused, UpdateFailed
@@ -257,6 +271,10 @@ class VllmEngine:
         try:
             loaded, paused = await self._llm.serve_folder(path, version)
         except (Refused, UpdateFailed) as error:
+            if self._llm.errored:
+                raise Unavailable(f"vLLM's engine has died: {error}") from error
+            if self.broken:
+                raise Unavailable(str(error)) from error
             raise FailedPrecondition(str(error)) from error
         return LoadedWeights(loaded.version, loaded.fingerprint, paused)
 

@@ -96,13 +96,13 @@ class GatedLLM(AsyncLLM):
         version: number of the weights that serve.
         broken: why generation is refused; empty if it is not.
         died: set by whoever notices that the engine has died.
-        updated: called with (version, seconds, paused seconds, whether it failed) after
-            each update that did not come through ``serve_folder``.
+        updated: called with (version, seconds, paused seconds or None, whether it failed)
+            after each update that its caller does not tell of: all over HTTP.
     """
 
     version = 0
     broken = ""
-    updated: Callable[[int, float, float, bool], None] | None = None
+    updated: Callable[[int, float, float | None, bool], None] | None = None
 
     async def guard(
         self, folder: Path, version: int, weights_root: Path | None, mode: str, patience: float
@@ -317,7 +317,7 @@ class GatedLLM(AsyncLLM):
             )
         if method == "reload_weights":
             path = (kwargs or {}).get("weights_path") or self.model_config.model
-            await self.serve_folder(self._folder(path), self.version + 1)
+            await self._reload(self._folder(path), self.version + 1)
             return [None]
         if self._session is not None:
             raise self._conflict(f"cannot call {method}")
@@ -341,11 +341,21 @@ class GatedLLM(AsyncLLM):
             await asyncio.shield(self._close(session))
         return LoadedWeights(version, session.fingerprint), time.monotonic() - session.began
 
+    async def _reload(self, folder: Path, version: int) -> None:
+        """Serve a folder as ``serve_folder`` does, and tell of it."""
+        began = time.monotonic()
+        paused: float | None = None
+        try:
+            _, paused = await self.serve_folder(folder, version)
+        finally:
+            if self.updated is not None:
+                self.updated(version, time.monotonic() - began, paused, paused is None)
+
     async def _take(self, session: Session, folder: Path) -> None:
         try:
             await self._workers("knapsack_check_weights", str(folder))
         except Exception as error:
-            raise UpdateFailed(f"{_reason(error)}; the old weights serve on") from error
+            raise UpdateFailed(f"{_reason(error)}; {self._serving()}") from error
         session.touched = True
         try:
             found = await self._workers("knapsack_take_weights")
@@ -357,9 +367,12 @@ class GatedLLM(AsyncLLM):
             except Exception as worse:
                 self._break(f"{reason}; and the old ones could not be read: {_reason(worse)}")
                 raise UpdateFailed(self.broken) from worse
-            raise UpdateFailed(f"{reason}; the old weights serve on") from error
+            raise UpdateFailed(f"{reason}; {self._serving()}") from error
         session.complete = True
         session.fingerprint = self._found(found)
+
+    def _serving(self) -> str:
+        return self.broken or "the old weights serve on"
 
     def _found(self, found: dict[str, Any]) -> str:
         fields = {"proven": found["proven"], "unproven": len(found["unproven"])}
