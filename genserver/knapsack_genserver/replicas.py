@@ -3,6 +3,8 @@
 - A replica that is lost costs what it had not yet handed over; that is asked for again
   elsewhere. Its rollouts are those of its group's seed and their indices, so it does not
   matter who makes them. A rollout that has been handed out is never handed out again.
+- A replica that fails at several pieces in a row gets nothing more until it has made a
+  rollout; if it holds nothing that it could make, it counts as lost.
 - A replica that was lost is started again for as long as the pool lives, with a growing
   pause. It serves once it holds the weights that the pool serves.
 - New weights go to every replica that serves. They serve if one replica took them; a
@@ -317,10 +319,26 @@ class ReplicaPool:
     ) -> None:
         """Give back a piece's place; what has not arrived waits again, or is given up."""
         problem = "" if task.cancelled() else task.result()
-        given_up = self._plan.ended(piece, missing)
-        why = f"lost with {piece.losses + 1} replicas, last: {problem or member.problem}"
+        lives = member.life == piece.replica
+        if missing and lives and not task.cancelled():
+            member.failures += 1
+            member.problem = problem
+        given_up = self._plan.ended(piece, missing, lost=not lives and not member.failing)
+        attempts = piece.losses + piece.failures + 1
+        why = f"given up after {attempts} attempts, last: {problem or member.problem}"
         self._settle(job, _failed(given_up, why))
+        if lives and member.failing:
+            self._plan.rest(piece.replica, True)
+            if not member.tasks:
+                self._lose(member, f"it fails at all that it is asked for: {member.problem}")
         self._fill_soon()
+
+    def _proved(self, member: Member) -> None:
+        """Trust a replica that has made a rollout."""
+        if member.failing and member.life is not None:
+            self._plan.rest(member.life, False)
+            self._fill_soon()
+        member.failures, member.proved = 0, True
 
     async def _read(self, member: Member, job: _Job, piece: Piece, missing: set[int]) -> None:
         part = replace(job.group, num_rollouts=piece.count, first_index=piece.first)
@@ -329,6 +347,8 @@ class ReplicaPool:
             async for completion in stream:
                 if completion.index not in missing:
                     raise ReplicaLost(f"it sent rollout {completion.index} unasked or twice")
+                if not completion.error:
+                    self._proved(member)
                 self._deliver(job, piece, missing, [completion])
         finally:
             close = getattr(stream, "aclose", None)

@@ -178,7 +178,7 @@ async def test_a_server_that_always_fails_is_given_up_in_the_end() -> None:
     server.statuses = [500] * 100
     (found,) = await all_of(pool, group(num_rollouts=4))
     assert {c.error for c in found} == {
-        f"lost with 6 replicas, last: {server.url}: 500: told to fail"
+        f"given up after 21 attempts, last: {server.url}: 500: told to fail"
     }
     await pool.close()
     await server.stop()

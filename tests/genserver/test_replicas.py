@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,9 +118,77 @@ async def test_a_prompt_that_kills_is_given_up(
     poison, good = await all_of(pool, group([9], 3), group([1], 50))
     assert [c.index for c in poison] == [0, 1, 2]
     for completion in poison:
-        assert completion.error == "lost with 6 replicas, last: it died"
+        assert completion.error == "given up after 6 attempts, last: it died"
         assert completion.token_ids == []
     assert [good] == await expected(group([1], 50))
+
+
+async def test_a_replica_that_fails_at_everything_leaves_a_burst_whole() -> None:
+    """It is out after a few pieces; the others make the rest when they have room."""
+    healthy, sick = MortalEngine(), MortalEngine()
+    pool = ReplicaPool("pool", [healthy, sick], replace(QUICK, retry_seconds=(60.0, 60.0)))
+    await pool.start()
+    await until(lambda: pool.status().replicas == 2)
+    healthy.gate.clear()
+    sick.fails = True
+    streams = [pool.generate(each) for each in GROUPS]
+    await until(lambda: pool.status().replicas == 1)
+    assert "it fails at all that it is asked for: 500" in "".join(pool.problems().values())
+    healthy.gate.set()
+    found = [sorted([c async for c in s], key=lambda c: c.index) for s in streams]
+    assert found == await expected(*GROUPS)
+    assert len(sick.asked) <= 6
+    await pool.close()
+
+
+async def test_a_replica_that_fails_keeps_what_it_makes() -> None:
+    """It gets nothing more until a rollout of it arrives, and is not put out meanwhile."""
+    replica = MortalEngine()
+    pool = ReplicaPool("pool", [replica], QUICK)
+    await pool.start()
+    replica.gate.clear()
+    long = pool.generate(group([1], 4))
+    await until(lambda: replica.held == 4)
+    replica.fails = True
+    short = pool.generate(group([2], 4))
+    await until(lambda: len(replica.asked) == 3)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(replica.asked) == 3
+    replica.fails = False
+    replica.gate.set()
+    found = [sorted([c async for c in s], key=lambda c: c.index) for s in (long, short)]
+    assert found == await expected(group([1], 4), group([2], 4))
+    assert (replica.lives, len(replica.asked)) == (1, 4)
+    await pool.close()
+
+
+async def test_a_replica_that_starts_and_makes_nothing_waits_longer_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first rollout of a life makes the next pause the shortest again."""
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def recorded(seconds: float) -> None:
+        if seconds >= 1:
+            pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", recorded)
+    replica = MortalEngine()
+    replica.fails = True
+    pool = ReplicaPool("pool", [replica], replace(QUICK, retry_seconds=(1.0, 4.0)))
+    await pool.start()
+    stream = pool.generate(group([1], 4))
+    await until(lambda: len(pauses) == 4)
+    replica.fails = False
+    assert len([c async for c in stream]) == 4
+    replica.fails = True
+    await all_of(pool, group([1], 4))
+    assert pauses[:4] == [1.0, 2.0, 4.0, 4.0]
+    assert 1.0 in pauses[4:]
+    await pool.close()
 
 
 async def test_a_replica_that_sends_twice_is_put_out(
