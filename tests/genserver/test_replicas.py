@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from knapsack_genserver.engine import Completion
+from knapsack_genserver.engine import Completion, LoadedWeights
 from knapsack_genserver.engines.fake import FakeEngine
 from knapsack_genserver.errors import ConfigError, FailedPrecondition, Unavailable
 from knapsack_genserver.member import PoolOptions
@@ -301,6 +301,49 @@ async def test_an_update_does_not_wait_for_a_replica_that_hangs(
     replicas[2].answers = replicas[2].open = False
     assert (await asyncio.wait_for(update, 20)).version == 5
     await until(lambda: pool.status().replicas == 2)
+
+
+async def test_a_replica_that_dies_in_an_update_dies_once(
+    pool: ReplicaPool, replicas: list[MortalEngine], tmp_path: Path
+) -> None:
+    """What its old life says of the update does not end the new one."""
+    go = asyncio.Event()
+    load = replicas[0].load_weights
+
+    async def late(path: Path, version: int) -> LoadedWeights:
+        await go.wait()
+        return await load(path, version)
+
+    replicas[0].load_weights = late  # type: ignore[method-assign]
+    replicas[1].hang = True
+    update = asyncio.ensure_future(pool.load_weights(tmp_path, 5))
+    await until(lambda: replicas[2].loads == [5])
+    pool._lose(pool._members[pool.numbers[1]], "it died")
+    replicas[1].hang = False
+    await until(lambda: replicas[1].lives == 2)
+    go.set()
+    await update
+    await until(lambda: pool.status().replicas == 3)
+    assert [replica.lives for replica in replicas] == [1, 2, 1]
+    assert replicas[1].loads == [5]
+
+
+async def test_a_replica_that_cannot_serve_after_an_update_leaves(
+    pool: ReplicaPool, replicas: list[MortalEngine], tmp_path: Path
+) -> None:
+    """Those that refuse keep the old weights and stay; it is started anew."""
+    replicas[1].refuses.add(5)
+    replicas[2].refuses.add(5)
+
+    async def torn(path: Path, version: int) -> LoadedWeights:
+        raise Unavailable("no weights serve")
+
+    replicas[0].load_weights = torn  # type: ignore[method-assign]
+    with pytest.raises(FailedPrecondition, match="it refuses"):
+        await pool.load_weights(tmp_path, 5)
+    assert pool.status().replicas == 2
+    await until(lambda: replicas[0].lives == 2)
+    assert [replica.lives for replica in replicas] == [2, 1, 1]
 
 
 async def test_a_replica_that_is_removed_finishes_what_it_holds(
