@@ -96,6 +96,7 @@ class Member:
     def lose(self, reason: str) -> None:
         """End this life."""
         if not self._lost.done():
+            self.problem = reason
             self._lost.set_result(reason)
 
     async def drain(self) -> None:
@@ -172,7 +173,6 @@ class Member:
 
     async def _fall(self, retire: Callable[[Member], None]) -> None:
         """Stop what it works on, so that it can be done elsewhere."""
-        self.problem = self._lost.result()
         _LOG.warning("replica %d is lost: %s", self.number, self.problem)
         retire(self)
         for task in self.tasks:
