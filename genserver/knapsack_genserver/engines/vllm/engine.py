@@ -141,6 +141,11 @@ class VllmEngine:
         """vLLM's engine behind its gate, from ``start`` on."""
         return self._llm
 
+    @property
+    def broken(self) -> str:
+        """Why no weights serve after an update; empty if some do."""
+        return str(self._llm.broken) if self._llm is not None else ""
+
     async def _watched(self) -> None:
         # vLLM tells nobody.
         while not self._llm.errored:  # noqa: ASYNC110
