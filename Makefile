@@ -11,6 +11,7 @@
 #   make dashboards-picture         draw the Run dashboard of a sped-up run to a picture
 #   make test-vllm                  the generation server on real vLLM, on the CPU
 #   make test-ray                   replicas of the generation server on a Ray cluster
+#   make bench-vllm                 the same rollouts through gRPC, HTTP and vLLM itself
 #   make demo-trl                   the same training with TRL, with and without us
 #   make check                      formatting, lint, types, wire contract
 #   make audit                      known vulnerabilities of the pinned packages (needs pypi.org)
@@ -39,7 +40,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 INPUTS := pyproject.toml .ci/constraints.txt
 VERL_INPUTS := pyproject.toml .ci/verl-constraints.txt
 
-.PHONY: demo demo-trl test test-trl test-verl test-loops test-watch dashboards dashboards-picture test-deploy test-deploy-static test-deploy-pod test-deploy-demo image-locks test-vllm test-ray check audit bench soak proto proto-check format clean
+.PHONY: demo demo-trl test test-trl test-verl test-loops test-watch dashboards dashboards-picture test-deploy test-deploy-static test-deploy-pod test-deploy-demo image-locks test-vllm bench-vllm test-ray check audit bench soak proto proto-check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/knapsack-rl demo $(DEMO_ARGS)
@@ -97,6 +98,9 @@ dashboards-picture: $(VENV)/.test
 
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm -W default $(TEST_ARGS)
+
+bench-vllm: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python tests/benchmarks/bench_vllm.py
 
 # Ray warns of much that is not ours.
 test-ray: .venv-ray/.ready

@@ -208,6 +208,16 @@ async def test_what_a_server_refuses_is_said_per_rollout(
     assert sum(b["token_ids"] == [64] for s in servers for b in s.requests) == 1
 
 
+async def test_a_refusal_before_the_stream_is_said_too(
+    pool: ReplicaPool, servers: list[VllmLike]
+) -> None:
+    """With its status."""
+    for server in servers:
+        server.statuses = [422] * 9
+    (bad,) = await all_of(pool, group(num_rollouts=3))
+    assert all(c.error.endswith("422: told to fail") for c in bad)
+
+
 async def test_a_server_that_always_fails_is_given_up_in_the_end() -> None:
     """The rollouts say why; nobody waits for ever."""
     server = VllmLike()

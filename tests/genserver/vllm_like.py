@@ -126,10 +126,13 @@ class VllmLike:
         self.requests.append(body)
         if self.statuses:
             return _error(self.statuses.pop(0), "told to fail")
-        if max(body["token_ids"]) >= 64:
-            return _error(400, "Token id 64 is out of vocabulary")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        if max(body["token_ids"]) >= 64:
+            # As vLLM does: what it refuses is found out when the stream has begun.
+            error = {"error": {"message": "Token id 64 is out of vocabulary", "code": 400}}
+            await response.write(f"data: {json.dumps(error)}\n\ndata: [DONE]\n\n".encode())
+            return response
         if self.bodies:
             await response.write(self.bodies.pop(0))
             return response

@@ -26,7 +26,7 @@ from small_engines import small_model
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A busy machine starts Ray's processes slowly."""
     for item in items:
-        item.add_marker(pytest.mark.timeout(300))
+        item.add_marker(pytest.mark.timeout(600))
 
 
 class Nodes:
@@ -114,7 +114,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
     for process in started:
         process.send_signal(signal.SIGTERM)
         try:
-            assert process.wait(60) == 0
+            assert process.wait(120) == 0
         finally:
             process.kill()
             assert process.stdout is not None

@@ -56,7 +56,7 @@ def burst(client: RolloutClient, kill: Callable[[], None] | None = None) -> list
 
 def wait_for(client: RolloutClient, replicas: int) -> None:
     """Return when so many replicas serve."""
-    for _ in range(1200):
+    for _ in range(2400):
         if client.status().replicas == replicas:
             return
         time.sleep(0.1)
@@ -67,7 +67,7 @@ def test_bursts_with_deaths_are_bursts_without(
     nodes: Any, serve: Callable[..., str], model_folder: Path
 ) -> None:
     """A killed process and a killed node cost nothing that can be seen from outside."""
-    with RolloutClient(serve(*flags(nodes, model_folder)), timeout=200) as client:
+    with RolloutClient(serve(*flags(nodes, model_folder)), timeout=400) as client:
         wait_for(client, 2)
         calm = burst(client)
         before = set(nodes.replicas())
@@ -88,7 +88,7 @@ def test_whoever_comes_back_has_the_weights(
 ) -> None:
     """Through a disk that all see or through Ray, all that is made is of the new version."""
     address = serve(*flags(nodes, model_folder, f"--ray-weights={way}"))
-    with RolloutClient(address, timeout=200) as client:
+    with RolloutClient(address, timeout=400) as client:
         wait_for(client, 2)
         old = burst(client)
         small_model(seed=1).save_pretrained(tmp_path / "new")
@@ -115,7 +115,7 @@ def test_it_says_what_is_missing(nodes: Any, tmp_path: Path) -> None:
             + [f"--{name}=127.0.0.1:0" for name in ("listen", "admin-listen", "health-listen")],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
         )
         assert done.returncode == 2
         assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -154,3 +155,21 @@ async def test_rewards_above_the_threshold_are_successes(threshold: float) -> No
         await service.report(own_report(0, 0, 0, [rewards, [], []]))
         run = await service.get_run(pb.GetRunRequest(run_id="run"))
     assert run.total_successes == sum(r > threshold for r in rewards)
+
+
+async def test_the_report_that_completes_a_wave_has_the_next_decision_prepared(calls: Any) -> None:
+    """Not one before it: until all has come, nobody decides by what has."""
+    async with open_service("sqlite://") as service:
+        answer = await service.allocate(allocate(0, "first"))
+        groups = [[1.0] * count for count in answer.num_rollouts]
+        part = calls.report(answer.allocation_id, [*groups[:3], []], report_id="part")
+        await service.report(part)
+        assert not service._runs._preparing
+        rest = calls.report(answer.allocation_id, [[], [], [], groups[3]], report_id="rest")
+        await service.report(rest)
+        await asyncio.gather(*service._runs._preparing)
+        state = service._runs._loaded["run"].state
+        prepared = state._prior, state._drift
+        assert None not in prepared
+        state._prior = state._drift = None
+        assert prepared == (state.prior(), state.drift(state.prior()))

@@ -68,5 +68,7 @@ async def engine(server: Server, model_folder: Path) -> AsyncIterator[Any]:
 @pytest_asyncio.fixture(loop_scope="session")
 async def http(server: Server, model_folder: Path) -> AsyncIterator[Http]:
     """The shared server's HTTP API."""
-    async with aiohttp.ClientSession() as session:
+    # A connection that is kept may be closed by the server just when it is used again.
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(connector=connector) as session:
         yield Http(session, f"http://{server.addresses['http']}", str(model_folder))

@@ -20,10 +20,9 @@ import pytest_asyncio
 from knapsack_genserver.engine import Completion
 from knapsack_genserver.engines.remote.engine import RemoteOptions
 from knapsack_genserver.engines.remote.pool import remote_pool
-from knapsack_genserver.errors import ConfigError, FailedPrecondition
+from knapsack_genserver.errors import FailedPrecondition
 from knapsack_genserver.member import PoolOptions
 from knapsack_genserver.replicas import ReplicaPool
-from knapsack_genserver.server import Server
 
 from small_engines import all_of, group
 from vllm_models import greedy, tiny_model
@@ -179,11 +178,3 @@ async def test_what_vllm_refuses_is_said(pool: ReplicaPool) -> None:
     bad, good = await all_of(pool, group([1] * 300, 2), group([1], 2))
     assert {c.error for c in good} == {""}
     assert all("400: " in c.error and not c.token_ids for c in bad)
-
-
-async def test_a_server_without_scale_out_is_refused(server: Server) -> None:
-    """VLLM's 403 becomes what to do about it."""
-    pool = remote_pool([f"http://{server.addresses['http']}"], RemoteOptions(""), POOL)
-    with pytest.raises(ConfigError, match="--enable-scale-out"):
-        await pool.start()
-    await pool.close()

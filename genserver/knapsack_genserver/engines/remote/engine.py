@@ -22,6 +22,7 @@ import aiohttp
 from knapsack_genserver.engine import Completion, EngineStatus, Group, LoadedWeights, Tokenizer
 from knapsack_genserver.engines.remote.messages import (
     ANY_VOCABULARY,
+    BUSY,
     Answer,
     Garbage,
     RequestFailed,
@@ -42,7 +43,6 @@ _LOG = logging.getLogger(__name__)
 
 _PATIENCE = aiohttp.ClientTimeout(total=30)
 _NO_LIMIT = aiohttp.ClientTimeout(total=None, sock_connect=10)
-_BUSY = {429, 502, 503, 504}
 _GENERATE = "/inference/v1/generate"
 _LARGEST_MESSAGE = 256 * 2**20
 
@@ -247,14 +247,16 @@ class RemoteEngine:
             except Restarted as error:
                 raise ReplicaLost(f"{self._url}: {error}; it was restarted") from error
             except (Garbage, RequestFailed) as error:
-                raise Unavailable(f"{self._url}: {error}") from error
+                refused = isinstance(error, RequestFailed) and error.refused
+                kind = GeneratorError if refused else Unavailable
+                raise kind(f"{self._url}: {error}") from error
             except (aiohttp.ClientError, OSError, TimeoutError, _Busy) as error:
                 # What has arrived is not asked for again, so the rest goes back.
                 if arrived:
                     raise Unavailable(f"{self._url}: {_text(error)}") from error
                 if attempt == self._options.retries:
-                    kind = Unavailable if isinstance(error, _Busy) else ReplicaLost
-                    raise kind(f"{self._url}: {_text(error)}") from error
+                    lost = Unavailable if isinstance(error, _Busy) else ReplicaLost
+                    raise lost(f"{self._url}: {_text(error)}") from error
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause *= 2
 
@@ -300,7 +302,7 @@ class RemoteEngine:
 
     def _refused(self, status: int, body: bytes) -> None:
         text = f"{status}: {error_text(body)}"
-        if status in _BUSY:
+        if status in BUSY:
             raise _Busy(text)
         if status >= 500:
             raise RequestFailed(text)

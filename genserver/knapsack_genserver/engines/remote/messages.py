@@ -20,6 +20,9 @@ ANY_VOCABULARY = 2**31 - 1
 _SEEDS = 2**62
 """Seeds are below it, so that a seed plus an index stays a signed 64-bit number."""
 
+BUSY = frozenset({429, 502, 503, 504})
+"""Statuses that ask for patience."""
+
 _REASONS = {
     "stop": FinishReason.STOP,
     "repetition": FinishReason.STOP,
@@ -38,7 +41,15 @@ class Restarted(Exception):
 
 
 class RequestFailed(Exception):
-    """The server says that it failed at the request."""
+    """The server says that it failed at the request.
+
+    Attributes:
+        refused: it would fail at it again, and so would another.
+    """
+
+    def __init__(self, message: str, refused: bool = False) -> None:
+        self.refused = refused
+        super().__init__(message)
 
 
 def is_greedy(group: Group) -> bool:
@@ -139,8 +150,12 @@ class Answer:
             raise Garbage(f"the answer is no JSON: {_shown(body)}") from None
         if not isinstance(message, dict):
             raise Garbage(f"the answer is no JSON object: {_shown(body)}")
-        if message.get("error"):
-            raise RequestFailed(error_text(body))
+        error = message.get("error")
+        if error:
+            # What vLLM refuses once the stream has begun has its status inside.
+            code = error.get("code") if isinstance(error, dict) else None
+            refused = isinstance(code, int) and 400 <= code < 500 and code not in BUSY
+            raise RequestFailed(f"{code}: {error_text(body)}", refused)
         choices = message.get("choices")
         if not isinstance(choices, list):
             raise Garbage(f"the answer has no choices: {_shown(body)}")

@@ -221,6 +221,8 @@ class VllmEngine:
         return inbox
 
     async def _part(self, group: Group, inbox: Inbox, first: int, count: int) -> None:
+        from vllm.inputs.engine import tokens_input
+
         from knapsack_genserver.engines.vllm.rollouts import Gathered, sampling_params
 
         gathered = Gathered(first, count, group.sampling.temperature == 0, self._llm.number_of)
@@ -228,7 +230,7 @@ class VllmEngine:
         by_priority = self._llm.scheduler_config.policy == "priority"
         try:
             outputs = self._llm.generate(
-                {"prompt_token_ids": list(group.prompt)},
+                tokens_input(list(group.prompt)),
                 sampling_params(group, first, count),
                 f"rollouts-{self._requests}",
                 priority=group.priority if by_priority else 0,

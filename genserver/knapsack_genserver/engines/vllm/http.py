@@ -9,6 +9,7 @@ import socket
 from typing import Any
 
 import uvicorn
+from vllm import envs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.launcher import NoSignalServer
@@ -51,6 +52,7 @@ class HttpApi:
             log_level=arguments.uvicorn_log_level,
             access_log=not arguments.disable_uvicorn_access_log,
             timeout_graceful_shutdown=1,
+            timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
             ssl_keyfile=arguments.ssl_keyfile,
             ssl_certfile=arguments.ssl_certfile,
             ssl_ca_certs=arguments.ssl_ca_certs,
