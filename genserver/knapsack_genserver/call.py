@@ -7,6 +7,7 @@ among those that were stopped.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,6 +20,7 @@ from knapsack_genserver.errors import GeneratorError
 from knapsack_genserver.events import Events, GroupCompleted, RolloutDelivered, WaveCompleted
 from knapsack_proto.v1 import generation_pb2 as pb
 
+_LOG = logging.getLogger(__name__)
 _MESSAGE_TOKENS = 100_000
 """Tokens after which a reader gets what there is: some 700 KB on the wire."""
 
@@ -121,6 +123,15 @@ class Call:
         """Rollouts and answers that the caller has not read."""
         return len(self._outbox)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the call ends with an error once it has been read."""
+        return self._failure is not None
+
+    def unfinished_waves(self, position: int) -> int:
+        """Return how many waves of a prompt have rollouts that are not accounted for."""
+        return len(self._parts.get(position, ()))
+
     def add(
         self,
         prompts: Sequence[wire.AskedPrompt],
@@ -160,9 +171,17 @@ class Call:
 
     def put(self, chunk: Chunk, completion: Completion) -> None:
         """Take a rollout from the engine, once; whoever reads the call finds it."""
+        try:
+            message = wire.rollout_message(chunk.position, completion, self._tokenizer)
+        except Exception as failure:
+            # A token id that no integer holds, half a character in an error: whoever waits
+            # for the rollout must hear of it all the same.
+            _LOG.exception("an answer of the engine does not go into a message")
+            error = ascii(completion.error or failure)
+            completion = Completion(completion.index, [], [], FinishReason.ERROR, (), error)
+            message = wire.rollout_message(chunk.position, completion, None)
         chunk.missing.discard(completion.index)
         self.in_engine -= 1
-        message = wire.rollout_message(chunk.position, completion, self._tokenizer)
         self._outbox.append(message)
         tokens = len(completion.token_ids)
         self.unread_tokens += tokens
@@ -210,10 +229,17 @@ class Call:
         self._outbox.append(answer)
         self._changed.set()
 
-    def fail(self, error: GeneratorError) -> None:
-        """End the call with an error, after what there is to read."""
+    def fail(self, chunk: Chunk, error: GeneratorError) -> int:
+        """End the call with an error that a chunk met, after what there is to read.
+
+        Returns how many rollouts the engine does not hold any more.
+        """
         self._failure = self._failure or error
         self._changed.set()
+        lost = len(chunk.missing)
+        chunk.missing.clear()
+        self.in_engine -= lost
+        return lost
 
     def wake(self) -> None:
         """Let the reader look again."""

@@ -19,6 +19,7 @@ try:
     from knapsack_genserver.errors import ConfigError, EngineDied, GeneratorError
     from knapsack_genserver.feeder import Feeding
     from knapsack_genserver.server import ServerOptions, serve
+    from knapsack_genserver.session import Patience
     from knapsack_genserver.wire import Limits
 except ModuleNotFoundError as error:
     sys.exit(
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.max_prompt_tokens,
             options.max_calls,
         ),
+        patience=Patience(idle_seconds=options.idle_seconds),
         feeding=Feeding(
             options.chunk_rollouts, options.max_unread_rollouts, options.max_unread_tokens
         ),
@@ -142,6 +144,13 @@ def _http_listen(options: argparse.Namespace) -> str | None:
     if options.engine != "vllm" or options.http_listen == "off":
         return None
     return str(options.http_listen)
+
+
+def _positive(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError
+    return seconds
 
 
 def _count(least: int) -> type:
@@ -252,6 +261,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_limits(command.add_argument_group("limits, and how the engine is fed"), default)
     add("--seed", type=_count(0), help="of requests that name no seed; none draws one")
+    add(
+        "--idle-seconds",
+        type=_positive,
+        default=default.patience.idle_seconds,
+        metavar="S",
+        help="after which a session that has nothing under way and asks for nothing is ended",
+    )
     add(
         "--keepalive-seconds",
         type=float,

@@ -104,8 +104,10 @@ class Feeder:
         if self._in_engine > self._refill_at or not self.waiting:
             return
         capacity = self._engine.status().capacity
-        chunk_rollouts = self._feeding.chunk_rollouts
-        # A whole chunk at a time: one more chunk than fits costs less than many small ones.
+        # A whole chunk at a time: one more chunk than fits costs less than many small ones. But
+        # no larger than the spare fifth of the capacity, or a small engine would run dry
+        # before the next one.
+        chunk_rollouts = max(1, min(self._feeding.chunk_rollouts, capacity // 5))
         while self._in_engine < max(capacity, 1):
             call = min(
                 filter(self._may_have_more, self._calls),
@@ -122,6 +124,7 @@ class Feeder:
     def _may_have_more(self, call: Call) -> bool:
         return (
             call.backlog.rollouts > 0
+            and not call.has_failed
             and call.unread_tokens < self._feeding.unread_tokens
             and call.unread < self._feeding.unread_rollouts
         )
@@ -146,7 +149,8 @@ class Feeder:
                     self.fill()
         except GeneratorError as failure:
             # Not this group alone: the call ends, and its other work with it.
-            call.fail(failure)
+            self._in_engine -= call.fail(chunk, failure)
+            self.fill()
             return
         except Exception as failure:
             _LOG.exception("the engine failed on a group")

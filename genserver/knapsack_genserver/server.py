@@ -29,6 +29,7 @@ from knapsack_genserver.logs import log_event
 from knapsack_genserver.metrics import Load, Metrics
 from knapsack_genserver.rpc import GeneratorServicer, handlers_of
 from knapsack_genserver.service import GeneratorService
+from knapsack_genserver.session import Patience
 from knapsack_genserver.wire import Limits
 from knapsack_proto.v1 import generation_pb2 as pb
 
@@ -50,6 +51,7 @@ class ServerOptions:
         limits: largest requests that are served.
         admission: how much is held at once.
         feeding: how the engine is fed.
+        patience: how long a session may leave the server waiting.
         seed: of the seeds for requests without one; None draws one.
         keepalive_seconds: after which a silent client is asked whether it is there, and
             has as long again to answer.
@@ -68,6 +70,7 @@ class ServerOptions:
     limits: Limits = field(default_factory=Limits)
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     feeding: Feeding = field(default_factory=Feeding)
+    patience: Patience = field(default_factory=Patience)
     seed: int | None = None
     keepalive_seconds: float = 20.0
     drain_seconds: float = 30.0
@@ -145,6 +148,7 @@ class Server:
             limits=options.limits,
             admission=options.admission,
             feeding=options.feeding,
+            patience=options.patience,
         )
         self._service = service
         keepalive = round(1000 * options.keepalive_seconds)

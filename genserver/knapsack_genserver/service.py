@@ -15,10 +15,15 @@ from knapsack_genserver import wire
 from knapsack_genserver.admission import Admission, AdmissionLimits
 from knapsack_genserver.call import Call
 from knapsack_genserver.engine import Engine, EngineStatus
-from knapsack_genserver.errors import FailedPrecondition, InvalidArgument, Unavailable
+from knapsack_genserver.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    ResourceExhausted,
+    Unavailable,
+)
 from knapsack_genserver.events import Events, RolloutsGivenUp, WaveAdmitted, WeightsUpdated
 from knapsack_genserver.feeder import Feeder, Feeding
-from knapsack_genserver.session import Session
+from knapsack_genserver.session import Patience, Session
 from knapsack_proto.v1 import generation_pb2 as pb
 
 _THREAD_BYTES = 2**18
@@ -36,6 +41,7 @@ class GeneratorService:
         limits: largest requests that are served.
         admission: how much is held at once.
         feeding: how the engine is fed.
+        patience: how long a session may leave the server waiting.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class GeneratorService:
         limits: wire.Limits | None = None,
         admission: AdmissionLimits | None = None,
         feeding: Feeding | None = None,
+        patience: Patience | None = None,
     ) -> None:
         self._engine = engine
         self._events = events
@@ -57,6 +64,7 @@ class GeneratorService:
         self._limits = limits or wire.Limits()
         self._admission = Admission(admission or AdmissionLimits())
         self._feeder = Feeder(engine, feeding or Feeding())
+        self._patience = patience or Patience()
         self._updating = asyncio.Lock()
         self._draining = False
         self._calls: set[Call] = set()
@@ -106,7 +114,13 @@ class GeneratorService:
         Args:
             requests: as they come; ends when the client has closed its side.
         """
-        opening = await anext(aiter(requests), None)
+        try:
+            async with asyncio.timeout(self._patience.opening_seconds):
+                opening = await anext(aiter(requests), None)
+        except TimeoutError:
+            raise InvalidArgument(
+                "request", "none", f"must come within {self._patience.opening_seconds:g} s"
+            ) from None
         if opening is None or opening.WhichOneof("request") != "open":
             kind = opening.WhichOneof("request") if opening else "none"
             raise InvalidArgument("request", kind, "must be open, for it is the first")
@@ -121,7 +135,7 @@ class GeneratorService:
                 self._given_up(sum(map(len, stopped.values())), "stopped")
                 return stopped
 
-            session = Session(call, self._events, add, stop, lambda: self._draining)
+            session = Session(call, self._events, add, stop, lambda: self._draining, self._patience)
             async with contextlib.aclosing(session.responses(requests)) as responses:
                 async for response in responses:
                     self._feeder.fill()
@@ -182,6 +196,13 @@ class GeneratorService:
 
         large = request.ByteSize() > _THREAD_BYTES
         wanted, prompts = await asyncio.to_thread(look) if large else look()
+        for want in wanted:
+            if call.unfinished_waves(want.position) >= self._limits.waves:
+                raise ResourceExhausted(
+                    f"prompt {want.position} has rollouts of {self._limits.waves} additions that "
+                    "are not finished; it may have no more",
+                    "waves",
+                )
         tokens = sum(len(prompt.tokens) for prompt in prompts)
         sizes = [want.rollouts for want in wanted]
         self._admission.admit(sum(sizes), tokens, call.left)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 
 import grpc
 
@@ -17,6 +18,19 @@ _UNREAD_ANSWERS = 64
 """Answers that a client may leave unread before its requests are no longer read."""
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a session may leave the server waiting.
+
+    Attributes:
+        opening_seconds: for its first request.
+        idle_seconds: with no rollout under way and nothing asked.
+    """
+
+    opening_seconds: float = 60.0
+    idle_seconds: float = 3600.0
+
+
 class Session:
     """See the module.
 
@@ -26,6 +40,7 @@ class Session:
         add: looks at an addition and begins it.
         stop: gives up groups; returns the indices of their rollouts that will not come.
         draining: whether the server takes on nothing any more.
+        patience: how long it may leave the server waiting.
     """
 
     def __init__(
@@ -35,12 +50,14 @@ class Session:
         add: Callable[[pb.AddRollouts], Awaitable[None]],
         stop: Callable[[set[int]], Awaitable[dict[int, list[int]]]],
         draining: Callable[[], bool],
+        patience: Patience,
     ) -> None:
         self._call = call
         self._events = events
         self._add = add
         self._stop = stop
         self._draining = draining
+        self._patience = patience
         self._room = asyncio.Semaphore(_UNREAD_ANSWERS)
 
     async def responses(
@@ -52,7 +69,7 @@ class Session:
         reader.add_done_callback(lambda _: call.wake())
         try:
             while True:
-                await call.changed()
+                await self._something()
                 rollouts, answers = call.take()
                 for _ in answers:
                     self._room.release()
@@ -68,6 +85,18 @@ class Session:
         finally:
             reader.cancel()
             await asyncio.wait([reader])
+
+    async def _something(self) -> None:
+        """Wait for something to read, unless nothing is under way and nothing is asked."""
+        call = self._call
+        while True:
+            idle = None if call.left else self._patience.idle_seconds
+            try:
+                async with asyncio.timeout(idle):
+                    return await call.changed()
+            except TimeoutError:
+                if not call.left:
+                    raise Unavailable(f"nothing was asked of the session for {idle:g} s") from None
 
     async def _read(self, requests: AsyncIterator[pb.GenerateSessionRequest]) -> None:
         async for request in requests:

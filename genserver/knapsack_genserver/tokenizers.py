@@ -40,11 +40,20 @@ class FolderTokenizer:
         """Return the tokens of (role, content) messages, ready for an answer."""
         if not self._tokenizer.chat_template:
             raise InvalidArgument("prompts.chat", "a conversation", "needs a chat template")
-        text = self._tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in messages],
-            add_generation_prompt=True,
-            tokenize=False,
-        )
+        from jinja2 import TemplateError
+
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        except TemplateError as error:
+            # Many templates refuse roles, or an order of them, by raising one.
+            roles = [role for role, _ in messages]
+            raise InvalidArgument(
+                "prompts.chat", roles, f"must suit the model's chat template, which says: {error}"
+            ) from None
         return list(map(int, self._tokenizer.encode(text, add_special_tokens=False)))
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -36,10 +36,12 @@ class Limits:
     Attributes:
         prompts: of one call.
         group: rollouts of one prompt, in all waves.
+        waves: of one prompt that are unfinished.
     """
 
     prompts: int = 100_000
     group: int = 100_000
+    waves: int = 1000
 
 
 @dataclass(frozen=True, slots=True)

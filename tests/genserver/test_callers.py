@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -12,6 +13,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -362,3 +364,48 @@ def test_every_metric_is_documented() -> None:
     section = readme.read_text().split("## Metrics")[1].split("\n## ")[0]
     rows = [row.split("|") for row in section.splitlines() if row.startswith("| `")]
     assert {row[1].strip(" `"): row[2].strip() for row in rows} == families
+
+
+def test_a_request_that_no_message_holds_is_the_callers(start_generator: Any) -> None:
+    """Not a server that is busy, of which a caller would ask again for ever."""
+    generator = start_generator("--engine=fake")
+    with (
+        RolloutClient(generator.addresses["listen"]) as client,
+        pytest.raises(InvalidRequest, match="must be at most 67,108,864"),
+    ):
+        client.generate(["a" * (64 * 2**20)], [1])
+
+
+async def test_a_call_cancelled_before_it_has_begun_is_not_begun() -> None:
+    """Though the client was still asking the server how it is."""
+    asked, answer, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(rpc.RolloutGeneratorServicer):
+        def GetStatus(self, request: Any, context: Any) -> pb.GeneratorStatus:
+            asked.set()
+            answer.wait(20)
+            return pb.GeneratorStatus()
+
+        def GenerateSession(self, requests: Any, context: Any) -> Any:
+            context.add_callback(ended.set)
+            for request in requests:
+                if request.WhichOneof("request") == "add":
+                    yield pb.GenerateSessionResponse(answers=[pb.SessionAnswer()])
+            ended.wait(20)
+
+    server = grpc.server(ThreadPoolExecutor(4))
+    rpc.add_RolloutGeneratorServicer_to_server(Slow(), server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    client = AsyncRolloutClient(f"127.0.0.1:{port}")
+    call = asyncio.ensure_future(client.generate([[1]], [100]))
+    assert await asyncio.to_thread(asked.wait, 20)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    answer.set()
+    try:
+        assert await asyncio.to_thread(ended.wait, 20)
+    finally:
+        ended.set()
+        await client.close()
+        server.stop(0).wait()

@@ -13,7 +13,8 @@ README = Path(__file__).parents[2] / "genserver" / "README.md"
 
 def test_a_step_in_waves(start_generator: Any, tmp_path: Path) -> None:
     """The budget is spent to the last rollout, and each prompt's group is whole and in order."""
-    (code,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    section = README.read_text().split("## A step in waves")[1].split("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     scheduler = SchedulerProcess(tmp_path / "stats.db")
     scheduler.start()
     try:

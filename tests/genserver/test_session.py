@@ -18,6 +18,7 @@ from knapsack_genserver.events import Events
 from knapsack_genserver.feeder import Feeding
 from knapsack_genserver.seeds import group_seeds
 from knapsack_genserver.service import GeneratorService
+from knapsack_genserver.session import Patience
 from knapsack_genserver.wire import Limits
 from knapsack_proto.v1 import generation_pb2 as pb
 
@@ -311,3 +312,46 @@ async def test_a_client_that_reads_no_answers_is_not_read_any_more() -> None:
         await asyncio.sleep(0)
     assert requests.qsize() > 300
     await stream.aclose()
+
+
+async def test_a_session_that_asks_for_nothing_is_ended() -> None:
+    """Others may have its place; one with rollouts under way is waited for."""
+    engine = ManualEngine()
+    patience = Patience(opening_seconds=0.05, idle_seconds=0.05)
+    service = GeneratorService(engine, Events(), patience=patience)
+    busy = Client(service)
+    busy.requests.put_nowait(opening())
+    await busy.ask(adding([1], new=1))
+    idle = Client(service)
+    idle.requests.put_nowait(opening())
+    with pytest.raises(Unavailable, match="nothing was asked"):
+        await asyncio.wait_for(idle.reading, 20)
+    with pytest.raises(InvalidArgument, match="must come within"):
+        await asyncio.wait_for(Client(service).reading, 20)
+    assert service.calls == 1
+    engine.finish()
+    with pytest.raises(Unavailable, match="nothing was asked"):
+        await asyncio.wait_for(busy.reading, 20)
+    assert len(busy.rollouts) == 1
+    assert service.calls == 0
+
+
+async def test_additions_of_one_prompt_are_bounded() -> None:
+    """What is not finished costs by the addition, so there are only so many."""
+    engine = ManualEngine(capacity=1)
+    service = GeneratorService(engine, Events(), limits=Limits(waves=3))
+    client = Client(service)
+    client.requests.put_nowait(opening())
+    assert (await client.ask(adding([1, 1], new=2))).code == 0
+    assert (await client.ask(adding([1, 1]))).code == 0
+    assert (await client.ask(adding([1], indices=[0]))).code == 0
+    refused = await client.ask(adding([1, 1]))
+    assert refused.code == EXHAUSTED
+    assert "prompt 0" in refused.error
+    assert service.admitted_rollouts == 5
+    engine.finish()
+    await client.settle()
+    assert (await client.ask(adding([1], indices=[1]))).code == 0
+    client.reading.cancel()
+    await asyncio.gather(client.reading, return_exceptions=True)
+    await client.stream.aclose()

@@ -7,13 +7,16 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 import torch
 
+from knapsack_genserver.engines import transformers as transformers_engine
 from knapsack_genserver.engines.prefixes import Prefix, PrefixCache
 from knapsack_genserver.engines.transformers import TransformersEngine, TransformersOptions
-from knapsack_genserver.errors import ConfigError, FailedPrecondition
+from knapsack_genserver.errors import ConfigError, FailedPrecondition, InvalidArgument
+from knapsack_genserver.tokenizers import FolderTokenizer
 from knapsack_genserver.weights import read_folder
 
 from small_engines import END, VOCABULARY, all_of, group, small_model
@@ -300,3 +303,32 @@ def test_prefixes_are_bounded_by_their_tokens() -> None:
     assert set(cache.look_up([first, second, third])) == {first, third}
     cache.clear()
     assert not cache.look_up([first, third])
+
+
+async def test_a_batch_that_cannot_be_made_fails_its_rollouts_only(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that is not there is no reason for the engine to stop."""
+
+    def refuse(*_: object) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers_engine, "_Batch", refuse)
+        (failed,) = await all_of(engine, group([1, 2], 3))
+    assert [c.error for c in failed] == ["MemoryError: no room"] * 3
+    (found,) = await all_of(engine, group([1, 2], 3))
+    assert not any(c.error for c in found)
+
+
+def test_a_conversation_that_the_template_refuses_is_the_callers() -> None:
+    """Many templates raise for a role that they do not have."""
+
+    class Refusing:
+        chat_template = "{{ raise_exception('System role not supported') }}"
+
+        def apply_chat_template(self, *_: object, **__: object) -> str:
+            raise jinja2.TemplateError("System role not supported")
+
+    with pytest.raises(InvalidArgument, match="System role not supported"):
+        FolderTokenizer(Refusing()).encode_chat([("system", "be kind"), ("user", "hello")])

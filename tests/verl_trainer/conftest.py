@@ -23,6 +23,7 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join([*(p for p in sys.path if p), os.environ.get("PYTHONPATH", "")]),
     PYTHONWARNINGS="ignore",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    RAY_NUM_REDIS_GET_RETRIES="120",
     RAY_USAGE_STATS_ENABLED="0",
     VERL_ENGINE_DEVICE="cuda",
 )
@@ -65,6 +66,20 @@ class World:
         return trainer, manager
 
 
+def start_ray() -> None:
+    """Start Ray, which gives its node 30 s and no more: a busy machine may need another try."""
+    import ray
+
+    for last in (False, False, True):
+        try:
+            ray.init(num_cpus=8, include_dashboard=False, object_store_memory=200_000_000)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if last or "timed out during startup" not in str(error):
+                raise
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """Ray, the TransferQueue and a generation server with a tiny model."""
@@ -84,15 +99,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         text=True,
     )
     assert server.stdout is not None
-    line = server.stdout.readline()
-    assert line, (folder / "generator.log").read_text()
-    ray.init(num_cpus=8, include_dashboard=False, object_store_memory=200_000_000)
-    transfer_queue.init(tiny_verl.make_config(folder, folder, None).transfer_queue)
     try:
+        line = server.stdout.readline()
+        assert line, (folder / "generator.log").read_text()
+        start_ray()
+        transfer_queue.init(tiny_verl.make_config(folder, folder, None).transfer_queue)
         yield World(folder, json.loads(line)["listen"])
     finally:
-        transfer_queue.close()
-        ray.shutdown()
+        if ray.is_initialized():
+            transfer_queue.close()
+            ray.shutdown()
         server.send_signal(signal.SIGTERM)
         server.wait(60)
         server.stdout.close()

@@ -33,6 +33,7 @@ from knapsack_trainer_client.errors import (
     InvalidRequest,
 )
 from knapsack_trainer_client.rollout_wire import (
+    MESSAGE_BYTES,
     PromptLike,
     Rollout,
     RolloutGroups,
@@ -192,6 +193,11 @@ class RolloutSession:
         """Send a request and return its answer; rollouts that come before it are kept."""
         if self._over:
             raise ClientMisuse("the session is over")
+        if request.ByteSize() > MESSAGE_BYTES:
+            raise InvalidRequest(
+                f"prompts = {request.ByteSize():,} bytes: must be at most {MESSAGE_BYTES:,} in one "
+                "request; add them to a session in parts"
+            )
         self._requests.put(request)
         while not self._answers:
             self._read()

@@ -24,6 +24,9 @@ _REASONS = {
     pb.FINISH_REASON_ERROR: "error",
 }
 
+MESSAGE_BYTES = 64 * 2**20
+"""Most bytes of a message, on both sides."""
+
 PromptLike = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or chat messages with ``role`` and ``content``."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,6 +27,7 @@ from knapsack_trainer_client.arguments import check_address
 from knapsack_trainer_client.errors import GeneratorUnavailable
 from knapsack_trainer_client.rollout_session import AsyncRolloutSession, RolloutSession
 from knapsack_trainer_client.rollout_wire import (
+    MESSAGE_BYTES,
     PromptLike,
     Rollout,
     RolloutGroups,
@@ -45,8 +47,8 @@ __all__ = [
 
 _LOG = logging.getLogger("knapsack_rl")
 _OPTIONS = [
-    ("grpc.max_receive_message_length", 64 * 2**20),
-    ("grpc.max_send_message_length", 64 * 2**20),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -318,12 +320,21 @@ class AsyncRolloutClient:
         ``on_rollout`` is called in a worker thread.
         """
         stop: list[Callable[[], object]] = []
+        gone = threading.Event()
+
+        def begun(cancel: Callable[[], object]) -> None:
+            stop.append(cancel)
+            if gone.is_set():
+                # Cancelled before there was a call to cancel.
+                cancel()
+
         work = asyncio.to_thread(
-            self._client.generate, prompts, num_rollouts, on_call=stop.append, **options
+            self._client.generate, prompts, num_rollouts, on_call=begun, **options
         )
         try:
             return await work
         except asyncio.CancelledError:
+            gone.set()
             for cancel in stop:
                 cancel()
             raise

@@ -208,11 +208,12 @@ class TransformersEngine:
                 parts = self._next_parts()
                 if not parts:
                     continue
-                batch = _Batch(self, parts)
+                batch = None
                 try:
+                    batch = _Batch(self, parts)
                     batch.run()
                 except Exception as error:
-                    for job, indices in batch.not_handed_out():
+                    for job, indices in batch.not_handed_out() if batch else parts:
                         self._fail(job, indices, f"{type(error).__name__}: {error}")
                 finally:
                     self._running = 0

@@ -73,7 +73,9 @@ class RolloutGeneratorServicer(object):
         """Generates rollouts that are asked for while it runs: wave after wave, on the same
         prompts or on new ones, and stops groups that need no more. The first request opens
         the session. When the client has closed its side and every rollout has been
-        accounted for, the call ends. Cancelling it stops the work.
+        accounted for, the call ends. Cancelling it stops the work. A session that has nothing
+        under way and asks for nothing is ended with UNAVAILABLE, after an hour unless the
+        server is told otherwise; one that is not opened within a minute is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -26,7 +26,7 @@ class Built:
 
     podman: Podman
     wheels: Path
-    ids: tuple[str, str]
+    contents: tuple[str, str]
 
 
 @pytest.fixture(scope="session")

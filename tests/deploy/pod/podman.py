@@ -117,7 +117,10 @@ class Podman:
         return folder
 
     def build(self, dockerfile: Path, tag: str, wheels: Path, *arguments: str) -> str:
-        """Build an image without a network, and return its id."""
+        """Build an image without a network; return its layers' hashes and its configuration.
+
+        Not its id: in the format that has health checks that names the steps in between, too.
+        """
         self(
             "build", "--format=docker", "--pull=never", "--network=none", "--no-cache",
             f"--timestamp={EPOCH}",
@@ -126,7 +129,7 @@ class Podman:
             "--file", dockerfile, "--tag", tag, *arguments, ".",
             timeout=600,
         )  # fmt: skip
-        return self("image", "inspect", "--format", "{{.Id}}", tag).strip()
+        return self("image", "inspect", "--format", "{{json .RootFS}} {{json .Config}}", tag)
 
 
 def until(what: str, happened: Callable[[], Any], seconds: float = 240) -> Any:
