@@ -13,11 +13,13 @@ where every other replica can take it.
 
 What was lost with its replica is redone first. What was lost so often that it may be the
 cause gets a replica to itself, so that it takes nothing else with it, and is given up
-when that has not helped either.
+when that has not helped either. What a replica failed to make and outlived may be the fault
+of either: it is redone too, more often, and keeps nobody waiting meanwhile.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
@@ -38,6 +40,7 @@ class Piece:
         request: that the group belongs to.
         tokens: that one of the rollouts is expected to take.
         losses: how often a replica has been lost with them.
+        failures: how often a replica has failed to make them, and was not lost.
     """
 
     group: int
@@ -47,6 +50,17 @@ class Piece:
     request: int
     tokens: int
     losses: int = 0
+    failures: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """Rollouts of a group that wait; see ``Piece``."""
+
+    first: int
+    count: int
+    losses: int = 0
+    failures: int = 0
 
 
 @dataclass(slots=True)
@@ -55,15 +69,16 @@ class _Group:
     request: int
     tokens: int
     priority: int
-    # (first, count, losses) of what waits; what has been lost comes first.
-    ranges: deque[tuple[int, int, int]]
+    # What waits; what has been lost comes first.
+    ranges: deque[_Range]
     # Replicas that hold the prompt; shared by all groups of the prompt.
     homes: set[int]
     waiting: int = 0
 
     def order(self) -> tuple[bool, int, int]:
         """Lost ones first, then the most work, then as they came."""
-        return (self.ranges[0][2] == 0, -self.waiting * self.tokens, self.key)
+        first = self.ranges[0]
+        return (first.losses + first.failures == 0, -self.waiting * self.tokens, self.key)
 
 
 @dataclass(slots=True)
@@ -73,6 +88,8 @@ class _Replica:
     tokens: int = 0
     # It holds what may be the end of it, and gets nothing beside that.
     alone: bool = False
+    # It gets nothing more for now.
+    resting: bool = False
 
 
 class _Request:
@@ -127,14 +144,20 @@ class Dispatch:
         piece_rollouts: most rollouts of a piece, 1 or more.
         shared_losses: after how many losses a rollout gets a replica to itself.
         max_losses: after how many it is given up at the next one.
+        max_failures: after how many failures it is given up at the next one.
     """
 
     def __init__(
-        self, piece_rollouts: int = 32, shared_losses: int = 3, max_losses: int = 5
+        self,
+        piece_rollouts: int = 32,
+        shared_losses: int = 3,
+        max_losses: int = 5,
+        max_failures: int = 20,
     ) -> None:
         self._piece = piece_rollouts
         self._shared_losses = shared_losses
         self._max_losses = max_losses
+        self._max_failures = max_failures
         self._groups: dict[int, _Group] = {}
         self._classes: dict[int, dict[int, _Request]] = {}
         self._replicas: dict[int, _Replica] = {}
@@ -168,6 +191,11 @@ class Dispatch:
             if group.waiting:
                 self._request(group).put(group)
 
+    def rest(self, replica: int, resting: bool) -> None:
+        """Give a replica nothing more until this is taken back; it keeps what it holds."""
+        if replica in self._replicas:
+            self._replicas[replica].resting = resting
+
     def ask(
         self,
         key: int,
@@ -189,7 +217,7 @@ class Dispatch:
             first: index of the first rollout.
             prompt: equal for groups of one prompt; None if no other has it.
         """
-        ranges = deque([(first, rollouts, 0)])
+        ranges = deque([_Range(first, rollouts)])
         homes = set() if prompt is None else self._homes_of(prompt)
         group = _Group(key, request, max(tokens, 1), priority, ranges, homes)
         self._groups[key] = group
@@ -207,20 +235,22 @@ class Dispatch:
             return None
         by_load = sorted(self._replicas.items(), key=lambda item: _load(*item))
         for name, replica in by_load:
-            if replica.alone or replica.held >= replica.capacity:
+            if replica.resting or replica.alone or replica.held >= replica.capacity:
                 continue
             group = self._group_for(name)
             if group is None:
                 return None
-            first, available, losses = group.ranges[0]
-            count = min(self._piece, available, replica.capacity)
-            alone = losses >= self._shared_losses
+            some = group.ranges[0]
+            count = min(self._piece, some.count, replica.capacity)
+            alone = some.losses >= self._shared_losses
             if replica.held + count > replica.capacity or (alone and replica.held):
                 continue
             replica.alone = alone
             group.ranges.popleft()
-            if available > count:
-                group.ranges.appendleft((first + count, available - count, losses))
+            if some.count > count:
+                group.ranges.appendleft(
+                    dataclasses.replace(some, first=some.first + count, count=some.count - count)
+                )
             self._take(group, count)
             if name not in group.homes:
                 group.homes.add(name)
@@ -229,7 +259,16 @@ class Dispatch:
             replica.held += count
             replica.tokens += count * group.tokens
             self._under_way[group.request] += count
-            return Piece(group.key, first, count, name, group.request, group.tokens, losses)
+            return Piece(
+                group.key,
+                some.first,
+                count,
+                name,
+                group.request,
+                group.tokens,
+                some.losses,
+                some.failures,
+            )
         return None
 
     def delivered(self, piece: Piece, rollouts: int = 1) -> None:
@@ -243,11 +282,16 @@ class Dispatch:
         if not self._under_way[piece.request]:
             del self._under_way[piece.request]
 
-    def ended(self, piece: Piece, missing: Iterable[int]) -> list[int]:
+    def ended(self, piece: Piece, missing: Iterable[int], lost: bool = True) -> list[int]:
         """End a piece of which some rollouts have not arrived; they wait again.
 
+        Args:
+            piece: that was handed out.
+            missing: indices of those rollouts.
+            lost: whether its replica was lost with it, or failed and may not be to blame.
+
         Returns:
-            Those that are given up, because too many replicas were lost with them.
+            Those that are given up, because that has happened to them too often.
         """
         indices = sorted(missing)
         if not indices:
@@ -256,10 +300,11 @@ class Dispatch:
         group = self._groups.get(piece.group)
         if group is None:
             return []
-        if piece.losses + 1 > self._max_losses:
+        losses, failures = piece.losses + lost, piece.failures + (not lost)
+        if losses > self._max_losses or failures > self._max_failures:
             return indices
         for first, count in reversed(list(_runs(indices))):
-            group.ranges.appendleft((first, count, piece.losses + 1))
+            group.ranges.appendleft(_Range(first, count, losses, failures))
         self._add(group, len(indices))
         return []
 

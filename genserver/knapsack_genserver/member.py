@@ -33,7 +33,8 @@ class PoolOptions:
         replica_rollouts: most rollouts that a replica holds at a time; 0 for as many as
             it says it has room for.
         check_seconds: between two checks of a replica, and how long one may take.
-        check_failures: checks that fail in a row before a replica counts as lost.
+        check_failures: checks that fail in a row before a replica counts as lost; also
+            pieces that fail in a row, with no rollout between them.
         retry_seconds: shortest and longest pause before a lost replica is started again.
     """
 
@@ -55,9 +56,11 @@ class Member:
     Attributes:
         life: its name in the dispatch, another one after each loss; None while it does
             not serve.
-        problem: why it does not serve.
+        problem: why it does not serve, or failed last.
         refused: why it can never start, as far as the last attempt can tell.
         tasks: pieces that it works on.
+        failures: pieces that failed in this life since its last rollout.
+        proved: whether it has made a rollout in this life.
     """
 
     def __init__(self, number: int, engine: Engine, options: PoolOptions) -> None:
@@ -67,6 +70,8 @@ class Member:
         self.problem = "it has not started yet"
         self.refused: ConfigError | None = None
         self.tasks: set[asyncio.Task[str]] = set()
+        self.failures = 0
+        self.proved = False
         self._options = options
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._keeper: asyncio.Task[None] | None = None
@@ -83,9 +88,15 @@ class Member:
         """
         self._keeper = asyncio.get_running_loop().create_task(self._keep(admit, retire))
 
+    @property
+    def failing(self) -> bool:
+        """Whether it fails at what it is asked for, whatever that is."""
+        return self.failures >= self._options.check_failures
+
     def lose(self, reason: str) -> None:
         """End this life."""
         if not self._lost.done():
+            self.problem = reason
             self._lost.set_result(reason)
 
     async def drain(self) -> None:
@@ -122,6 +133,7 @@ class Member:
         pause = shortest
         while not self._leaving:
             self._lost = asyncio.get_running_loop().create_future()
+            self.failures, self.proved = 0, False
             try:
                 await self.engine.start()
                 await admit(self)
@@ -131,11 +143,13 @@ class Member:
                 _LOG.warning("replica %d does not start: %s", self.number, self.problem)
                 retire(self)
             else:
-                pause = shortest
                 self.problem, self.refused = "", None
                 _LOG.info("replica %d serves", self.number)
                 await self._watch()
                 await self._fall(retire)
+                # Whoever starts and then makes nothing waits longer each time.
+                if self.proved:
+                    pause = shortest
             with suppress(Exception):
                 await self.engine.close()
             await asyncio.sleep(pause)
@@ -159,7 +173,6 @@ class Member:
 
     async def _fall(self, retire: Callable[[Member], None]) -> None:
         """Stop what it works on, so that it can be done elsewhere."""
-        self.problem = self._lost.result()
         _LOG.warning("replica %d is lost: %s", self.number, self.problem)
         retire(self)
         for task in self.tasks:

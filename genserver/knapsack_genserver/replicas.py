@@ -3,6 +3,8 @@
 - A replica that is lost costs what it had not yet handed over; that is asked for again
   elsewhere. Its rollouts are those of its group's seed and their indices, so it does not
   matter who makes them. A rollout that has been handed out is never handed out again.
+- A replica that fails at several pieces in a row gets nothing more until it has made a
+  rollout; if it holds nothing that it could make, it counts as lost.
 - A replica that was lost is started again for as long as the pool lives, with a growing
   pause. It serves once it holds the weights that the pool serves.
 - New weights go to every replica that serves. They serve if one replica took them; a
@@ -15,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -171,12 +173,12 @@ class ReplicaPool:
     async def load_weights(self, path: Path, version: int) -> LoadedWeights:
         """Serve other weights on every replica; see the module for what may go wrong."""
         async with self._updating:
-            members = list(self._serving().values())
+            members = self._serving()
             if not members:
                 why = "; ".join(f"{number}: {text}" for number, text in self.problems().items())
                 raise Unavailable(f"no replica serves: {why}")
             results = await asyncio.gather(
-                *(member.load_weights(path, version) for member in members),
+                *(member.load_weights(path, version) for member in members.values()),
                 return_exceptions=True,
             )
             taken = [result for result in results if isinstance(result, LoadedWeights)]
@@ -187,25 +189,29 @@ class ReplicaPool:
             known = all(result.paused_seconds is not None for result in taken)
             loaded = LoadedWeights(version, fingerprint, paused if known else None)
             self._weights = _Weights(path, loaded)
-            for member, result in zip(members, results, strict=True):
+            for life, result in zip(members, results, strict=True):
                 if isinstance(result, BaseException):
                     why = f"it did not take weight version {version}: {reason_of(result)}"
-                    self._lose(member, why)
+                    self._lose_life(life, why)
                 elif result.fingerprint != fingerprint:
-                    self._lose(member, _differs(version))
+                    self._lose_life(life, _differs(version))
             return loaded
 
     def _refusal(
-        self, members: list[Member], results: Sequence[LoadedWeights | BaseException]
+        self, lives: Iterable[int], results: Sequence[LoadedWeights | BaseException]
     ) -> GeneratorError:
         """Return why no replica took the weights; only those leave that did not refuse."""
         refusal: GeneratorError | None = None
-        for member, result in zip(members, results, strict=True):
+        why = ""
+        for life, result in zip(lives, results, strict=True):
             if isinstance(result, FailedPrecondition):
                 refusal = refusal or result
             elif isinstance(result, BaseException):
-                self._lose(member, f"it failed while it took weights: {reason_of(result)}")
-        return refusal or FailedPrecondition("every replica failed while it took the weights")
+                why = reason_of(result)
+                self._lose_life(life, f"it failed while it took weights: {why}")
+        return refusal or FailedPrecondition(
+            f"every replica failed while it took the weights, the last: {why}"
+        )
 
     async def _admit(self, member: Member) -> None:
         """Load what the pool serves, and let the replica serve in the same moment."""
@@ -239,6 +245,12 @@ class ReplicaPool:
         """Take a replica out of service now, before anything else is handed to it."""
         member.lose(reason)
         self._retire(member)
+
+    def _lose_life(self, life: int, reason: str) -> None:
+        """Take a replica out of service, unless it has been lost since that life began."""
+        member = self._serving().get(life)
+        if member is not None:
+            self._lose(member, reason)
 
     def _serving(self) -> dict[int, Member]:
         """Return the replicas that serve, by their names in the dispatch."""
@@ -317,10 +329,26 @@ class ReplicaPool:
     ) -> None:
         """Give back a piece's place; what has not arrived waits again, or is given up."""
         problem = "" if task.cancelled() else task.result()
-        given_up = self._plan.ended(piece, missing)
-        why = f"lost with {piece.losses + 1} replicas, last: {problem or member.problem}"
+        lives = member.life == piece.replica
+        if missing and lives and not task.cancelled():
+            member.failures += 1
+            member.problem = problem
+        given_up = self._plan.ended(piece, missing, lost=not lives and not member.failing)
+        attempts = piece.losses + piece.failures + 1
+        why = f"given up after {attempts} attempts, last: {problem or member.problem}"
         self._settle(job, _failed(given_up, why))
+        if lives and member.failing:
+            self._plan.rest(piece.replica, True)
+            if not member.tasks:
+                self._lose(member, f"it fails at all that it is asked for: {member.problem}")
         self._fill_soon()
+
+    def _proved(self, member: Member) -> None:
+        """Trust a replica that has made a rollout."""
+        if member.failing and member.life is not None:
+            self._plan.rest(member.life, False)
+            self._fill_soon()
+        member.failures, member.proved = 0, True
 
     async def _read(self, member: Member, job: _Job, piece: Piece, missing: set[int]) -> None:
         part = replace(job.group, num_rollouts=piece.count, first_index=piece.first)
@@ -329,6 +357,8 @@ class ReplicaPool:
             async for completion in stream:
                 if completion.index not in missing:
                     raise ReplicaLost(f"it sent rollout {completion.index} unasked or twice")
+                if not completion.error:
+                    self._proved(member)
                 self._deliver(job, piece, missing, [completion])
         finally:
             close = getattr(stream, "aclose", None)

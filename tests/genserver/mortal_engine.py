@@ -8,7 +8,7 @@ from pathlib import Path
 
 from knapsack_genserver.engine import Completion, EngineStatus, Group, LoadedWeights, Tokenizer
 from knapsack_genserver.engines.fake import FakeEngine
-from knapsack_genserver.errors import FailedPrecondition, ReplicaLost
+from knapsack_genserver.errors import FailedPrecondition, ReplicaLost, Unavailable
 
 
 class MortalEngine:
@@ -24,6 +24,7 @@ class MortalEngine:
         refuses: weight versions that it refuses to take.
         forges: weight versions of which it has other weights than it should.
         deadly: prompts that kill it.
+        fails: whether it makes nothing of what it is asked for, and lives on.
         repeats: whether it sends each rollout twice.
         hang: whether it never ends a weight update.
     """
@@ -43,6 +44,7 @@ class MortalEngine:
         self.refuses: set[int] = set()
         self.forges: set[int] = set()
         self.deadly: set[tuple[int, ...]] = set()
+        self.fails = False
         self.repeats = False
         self.hang = False
         self.closed = asyncio.Event()
@@ -86,6 +88,8 @@ class MortalEngine:
         self.most_held = max(self.most_held, self.held)
         left = group.num_rollouts
         try:
+            if self.fails:
+                raise Unavailable("500: it fails")
             if tuple(group.prompt) in self.deadly:
                 self.die()
             async for completion in self._fake.generate(group):

@@ -13,6 +13,7 @@ from knapsack_genserver.dispatch import Dispatch, Piece
 PIECE = 4
 SHARED = 1
 LOSSES = 2
+FAILURES = 2
 
 
 class Fleet(RuleBasedStateMachine):
@@ -20,7 +21,7 @@ class Fleet(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.plan = Dispatch(PIECE, SHARED, LOSSES)
+        self.plan = Dispatch(PIECE, SHARED, LOSSES, FAILURES)
         self.keys = 0
         self.names = 0
         self.capacity: dict[int, int] = {}
@@ -29,6 +30,8 @@ class Fleet(RuleBasedStateMachine):
         self.priority: dict[int, int] = {}
         self.under_way: dict[Piece, set[int]] = {}
         self.losses: Counter[tuple[int, int]] = Counter()
+        self.failures: Counter[tuple[int, int]] = Counter()
+        self.resting: set[int] = set()
 
     @rule(
         request=st.integers(0, 2),
@@ -71,6 +74,8 @@ class Fleet(RuleBasedStateMachine):
             soonest = min(self.priority[group] for group, _ in waiting)
             assert self.priority[piece.group] == soonest
             assert {self.losses[name] for name in indices} == {piece.losses}
+            assert {self.failures[name] for name in indices} == {piece.failures}
+            assert piece.replica not in self.resting
             waiting -= Counter(indices)
             self.under_way[piece] = {index for _, index in indices}
             beside = [p for p in self.under_way if p.replica == piece.replica]
@@ -78,6 +83,8 @@ class Fleet(RuleBasedStateMachine):
         if waiting:
             suspects = any(self.losses[name] >= SHARED for name in waiting)
             for name, capacity in self.capacity.items():
+                if name in self.resting:
+                    continue
                 held = self.plan.held(name)
                 assert held > 0
                 alone = any(p.losses >= SHARED for p in self.under_way if p.replica == name)
@@ -100,8 +107,16 @@ class Fleet(RuleBasedStateMachine):
     @precondition(lambda self: self.under_way)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        """A piece ends before all of it has arrived."""
-        self.end(data.draw(st.sampled_from(sorted(self.under_way, key=str))))
+        """A replica fails at a piece and lives on."""
+        self.end(data.draw(st.sampled_from(sorted(self.under_way, key=str))), lost=False)
+
+    @precondition(lambda self: self.capacity)
+    @rule(data=st.data(), resting=st.booleans())
+    def rest(self, data: st.DataObject, resting: bool) -> None:
+        """A replica gets nothing more, or something again."""
+        name = data.draw(st.sampled_from(sorted(self.capacity)))
+        self.plan.rest(name, resting)
+        (self.resting.add if resting else self.resting.discard)(name)
 
     @precondition(lambda self: self.capacity)
     @rule(data=st.data())
@@ -111,7 +126,7 @@ class Fleet(RuleBasedStateMachine):
         del self.capacity[name]
         self.plan.leave(name)
         for piece in [p for p in self.under_way if p.replica == name]:
-            self.end(piece)
+            self.end(piece, lost=True)
 
     @precondition(lambda self: self.priority)
     @rule(data=st.data())
@@ -125,13 +140,15 @@ class Fleet(RuleBasedStateMachine):
         for piece in [p for p in self.under_way if p.group == key]:
             assert self.plan.ended(piece, self.under_way.pop(piece)) == []
 
-    def end(self, piece: Piece) -> None:
+    def end(self, piece: Piece, lost: bool) -> None:
         """End a piece; what has been lost too often is given up, and no sooner."""
         missing = self.under_way.pop(piece)
-        given_up = self.plan.ended(piece, missing)
-        assert set(given_up) == (missing if piece.losses == LOSSES else set())
+        given_up = self.plan.ended(piece, missing, lost)
+        often = piece.losses == LOSSES if lost else piece.failures == FAILURES
+        assert set(given_up) == (missing if often else set())
         self.settled.update((piece.group, index) for index in given_up)
-        self.losses.update((piece.group, index) for index in missing)
+        counts = self.losses if lost else self.failures
+        counts.update((piece.group, index) for index in missing)
 
     def waiting(self) -> Counter[tuple[int, int]]:
         """Return what must be waiting: wanted, not under way, not settled."""

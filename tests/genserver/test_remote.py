@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from knapsack_genserver.engine import Completion
 from knapsack_genserver.engines.remote.engine import RemoteOptions
+from knapsack_genserver.engines.remote.messages import ANY_VOCABULARY, Answer, Garbage
 from knapsack_genserver.engines.remote.pool import remote_pool
 from knapsack_genserver.engines.remote.weights import WeightRoutes
 from knapsack_genserver.errors import ConfigError, FailedPrecondition
@@ -157,6 +160,42 @@ async def test_busy_and_broken_answers_are_tried_again(
     assert not servers[1].bodies
 
 
+async def test_rollouts_that_a_server_breaks_off_are_made_elsewhere(
+    pool: ReplicaPool, servers: list[VllmLike]
+) -> None:
+    """A server that shuts down ends them with "abort", with or without tokens."""
+
+    def aborted(tokens: list[int]) -> bytes:
+        logprobs = {"content": [{"logprob": -1.0} for _ in tokens]}
+        choices = [
+            {"index": k, "token_ids": tokens, "logprobs": logprobs, "finish_reason": "abort"}
+            for k in range(4)
+        ]
+        return f"data: {json.dumps({'choices': choices})}\n\ndata: [DONE]\n\n".encode()
+
+    servers[0].bodies = [aborted([])]
+    servers[1].bodies = [aborted([5])]
+    assert tokens(await all_of(pool, *GROUPS)) == await expected()
+    assert not servers[0].bodies
+    assert not servers[1].bodies
+
+
+@pytest.mark.parametrize(("token", "size"), [(-1, 64), (64, 64), (2**31, ANY_VOCABULARY)])
+def test_a_token_outside_the_vocabulary_is_no_rollout(token: int, size: int) -> None:
+    """Whatever the server is, its tokens are the model's."""
+    answer = Answer(group(num_rollouts=1), 0, {}, None, size)
+
+    def message(token: int) -> bytes:
+        logprobs = {"content": [{"logprob": -1.0}]}
+        choice = {"index": 0, "token_ids": [token], "logprobs": logprobs, "finish_reason": "stop"}
+        return json.dumps({"choices": [choice]}).encode()
+
+    with pytest.raises(Garbage, match=f"a rollout has token {token};"):
+        list(answer.message(message(token)))
+    answer = Answer(group(num_rollouts=1), 0, {}, None, size)
+    assert [c.token_ids for c in answer.message(message(size - 1))] == [[size - 1]]
+
+
 async def test_what_a_server_refuses_is_said_per_rollout(
     pool: ReplicaPool, servers: list[VllmLike]
 ) -> None:
@@ -188,7 +227,7 @@ async def test_a_server_that_always_fails_is_given_up_in_the_end() -> None:
     server.statuses = [500] * 100
     (found,) = await all_of(pool, group(num_rollouts=4))
     assert {c.error for c in found} == {
-        f"lost with 6 replicas, last: {server.url}: 500: told to fail"
+        f"given up after 21 attempts, last: {server.url}: 500: told to fail"
     }
     await pool.close()
     await server.stop()
@@ -327,6 +366,25 @@ async def test_a_server_that_restarts_gets_the_weights_first(
         found = await all_of(pool, *GROUPS)
         assert {s.version for rollouts in found for c in rollouts for s in c.weights} == {5}
     await until(lambda: pool.status().replicas == 2)
+
+
+async def test_a_server_that_was_left_paused_does_not_serve(
+    pool: ReplicaPool, servers: list[VllmLike]
+) -> None:
+    """Whoever updated it has gone, and its weights may be torn; resumed, it serves."""
+    async with aiohttp.ClientSession() as session:
+        for route in ("/pause?mode=keep", "/start_weight_update"):
+            await session.post(servers[0].url + route, json={})
+        late = remote_pool([server.url for server in servers], OPTIONS, POOL)
+        await late.start()
+        await until(lambda: "resume it if its weights" in "".join(late.problems().values()))
+        assert late.status().replicas == 1
+        assert {c.error for c in (await all_of(late, group(num_rollouts=40)))[0]} == {""}
+        assert not servers[0].dead
+        await session.post(servers[0].url + "/finish_weight_update", json={"weight_version": "0"})
+        await session.post(servers[0].url + "/resume", json={})
+    await until(lambda: late.status().replicas == 2)
+    await late.close()
 
 
 async def test_without_routes_for_weights_it_says_what_is_missing(

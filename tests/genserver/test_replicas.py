@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from knapsack_genserver.engine import Completion
+from knapsack_genserver.engine import Completion, LoadedWeights
 from knapsack_genserver.engines.fake import FakeEngine
 from knapsack_genserver.errors import ConfigError, FailedPrecondition, Unavailable
 from knapsack_genserver.member import PoolOptions
@@ -117,9 +118,77 @@ async def test_a_prompt_that_kills_is_given_up(
     poison, good = await all_of(pool, group([9], 3), group([1], 50))
     assert [c.index for c in poison] == [0, 1, 2]
     for completion in poison:
-        assert completion.error == "lost with 6 replicas, last: it died"
+        assert completion.error == "given up after 6 attempts, last: it died"
         assert completion.token_ids == []
     assert [good] == await expected(group([1], 50))
+
+
+async def test_a_replica_that_fails_at_everything_leaves_a_burst_whole() -> None:
+    """It is out after a few pieces; the others make the rest when they have room."""
+    healthy, sick = MortalEngine(), MortalEngine()
+    pool = ReplicaPool("pool", [healthy, sick], replace(QUICK, retry_seconds=(60.0, 60.0)))
+    await pool.start()
+    await until(lambda: pool.status().replicas == 2)
+    healthy.gate.clear()
+    sick.fails = True
+    streams = [pool.generate(each) for each in GROUPS]
+    await until(lambda: pool.status().replicas == 1)
+    assert "it fails at all that it is asked for: 500" in "".join(pool.problems().values())
+    healthy.gate.set()
+    found = [sorted([c async for c in s], key=lambda c: c.index) for s in streams]
+    assert found == await expected(*GROUPS)
+    assert len(sick.asked) <= 6
+    await pool.close()
+
+
+async def test_a_replica_that_fails_keeps_what_it_makes() -> None:
+    """It gets nothing more until a rollout of it arrives, and is not put out meanwhile."""
+    replica = MortalEngine()
+    pool = ReplicaPool("pool", [replica], QUICK)
+    await pool.start()
+    replica.gate.clear()
+    long = pool.generate(group([1], 4))
+    await until(lambda: replica.held == 4)
+    replica.fails = True
+    short = pool.generate(group([2], 4))
+    await until(lambda: len(replica.asked) == 3)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(replica.asked) == 3
+    replica.fails = False
+    replica.gate.set()
+    found = [sorted([c async for c in s], key=lambda c: c.index) for s in (long, short)]
+    assert found == await expected(group([1], 4), group([2], 4))
+    assert (replica.lives, len(replica.asked)) == (1, 4)
+    await pool.close()
+
+
+async def test_a_replica_that_starts_and_makes_nothing_waits_longer_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first rollout of a life makes the next pause the shortest again."""
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def recorded(seconds: float) -> None:
+        if seconds >= 1:
+            pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", recorded)
+    replica = MortalEngine()
+    replica.fails = True
+    pool = ReplicaPool("pool", [replica], replace(QUICK, retry_seconds=(1.0, 4.0)))
+    await pool.start()
+    stream = pool.generate(group([1], 4))
+    await until(lambda: len(pauses) == 4)
+    replica.fails = False
+    assert len([c async for c in stream]) == 4
+    replica.fails = True
+    await all_of(pool, group([1], 4))
+    assert pauses[:4] == [1.0, 2.0, 4.0, 4.0]
+    assert 1.0 in pauses[4:]
+    await pool.close()
 
 
 async def test_a_replica_that_sends_twice_is_put_out(
@@ -232,6 +301,49 @@ async def test_an_update_does_not_wait_for_a_replica_that_hangs(
     replicas[2].answers = replicas[2].open = False
     assert (await asyncio.wait_for(update, 20)).version == 5
     await until(lambda: pool.status().replicas == 2)
+
+
+async def test_a_replica_that_dies_in_an_update_dies_once(
+    pool: ReplicaPool, replicas: list[MortalEngine], tmp_path: Path
+) -> None:
+    """What its old life says of the update does not end the new one."""
+    go = asyncio.Event()
+    load = replicas[0].load_weights
+
+    async def late(path: Path, version: int) -> LoadedWeights:
+        await go.wait()
+        return await load(path, version)
+
+    replicas[0].load_weights = late  # type: ignore[method-assign]
+    replicas[1].hang = True
+    update = asyncio.ensure_future(pool.load_weights(tmp_path, 5))
+    await until(lambda: replicas[2].loads == [5])
+    pool._lose(pool._members[pool.numbers[1]], "it died")
+    replicas[1].hang = False
+    await until(lambda: replicas[1].lives == 2)
+    go.set()
+    await update
+    await until(lambda: pool.status().replicas == 3)
+    assert [replica.lives for replica in replicas] == [1, 2, 1]
+    assert replicas[1].loads == [5]
+
+
+async def test_a_replica_that_cannot_serve_after_an_update_leaves(
+    pool: ReplicaPool, replicas: list[MortalEngine], tmp_path: Path
+) -> None:
+    """Those that refuse keep the old weights and stay; it is started anew."""
+    replicas[1].refuses.add(5)
+    replicas[2].refuses.add(5)
+
+    async def torn(path: Path, version: int) -> LoadedWeights:
+        raise Unavailable("no weights serve")
+
+    replicas[0].load_weights = torn  # type: ignore[method-assign]
+    with pytest.raises(FailedPrecondition, match="it refuses"):
+        await pool.load_weights(tmp_path, 5)
+    assert pool.status().replicas == 2
+    await until(lambda: replicas[0].lives == 2)
+    assert [replica.lives for replica in replicas] == [2, 1, 1]
 
 
 async def test_a_replica_that_is_removed_finishes_what_it_holds(

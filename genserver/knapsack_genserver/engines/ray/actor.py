@@ -7,8 +7,6 @@ is an answer and no exception, since exceptions do not travel whole.
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from knapsack_genserver.engine import Completion, Engine, EngineStatus, Group, LoadedWeights
+from knapsack_genserver.engines.ray.copies import Copy, remove_abandoned
 from knapsack_genserver.errors import ConfigError, EngineDied, GeneratorError
 from knapsack_genserver.member import reason_of
 
@@ -47,7 +46,7 @@ class Replica:
         self._engine: Engine | None = None
         self._streams: dict[int, AsyncIterator[Completion]] = {}
         self._stopped: set[int] = set()
-        self._copies: list[Path] = []
+        self._copy: Copy | None = None
 
     async def start(self) -> EngineStatus | Refusal:
         """Start the engine."""
@@ -55,6 +54,8 @@ class Replica:
         async def start() -> EngineStatus:
             from knapsack_genserver.cli import engine_of
 
+            # One that was killed on this node has left a whole model there.
+            await asyncio.to_thread(remove_abandoned)
             self._engine = engine_of(self._arguments)
             await self._engine.start()
             return self._engine.status()
@@ -108,34 +109,42 @@ class Replica:
 
     async def load_weights(self, path: str, version: int) -> LoadedWeights | Refusal:
         """Serve the weights of a folder of this node's disk."""
-        return await _answer(lambda: self._started.load_weights(Path(path), version))
+        return await _answer(lambda: self._load(Path(path), version))
 
     async def load_files(self, files: Files, version: int) -> LoadedWeights | Refusal:
         """Serve weights that come in pieces, written to this node's disk one by one."""
-        copy = Path(tempfile.mkdtemp(prefix="knapsack-weights-"))
+        copy = Copy()
         try:
             for name, pieces in files:
-                with (copy / name).open("wb") as file:
+                with (copy.folder / name).open("wb") as file:
                     for piece in pieces:
                         await asyncio.to_thread(file.write, await piece)
-            loaded = await _answer(lambda: self._started.load_weights(copy, version))
+            loaded = await _answer(lambda: self._load(copy.folder, version))
         except BaseException:
-            shutil.rmtree(copy, ignore_errors=True)
+            copy.remove()
             raise
         # The engine may go back to what it serves, so that is kept until it serves others.
-        gone = [copy] if isinstance(loaded, Refusal) else self._copies
+        gone: Copy | None = copy
         if not isinstance(loaded, Refusal):
-            self._copies = [copy]
-        for folder in gone:
-            shutil.rmtree(folder, ignore_errors=True)
+            gone, self._copy = self._copy, copy
+        if gone is not None:
+            gone.remove()
         return loaded
+
+    async def _load(self, path: Path, version: int) -> LoadedWeights:
+        try:
+            return await self._started.load_weights(path, version)
+        except GeneratorError:
+            self._require_alive()
+            raise
 
     async def close(self) -> None:
         """End all work."""
         if self._engine is not None:
             await self._engine.close()
-        for folder in self._copies:
-            shutil.rmtree(folder, ignore_errors=True)
+        if self._copy is not None:
+            self._copy.remove()
+            self._copy = None
 
     @property
     def _started(self) -> Engine:
@@ -149,6 +158,10 @@ class Replica:
         died = self._died()
         if died is not None and died.is_set():
             raise EngineDied("the engine has died")
+        # An update failed and the old weights are not back: a new process has them.
+        broken = getattr(self._engine, "broken", "")
+        if broken:
+            raise EngineDied(broken)
 
     async def _wait_for_death(self) -> None:
         """Raise if rollouts fail because the engine is dead: they are to be made elsewhere."""

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import ray
 
-from knapsack_genserver.engine import Tokenizer
+from knapsack_genserver.engine import LoadedWeights, Tokenizer
 from knapsack_genserver.engines.ray.replica import RayOptions, RayReplica
 from knapsack_genserver.engines.ray.store import WeightStore
 from knapsack_genserver.errors import ConfigError
@@ -44,7 +45,8 @@ class RayPool(ReplicaPool):
         pool: PoolOptions,
         tokenizer: Tokenizer | None,
     ) -> None:
-        options = RayOptions(arguments, resources, None if shared_disk else WeightStore())
+        self._store = None if shared_disk else WeightStore(ray.put)
+        options = RayOptions(arguments, resources, self._store)
         super().__init__("ray", [RayReplica(options) for _ in range(replicas)], pool, tokenizer)
         self._address = address
 
@@ -59,6 +61,13 @@ class RayPool(ReplicaPool):
         # Ray would have signals end this process; in another thread it cannot.
         await asyncio.to_thread(_join, address)
         await super().start()
+
+    async def load_weights(self, path: Path, version: int) -> LoadedWeights:
+        """Serve other weights on every replica; see the class above."""
+        if self._store is None:
+            return await super().load_weights(path, version)
+        async with self._store.update(path, version):
+            return await super().load_weights(path, version)
 
     async def close(self) -> None:
         """End the replicas and leave the cluster."""

@@ -21,6 +21,7 @@ import aiohttp
 
 from knapsack_genserver.engine import Completion, EngineStatus, Group, LoadedWeights, Tokenizer
 from knapsack_genserver.engines.remote.messages import (
+    ANY_VOCABULARY,
     BUSY,
     Answer,
     Garbage,
@@ -40,7 +41,6 @@ from knapsack_genserver.errors import (
 
 _LOG = logging.getLogger(__name__)
 
-_ANY_VOCABULARY = 2**31 - 1
 _PATIENCE = aiohttp.ClientTimeout(total=30)
 _NO_LIMIT = aiohttp.ClientTimeout(total=None, sock_connect=10)
 _GENERATE = "/inference/v1/generate"
@@ -99,6 +99,7 @@ class RemoteEngine:
         self._logprobs_mode = ""
         self._labels: dict[str, int] = {}
         self._version = options.weight_version
+        self._vocabulary_size = options.vocabulary_size or ANY_VOCABULARY
         self._held = 0
         self._prefix = secrets.token_hex(6)
         self._requests = itertools.count(1)
@@ -208,7 +209,7 @@ class RemoteEngine:
             running=self._held,
             waiting=0,
             max_model_tokens=self._max_tokens,
-            vocabulary_size=self._options.vocabulary_size or _ANY_VOCABULARY,
+            vocabulary_size=self._vocabulary_size,
             capacity=self._options.rollouts,
         )
 
@@ -236,7 +237,8 @@ class RemoteEngine:
         for attempt in itertools.count():
             arrived = False
             gone = self._updater.gone if self._updater is not None else None
-            answer = Answer(group, self._version, self._labels, gone)
+            size = self._vocabulary_size
+            answer = Answer(group, self._version, self._labels, gone, size)
             try:
                 async for completion in self._stream(group, answer):
                     arrived = True

@@ -14,6 +14,9 @@ from typing import Any
 
 from knapsack_genserver.engine import Completion, FinishReason, Group, WeightSpan
 
+ANY_VOCABULARY = 2**31 - 1
+"""Token ids are below it in every model."""
+
 _SEEDS = 2**62
 """Seeds are below it, so that a seed plus an index stays a signed 64-bit number."""
 
@@ -24,8 +27,9 @@ _REASONS = {
     "stop": FinishReason.STOP,
     "repetition": FinishReason.STOP,
     "length": FinishReason.LENGTH,
-    "abort": FinishReason.ABORT,
 }
+"""Ends of whole rollouts. An "abort" is none: we ask for it only when we have left, so here
+it is a server that shuts down."""
 
 
 class Garbage(Exception):
@@ -108,13 +112,20 @@ class Answer:
         version: of the weights, where the server does not say.
         labels: numbers of weight versions that do not end in them.
         gone: a weight version that the server has only if it was restarted.
+        vocabulary_size: token ids are below it.
     """
 
     def __init__(
-        self, group: Group, version: int, labels: dict[str, int], gone: str | None = None
+        self,
+        group: Group,
+        version: int,
+        labels: dict[str, int],
+        gone: str | None = None,
+        vocabulary_size: int = ANY_VOCABULARY,
     ) -> None:
         self._group = group
         self._gone = gone
+        self._vocabulary_size = vocabulary_size
         self._version = version
         self._labels = labels
         self._parts: dict[int, tuple[list[int], list[float]]] = {}
@@ -180,10 +191,14 @@ class Answer:
             raise RequestFailed(f"the server ended a rollout with {finish!r}")
         reason = _REASONS[finish]
         most = self._group.sampling.max_tokens
-        if len(tokens) > most or (not tokens and reason is not FinishReason.ABORT):
+        if not 1 <= len(tokens) <= most:
             raise Garbage(f"a rollout has {len(tokens)} tokens; 1 to {most} were asked for")
-        if any(token < 0 for token in tokens) or any(not math.isfinite(p) for p in logprobs):
-            raise Garbage("a rollout has a negative token or a log-probability that is no number")
+        size = self._vocabulary_size
+        wrong = next((token for token in tokens if not 0 <= token < size), None)
+        if wrong is not None:
+            raise Garbage(f"a rollout has token {wrong}; 0 to {size - 1} are the model's")
+        if not all(map(math.isfinite, logprobs)):
+            raise Garbage("a rollout has a log-probability that is no number")
         spans = tuple(self._spans(versions, len(tokens)))
         first = self._group.first_index
         indices = range(first, first + self._group.num_rollouts)

@@ -74,18 +74,24 @@ class Updater:
         """Prepare a server that has started, or mend one that an update has torn.
 
         Raises:
-            Unavailable: it cannot be mended; it must be restarted.
+            Unavailable: it cannot be mended; or somebody else has paused it, who may have
+                left it with half of its weights. It must be resumed or restarted.
         """
         if self._routes.init_info is not None:
             await self._step(call, "/init_weight_transfer_engine", init_info=self._routes.init_info)
-        if self._torn:
-            _, body = await call("GET", "/is_paused")
-            if isinstance(body, dict) and body.get("is_paused") is False:
-                # It was left paused, so this is another process, and whole.
-                self._served = self._first
-                self._torn = False
-            else:
-                await self._restore(call)
+        _, body = await call("GET", "/is_paused")
+        paused = body.get("is_paused") if isinstance(body, dict) else None
+        if self._torn and paused is False:
+            # It was left paused, so this is another process, and whole.
+            self._served = self._first
+            self._torn = False
+        elif self._torn:
+            await self._restore(call)
+        elif paused:
+            raise Unavailable(
+                f"{self._url}: is paused, perhaps in the middle of a weight update; "
+                "resume it if its weights are whole, or restart it"
+            )
 
     async def serve(self, call: Call, path: Path, version: int) -> LoadedWeights:
         """Serve a folder of the server's disk.
