@@ -174,7 +174,9 @@ class RunMetrics:
                 self._know(run, event.prompts)
             case RunRemoved():
                 self._labels.remove(event.run_id)
-            case CallHandled(code="OK", pending_reports=int(pending)) if event.run_id:
+            case CallHandled(code="OK", pending_reports=int(pending)) if (
+                event.run_id and event.method != "DeleteRun"
+            ):
                 self.pending.labels(self._labels.of(event.run_id)).set(pending)
 
     def _divided(self, event: BudgetDivided, run: str) -> None:

@@ -293,6 +293,9 @@ class SchedulerService:
             allocation.bounds,
             decision,
             seconds,
+            # What is given anew for rollouts that were lost is of a budget counted before.
+            decision.allocated > 0
+            and not 0 < budget.total_rollouts <= int(allocation.allocated.sum()),
         )
         answer = wire.allocation_message(
             request.allocation_id, run.row.run_id, allocation.step, wave, decision, prior
@@ -527,7 +530,9 @@ def _divided(
     bounds: Bounds,
     decision: Decision,
     seconds: float,
+    is_new: bool = True,
 ) -> BudgetDivided:
+    """Return the event of a decision; ``is_new``: its budget was not yet given out in full."""
     state = run.state
     return BudgetDivided(
         run.row.run_id,
@@ -540,7 +545,7 @@ def _divided(
         decision.num_rollouts,
         state.bands(rows),
         state.evidence_ages(rows, step),
-        outlook(state.config.objective, beliefs, bounds, begun, decision),
+        outlook(state.config.objective, beliefs, bounds, begun, decision) if is_new else None,
         seconds,
         time.time_ns(),
     )

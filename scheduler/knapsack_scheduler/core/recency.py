@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from knapsack_scheduler.core.evidence import Visits
-from knapsack_scheduler.core.problem import IntArray, KeyArray
+from knapsack_scheduler.core.problem import BoolArray, IntArray, KeyArray
 from knapsack_scheduler.core.ties import lowest_keys
 
 
@@ -32,8 +32,7 @@ class LastVisited:
         """Take in that something was learned of these rows, int64[n], each named once."""
         newest = visits.step[rows, 0]
         if self._twice:
-            again = (visits.rollouts[rows] > 0) & (visits.step[rows] != newest[:, None])
-            twice = again.any(axis=1)
+            twice = _again(rows, visits)
             rows, newest = rows[twice], newest[twice]
         if not rows.size:
             return
@@ -85,6 +84,9 @@ class LastVisited:
             if len(self._by_step[step]) > 1:
                 rows = np.unique(np.concatenate(self._by_step[step]))
             rows = rows[visits.step[rows, 0] == step]
+            if self._twice:
+                # Visits of the newest step may have pushed the others out of the window.
+                rows = rows[_again(rows, visits)]
             if rows.size == 0:
                 # All of them were visited again since.
                 del self._by_step[step]
@@ -97,3 +99,10 @@ class LastVisited:
         rows = np.concatenate(found)
         rows = rows[lowest_keys(keys[rows], count)]
         return rows[np.argsort(keys[rows], kind="stable")]
+
+
+def _again(rows: IntArray, visits: Visits) -> BoolArray:
+    """Return which rows have visits at two steps or more, bool[n]."""
+    others = visits.step[rows] != visits.step[rows, 0][:, None]
+    again: BoolArray = ((visits.rollouts[rows] > 0) & others).any(axis=1)
+    return again

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ except ImportError as error:
 
 _clients: dict[tuple[str, str], BudgetClient] = {}
 """Of this process, by address and run: builders run in worker processes as well."""
+_making = threading.Lock()
+"""Groups finish in threads, and a run has one client of a process."""
 
 
 class BudgetedDataset(RLDataset):
@@ -149,9 +152,10 @@ class _Desk:
     def client(self) -> BudgetClient:
         """Return this process's client of the run."""
         key = (self.scheduler, self.run_id)
-        if key not in _clients:
-            _clients[key] = BudgetClient(self.scheduler, self.run_id, **dict(self.options))
-        return _clients[key]
+        with _making:
+            if key not in _clients:
+                _clients[key] = BudgetClient(self.scheduler, self.run_id, **dict(self.options))
+            return _clients[key]
 
 
 @dataclass(frozen=True)
