@@ -43,7 +43,7 @@ def test_a_package_carries_rules_and_dashboards(tmp_path: Path) -> None:
     ("value", "message"),
     [
         ("scheduler.replicas=two", "/scheduler/replicas"),
-        ("scheduler.replicas=0", "/scheduler/replicas"),
+        ("scheduler.replicas=-1", "/scheduler/replicas"),
         ("scheduler.replica=3", "replica"),
         ("images.pullPolicy=Sometimes", "/images/pullPolicy"),
         ("images.scheduler.tag=latest", "/images/scheduler/tag"),

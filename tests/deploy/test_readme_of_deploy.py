@@ -48,7 +48,7 @@ def test_the_kustomization_puts_the_sidecar_into_a_job_of_ones_own(tmp_path: Pat
     shutil.copytree(DEPLOY / "kubernetes/components", tmp_path / "deploy/kubernetes/components")
     mine = tmp_path / "mine"
     mine.mkdir()
-    text = blocks("yaml")[1].replace("PATH/deploy", "../deploy")
+    text = blocks("yaml")[1].replace("../knapsack-rl/deploy", "../deploy")
     (mine / "kustomization.yaml").write_text(text)
     jobs = [
         {

@@ -110,7 +110,7 @@ async def test_a_budget_is_predicted_once_however_often_it_is_extended(calls: An
                 prompt_indices=[0],
                 num_rewards=[1],
                 rewards=[1.0],
-            )  # fmt: skip
+            )
         )
         for k in range(3):
             await service.extend(
