@@ -375,7 +375,9 @@ def test_groups_that_are_filtered_out_are_reported(
     for seen in trainer.seen:
         groups = by_group(seen, "rewards")
         assert len(groups) == 2
-        assert all(len(set(rewards)) > 1 for rewards in groups.values())
+        # What leaves out surplus rollouts does not look at rewards: it alone may leave equal ones.
+        effective = all(len(set(rewards)) > 1 for rewards in groups.values())
+        assert effective or len(seen["uid"]) == 2 * MEAN
         assert seen["advantages"] == pytest.approx(expected(seen, "grpo"), abs=1e-6)
         assert len(seen["uid"]) <= 2 * MEAN
         assert len(seen["uid"]) + seen["padding"] == 2 * MEAN
