@@ -81,6 +81,7 @@ class VllmEngine:
         self._llm: Any = None
         self._http: Any = None
         self._requests = 0
+        self._first_fingerprint = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._watch: asyncio.Task[None] | None = None
         # Why nothing more is generated; empty while something is.
@@ -125,6 +126,7 @@ class VllmEngine:
         except (ValueError, RuntimeError, OSError, TypeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"model = {str(options.model)!r}: vLLM: {reason[0]}") from error
+        self._first_fingerprint = loaded.fingerprint
         _LOG.info("weights loaded", extra={"fields": {"fingerprint": loaded.fingerprint}})
         self.tokenizer = (
             None
@@ -198,6 +200,7 @@ class VllmEngine:
             capacity=at_once + at_once // 4,
             prefix_queried_tokens=queried,
             prefix_hit_tokens=hits,
+            first_fingerprint=self._first_fingerprint,
         )
 
     def generate(self, group: Group) -> Inbox:
