@@ -15,7 +15,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
 import grpc
@@ -32,6 +31,7 @@ from knapsack_trainer_client.arguments import (
     check_timeout,
 )
 from knapsack_trainer_client.calls import Caller, Deadline, NotFound, Refused, Unanswered
+from knapsack_trainer_client.closing import AsyncClosing
 from knapsack_trainer_client.courier import Courier
 from knapsack_trainer_client.errors import (
     ClientMisuse,
@@ -76,7 +76,7 @@ from knapsack_trainer_client.transport import (
 OnUnavailable = Literal["uniform", "raise"]
 
 
-class AsyncBudgetClient:
+class AsyncBudgetClient(AsyncClosing):
     """Asks a budget scheduler how many rollouts each prompt should get.
 
     Belongs to the event loop that first uses it and to the process that made it: after a
@@ -482,14 +482,6 @@ class AsyncBudgetClient:
     async def __aenter__(self) -> Self:
         await self._ready()
         return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled: a connection belongs to one process."""
