@@ -19,6 +19,8 @@ from knapsack_trainer_client import (
     group_advantages,
 )
 
+from real_scheduler import PATIENCE
+
 RATES = {"easy": 1.0, "even": 0.5, "hard": 0.1, "never": 0.0}
 
 
@@ -30,7 +32,7 @@ def draw(rng: random.Random, name: str) -> float:
 @pytest.fixture
 def client(shared_scheduler: Any, request: Any) -> Iterator[BudgetClient]:
     """A client with a run of its own."""
-    with BudgetClient(shared_scheduler.address, request.node.name, timeout=10.0) as budget:
+    with BudgetClient(shared_scheduler.address, request.node.name, timeout=PATIENCE) as budget:
         yield budget
 
 

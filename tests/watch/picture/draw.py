@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 from knapsack_trainer_client import BudgetClient  # noqa: E402
 
@@ -52,7 +52,7 @@ def record(folder: Path) -> Path:
                 if step + 1 not in OUTAGE:
                     lines += _dated(served.addresses["admin"], START + step * STEP_SECONDS)
     finally:
-        served.end()
+        served.close()
     # Samples of one series have to follow each other.
     lines.sort(key=lambda line: line.rpartition(" ")[0].rpartition(" ")[0])
     file = folder / "metrics.txt"
@@ -128,7 +128,7 @@ def main() -> None:
                 timeout=180,
             )
         finally:
-            prometheus.end()
+            prometheus.close()
 
 
 if __name__ == "__main__":
