@@ -79,7 +79,7 @@ image-locks: .venv-deploy/.ready
 # processes that import them.
 test-verl: .venv-verl/.ready
 	.venv-verl/bin/python -m pytest tests/verl_trainer -W ignore --show-capture=no \
-		--timeout 600 $(TEST_ARGS)
+		--timeout 1800 $(TEST_ARGS)
 
 test-loops: .venv-verl/.loops
 	.venv-verl/bin/python -m pytest tests/loops -W ignore $(TEST_ARGS)
