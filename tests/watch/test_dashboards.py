@@ -64,12 +64,12 @@ def prometheus(
             and seen("increase(knapsack_genserver_weight_update_seconds_count[1m]) > 1")
         ),
         "the workload has been scraped",
-        90,
+        300,
     )
     yield url
     stop.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert not failures, failures
 
 
@@ -82,7 +82,7 @@ def _kept(work: Callable[[], None], failures: list[BaseException], stop: threadi
 
 
 def _train(address: str, folder: Path, stop: threading.Event) -> None:
-    with BudgetClient(address, "exp1", outbox=folder / "outbox.db", timeout=20) as client:
+    with BudgetClient(address, "exp1", outbox=folder / "outbox.db", timeout=60) as client:
         for step in learning_run(client, 100_000, prompts=300):
             if step == 10:
                 client.rewind(10)
