@@ -35,6 +35,7 @@ from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.livepage import LivePage
 from knapsack_scheduler.logs import log_event
 from knapsack_scheduler.metrics import Metrics
+from knapsack_scheduler.openfiles import connections_within
 from knapsack_scheduler.rpc import SERVICE, SchedulerServicer
 from knapsack_scheduler.security import TokenGuard, server_credentials, warn_of_readable
 from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
@@ -60,6 +61,8 @@ _CONNECTION_OPTIONS = [
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 256 * 1024),
 ]
+_MOST_CONNECTIONS = "grpc.max_allowed_incoming_connections"
+_MOST_PROBES = 128
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -132,7 +135,7 @@ class Server:
                 # Pages end before they grow larger.
                 ("grpc.max_send_message_length", 2 * LARGEST_PAGE_BYTES),
                 *_CONNECTION_OPTIONS,
-                ("grpc.max_allowed_incoming_connections", limits.connections),
+                (_MOST_CONNECTIONS, connections_within(limits.connections)),
             ],
             maximum_concurrent_rpcs=limits.concurrent_calls,
         )
@@ -151,7 +154,9 @@ class Server:
         self._api = server
 
     async def _start_probes(self) -> None:
-        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        server = grpc.aio.server(
+            options=[("grpc.so_reuseport", 0), (_MOST_CONNECTIONS, _MOST_PROBES)]
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self.addresses["health"] = _bind(server, "health_listen", self._settings.health_listen)
         await server.start()

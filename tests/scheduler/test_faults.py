@@ -137,7 +137,7 @@ async def test_a_store_that_is_deleted_under_it_acknowledges_nothing_more(
     async with open_service(f"sqlite:///{store}") as service:
         await service.report(calls.own_report(["before"], [[1.0]], report_id="before"))
         if how == "rm":
-            file.unlink()
+            os.unlink(file)
         else:
             shutil.copy(file, f"{file}.restored")
             os.replace(f"{file}.restored", file)
@@ -150,8 +150,7 @@ async def test_a_store_that_is_deleted_under_it_acknowledges_nothing_more(
 def test_a_writer_that_waits_too_long_for_another_is_refused() -> None:
     """Threads are few: those that wait for a disk that hangs are missed elsewhere."""
     one = OneWriter(0.01)
-    with one:
-        with pytest.raises(StoreUnavailable, match="those who write before"), one:
-            pytest.fail("two writers at once")
+    with one, pytest.raises(StoreUnavailable, match="those who write before"), one:
+        pytest.fail("two writers at once")
     with one:
         pass
