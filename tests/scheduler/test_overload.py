@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import psutil
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
