@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -271,3 +273,23 @@ def test_what_is_let_go_of_is_what_was_unused_for_longest() -> None:
     assert (list(runs), runs.bytes) == (["large"], 500)
     runs.keep("a", Sized(1))
     assert (list(runs), runs.bytes) == (["a"], 1)
+
+
+async def test_a_run_takes_about_the_memory_that_is_counted_for_it(calls: Any) -> None:
+    """Many prompts, many calls and large allocations, each as the interpreter measures it."""
+    ids = [f"dataset/prompt-{number:06}" for number in range(20_000)]
+    async with open_service("sqlite://") as service:
+        await service.report(calls.own_report(["warm"], [[1.0]]))
+        tracemalloc.start()
+        try:
+            for step, rewards in ((0, [1.0, 0.0]), (1, [0.0])):
+                await service.report(calls.own_report(ids, [rewards] * len(ids), step))
+            for step in range(2, 22):
+                made = await service.allocate(calls.allocate(ids[:2000], 4000, step))
+                await service.report(calls.report(made.allocation_id, [[1.0]] * 2000))
+            del made
+            gc.collect()
+            used, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert 0.6 < used / service.loaded_bytes < 1.3
