@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
@@ -42,6 +43,7 @@ from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
 from knapsack_scheduler.tracing import Tracing
 from knapsack_scheduler.watching import watch
 
+_LOG = logging.getLogger(__name__)
 READINESS = ""
 LIVENESS = "liveness"
 _CONNECTION_OPTIONS = [
@@ -261,6 +263,7 @@ async def serve(settings: Settings) -> None:
     def stop(number: int) -> None:
         if not server.takes_calls:
             # Loading runs can take minutes, and there is no call to wait for.
+            _LOG.warning("told to end before calls are served, which is done at once")
             os._exit(128 + number)
         stopped.set()
 
