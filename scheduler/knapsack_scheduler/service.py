@@ -55,9 +55,10 @@ from knapsack_scheduler.facts import (
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.records import Entry
-from knapsack_scheduler.journal.transaction import Writing
+from knapsack_scheduler.journal.transaction import Reading, Writing
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loaded import LoadedRun
+from knapsack_scheduler.loadedruns import LOADED_BYTES
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.runs import Runs
 
@@ -84,6 +85,7 @@ class SchedulerService:
         limits: Limits | None = None,
         events: Events | None = None,
         retention: Retention | None = None,
+        loaded_bytes: int = LOADED_BYTES,
     ) -> None:
         self._journal = journal
         self._default_config = default_config or RunConfig()
@@ -95,6 +97,7 @@ class SchedulerService:
             auto_create_runs=auto_create_runs,
             default_config=self._default_config,
             retention=retention or Retention(),
+            loaded_bytes=loaded_bytes,
         )
 
     async def preload(self, count: int) -> None:
@@ -104,6 +107,11 @@ class SchedulerService:
             self.events.emit(
                 RunLoaded(run.row.run_id, _prompts(run), state.last_step, state.last_policy_version)
             )
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the runs that are kept in memory, about."""
+        return self._runs.loaded_bytes
 
     def close(self) -> None:
         """Wait for calls under way; the journal is closed by whoever opened it."""
@@ -386,29 +394,33 @@ class SchedulerService:
         validation.within("step", request.step, -1, self._limits.step)
         if request.request_id:
             validation.name("request_id", request.request_id)
-        (answer, rewound), _ = await self._runs.alone(
-            request.run_id, lambda run, writing: self._rewind(request, run, writing)
-        )
-        if rewound:
-            self.events.emit(RunRewound(request.run_id, request.step, _prompts(rewound)))
+        digest = wire.digest_of(wire.payload_of(request))
+
+        def before(run: LoadedRun, reading: Reading) -> tuple[pb.Run, LoadedRun | None] | None:
+            if not request.request_id:
+                return None
+            answer = run.answered(reading, "rewind", request.request_id, digest)
+            return (pb.Run.FromString(answer), None) if answer is not None else None
+
+        def rewind(left: LoadedRun, writing: Writing) -> tuple[pb.Run, LoadedRun | None]:
+            return before(left, writing) or self._rewind(request, left, writing)
+
+        answer, left = await self._runs.rewound(request.run_id, request.step, before, rewind)
+        if left:
+            self.events.emit(RunRewound(request.run_id, request.step, _prompts(left)))
         return answer
 
     def _rewind(
-        self, request: pb.RewindRunRequest, run: LoadedRun, writing: Writing
-    ) -> tuple[pb.Run, LoadedRun | None]:
+        self, request: pb.RewindRunRequest, left: LoadedRun, writing: Writing
+    ) -> tuple[pb.Run, LoadedRun]:
         payload = wire.payload_of(request)
-        digest = wire.digest_of(payload)
-        if request.request_id:
-            before = run.answered(writing, "rewind", request.request_id, digest)
-            if before is not None:
-                return pb.Run.FromString(before), None
-        run.become(LoadedRun.load(writing, rewound_to=request.step))
-        answer = wire.run_message(run.row, run.state)
+        answer = wire.run_message(left.row, left.state)
         answer.rewinds += 1
         # Without an id of its own a rewind is named for its place in the journal.
         key = request.request_id or f"\x01{writing.run.last_seq + 1}"
+        digest = wire.digest_of(payload)
         writing.append(_entry("rewind", key, request.step, digest, payload, answer))
-        return answer, run
+        return answer, left
 
     async def list_prompt_stats(
         self, request: pb.ListPromptStatsRequest
