@@ -93,7 +93,9 @@ def name_of(thing: Object) -> str:
 
 
 def pod_of(thing: Object) -> Object | None:
-    """Return the pod template of a Job or Deployment; None of others."""
+    """Return the pod template of a Job or Deployment, or a pod itself; None of others."""
+    if thing["kind"] == "Pod":
+        return thing
     if thing["kind"] in ("Job", "Deployment"):
         template: Object = thing["spec"]["template"]
         return template

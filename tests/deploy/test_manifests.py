@@ -21,11 +21,12 @@ from deploy_tools import (
     kustomized,
     kustomized_folder,
     name_of,
+    objects_of,
     pod_of,
     ray_pods_of,
     templated,
 )
-from manifest_rules import faults
+from manifest_rules import faults, settings_of
 
 # From the first with native sidecars on by default to the newest that the validator knows.
 KUBERNETES = ("1.29", "1.31", "1.33", "1.35", "1.37")
@@ -117,6 +118,16 @@ def test_the_scenarios_hold_every_kind() -> None:
     }
 
 
+def test_the_pod_that_holds_a_claim() -> None:
+    """It fits its schemas, and with a claim in the name's place the rules."""
+    text = (DEPLOY / "kubernetes/claim-pod.yaml").read_text()
+    [pod] = objects_of(text.replace("CLAIM", "knapsack-sidecar-store"))
+    for version in KUBERNETES:
+        check_schema(pod, version)
+    claims = [t for t in kustomized("sidecar-pvc") if t["kind"] == "PersistentVolumeClaim"]
+    assert faults([pod, *claims]) == []
+
+
 @both_ways
 def test_images_are_of_this_version(way: str) -> None:
     """Tags follow the version of the project."""
@@ -134,6 +145,9 @@ def test_the_sidecar_is_a_sidecar(way: str) -> None:
     [sidecar] = job["spec"]["template"]["spec"]["initContainers"]
     assert sidecar["restartPolicy"] == "Always"
     assert "--listen=127.0.0.1:50051" in sidecar["args"]
+    # Nobody reads the figures of runs from elsewhere, unless asked: its default is the loopback.
+    assert "--admin-listen" not in settings_of(sidecar)
+    assert "--insecure" not in settings_of(sidecar)
     assert "service" not in sidecar["startupProbe"]["grpc"]
 
 
@@ -182,6 +196,16 @@ MISTAKES: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
             "--token-file=/etc/knapsack-rl/tokens/tokens"
         ),
         "without TLS and tokens",
+    ),
+    "metrics on the loopback that are scraped": (
+        "Job/knapsack-trainer",
+        lambda o: o["spec"]["template"]["spec"]["initContainers"][0]["env"].pop(0),
+        "--admin-listen is not given, which neither kubelet nor Prometheus reaches",
+    ),
+    "metrics for others that nobody said were for them": (
+        "Job/knapsack-trainer",
+        lambda o: o["spec"]["template"]["spec"]["initContainers"][0]["env"].pop(1),
+        "without a token, which it would refuse to",
     ),
     "an init container that never ends": (
         "Job/knapsack-trainer",
