@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import yaml
@@ -68,9 +67,10 @@ def test_flags_of_compose_exist() -> None:
 
 def test_flags_of_the_readme_exist() -> None:
     """Nor in the README of the deployment."""
-    text = Path(DEPLOY / "README.md").read_text()
-    for words in re.findall(r"`knapsack-scheduler ([^`]*)`", text):
-        assert set(re.findall(r"--[a-z-]+", words)) <= known_flags("scheduler") | {
-            "--store",
-            "--to",
-        }
+    text = "".join((DEPLOY / name).read_text() for name in ("README.md", "REFERENCE.md"))
+    given = {
+        flag
+        for words in re.findall(r"knapsack-scheduler (?:serve|backup|check|migrate)([^`\n]*)", text)
+        for flag in re.findall(r"--[a-z-]+", words)
+    }
+    assert given <= known_flags("scheduler") | {"--to"}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
 
 from deploy_tools import (
@@ -20,14 +23,23 @@ from deploy_tools import (
     pod_of,
     run,
 )
+from manifest_rules import settings_of
 
 README = (DEPLOY / "README.md").read_text()
+TEXTS = README + (DEPLOY / "REFERENCE.md").read_text()
 SIDECAR = f"REGISTRY/knapsack-rl/scheduler:{VERSION}"
 
 
 def blocks(language: str) -> list[str]:
     """Return the README's blocks of a language, in order."""
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    every = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for named, text in every if named == language]
+
+
+def commands() -> list[str]:
+    """Return the README's commands, in order, each on one line."""
+    lines = "\n".join(blocks("")).replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.startswith(("docker ", "helm ", "kubectl ", "sed "))]
 
 
 def test_the_values_of_helm_give_the_users_trainer_a_sidecar(tmp_path: Path) -> None:
@@ -41,6 +53,60 @@ def test_the_values_of_helm_give_the_users_trainer_a_sidecar(tmp_path: Path) -> 
     assert sidecar["image"] == SIDECAR.replace("REGISTRY", "registry.example:5000")
     assert trainer["image"] == "registry.example:5000/my-trainer:1.0.0"
     assert trainer["resources"]["limits"]["nvidia.com/gpu"] == 8
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("helm ")])
+def test_releases_are_installed_as_it_says(command: str) -> None:
+    """The chart takes the values of each, and the images come from the user's registry."""
+    words = shlex.split(command)
+    if "install" not in words:
+        assert words == ["helm", "uninstall", RELEASE]
+        return
+    words[words.index("install")] = "template"
+    done = run(*words)
+    assert done.returncode == 0, done.stderr
+    pods = [pod for thing in objects_of(done.stdout) if (pod := pod_of(thing))]
+    assert {c["image"] for pod in pods for c in containers_of(pod)} == {SIDECAR}
+
+
+def test_a_pod_holds_the_claims_that_it_says() -> None:
+    """The commands name the claim and the image in the manifest."""
+    claims = []
+    for command in commands():
+        if command.startswith("sed "):
+            shown, _, applied = command.partition(" | ")
+            assert applied == "kubectl apply -f -"
+            done = subprocess.run(shown, shell=True, capture_output=True, text=True, cwd=ROOT)
+            [pod] = objects_of(done.stdout)
+            assert [c["image"] for c in containers_of(pod)] == [SIDECAR]
+            claims += [
+                volume["persistentVolumeClaim"]["claimName"]
+                for volume in pod["spec"]["volumes"]
+                if "persistentVolumeClaim" in volume
+            ]
+    assert claims == ["knapsack-sidecar-store", "knapsack-weights"]
+    made = [objects_of(path.read_text()) for path in (DEPLOY / "kubernetes").rglob("claim.yaml")]
+    assert set(claims) == {claim["metadata"]["name"] for [claim] in made}
+
+
+def test_a_job_of_ones_own_is_watched(tmp_path: Path) -> None:
+    """Its kustomization has the scheduler's metrics where its PodMonitor looks for them."""
+    shutil.copytree(DEPLOY, tmp_path / "deploy", ignore=shutil.ignore_patterns("helm"))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    text = blocks("yaml")[2].replace("../knapsack-rl/deploy", "../deploy")
+    (mine / "kustomization.yaml").write_text(text)
+    shutil.copy(DEPLOY / "kubernetes/overlays/sidecar/job.yaml", mine)
+    things = kustomized_folder(mine)
+    kinds = [thing["kind"] for thing in things]
+    assert {"PrometheusRule", "ConfigMap"} <= set(kinds)
+    pod = pod_of(things[kinds.index("Job")])
+    monitor = things[kinds.index("PodMonitor")]["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    [scheduler] = [c for c in containers_of(pod) if c["name"] == "scheduler"]
+    ports = {port["name"]: port["containerPort"] for port in scheduler["ports"]}
+    assert ports[monitor["podMetricsEndpoints"][0]["port"]] == 9464
+    assert settings_of(scheduler)["--admin-listen"] == "0.0.0.0:9464"
 
 
 def test_the_kustomization_puts_the_sidecar_into_a_job_of_ones_own(tmp_path: Path) -> None:
@@ -79,15 +145,15 @@ def test_the_kustomization_puts_the_sidecar_into_a_job_of_ones_own(tmp_path: Pat
 
 def test_paths_exist() -> None:
     """Files and folders that it names are there."""
-    for path in re.findall(r"\]\((?!http)([\w./-]+)(?:#[\w-]+)?\)", README):
+    for path in re.findall(r"\]\((?!http)([\w./-]+)(?:#[\w-]+)?\)", TEXTS):
         assert (DEPLOY / path).exists(), path
-    for path in re.findall(r"deploy/[\w./-]+", README):
+    for path in re.findall(r"deploy/[\w./-]+", TEXTS):
         assert (ROOT / path.rstrip("./")).exists(), path
 
 
 def test_its_secrets_are_those_of_the_manifest() -> None:
     """Names and keys that it creates are those that the Deployment and the PodMonitor read."""
-    made = dict(re.findall(r"kubectl -n rl create secret \w+ (\S+) (?:\\\n\s+)?--(\S+)", README))
-    assert made.keys() == {f"knapsack-scheduler-{kind}" for kind in ("store", "tls", "tokens")}
+    made = set(re.findall(r"kubectl -n rl create secret \w+ (knapsack-scheduler-\S+)", README))
+    assert made == {f"knapsack-scheduler-{kind}" for kind in ("store", "tls", "tokens")}
     for key in ("--from-literal=url=", "--from-literal=admin-token=", "--from-literal=tokens="):
         assert key in README
