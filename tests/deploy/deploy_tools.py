@@ -19,7 +19,7 @@ DEPLOY = ROOT / "deploy"
 OVERLAYS = DEPLOY / "kubernetes/overlays"
 CHART = DEPLOY / "helm/knapsack-rl"
 RELEASE = "knapsack"
-SCENARIOS = ("sidecar", "sidecar-pvc", "service", "genserver", "monitored")
+SCENARIOS = ("sidecar", "sidecar-pvc", "service", "genserver", "genserver-ray", "monitored")
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 Object = dict[str, Any]

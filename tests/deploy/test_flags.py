@@ -16,7 +16,7 @@ from deploy_tools import (
     DEPLOY,
     SCENARIOS,
     containers_of,
-    kustomized_folder,
+    kustomized,
     pod_of,
     ray_pods_of,
 )
@@ -38,10 +38,10 @@ def known_flags(program: str) -> frozenset[str]:
     return frozenset(re.findall(r"--[a-z][a-z-]*", done.stdout))
 
 
-@pytest.mark.parametrize("folder", [*(f"overlays/{s}" for s in SCENARIOS), "kuberay"])
-def test_flags_exist(folder: str) -> None:
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_flags_exist(scenario: str) -> None:
     """No container is started with a flag that its program would refuse."""
-    things = kustomized_folder(DEPLOY / "kubernetes" / folder)
+    things = kustomized(scenario)
     pods = [pod for thing in things if (pod := pod_of(thing))]
     pods += [pod for thing in things for pod in ray_pods_of(thing)]
     for pod in pods:

@@ -54,6 +54,9 @@ def test_every_object_fits_its_schema(scenario: str, way: str, version: str) -> 
     """No field is misspelt and no value is of the wrong type, in any version of Kubernetes."""
     for thing in RENDERERS[way](scenario):
         check_schema(thing, version)
+        # Of a Ray cluster KubeRay's own fields are checked, and its pod templates as pods.
+        for pod in ray_pods_of(thing):
+            check_schema({"apiVersion": "v1", "kind": "Pod", **pod}, version)
 
 
 @every_scenario
@@ -63,20 +66,10 @@ def test_the_objects_fit_each_other(scenario: str, way: str) -> None:
     assert faults(RENDERERS[way](scenario)) == []
 
 
-@pytest.mark.parametrize("version", KUBERNETES)
-def test_the_ray_cluster_fits_its_schemas(version: str) -> None:
-    """KubeRay's own fields are known ones, and its pod templates are pods."""
-    for thing in kustomized_folder(DEPLOY / "kubernetes/kuberay"):
-        check_schema(thing, version)
-        for pod in ray_pods_of(thing):
-            check_schema({"apiVersion": "v1", "kind": "Pod", **pod}, version)
-
-
-def test_the_ray_cluster_fits_its_service_and_policy() -> None:
-    """With the claim of the generation server beside it, as it says."""
-    claims = [t for t in kustomized("genserver") if t["kind"] == "PersistentVolumeClaim"]
+def test_the_ray_cluster_is_scraped() -> None:
+    """By the PodMonitor of the generation server."""
     monitor = kustomized_folder(DEPLOY / "kubernetes/monitoring/genserver")
-    assert faults([*kustomized_folder(DEPLOY / "kubernetes/kuberay"), *claims, *monitor]) == []
+    assert faults([*kustomized("genserver-ray"), *monitor]) == []
 
 
 @every_scenario
@@ -114,6 +107,7 @@ def test_the_scenarios_hold_every_kind() -> None:
         "PodDisruptionBudget",
         "PodMonitor",
         "PrometheusRule",
+        "RayCluster",
         "Service",
     }
 
