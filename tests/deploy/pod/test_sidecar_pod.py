@@ -195,10 +195,18 @@ def test_a_store_is_copied_from_a_claim_that_nobody_holds(built, tmp_path: Path)
     file.write_text(yaml.safe_dump(as_podman_plays(pod, "knapsack-claim")))
     podman("kube", "play", "--network=none", file)
     try:
-        program = ("exec", "knapsack-claim-claim", "knapsack-scheduler")
-        podman(*program, "migrate")
-        podman(*program, "backup", "--to", "/tmp/stats.db")
-        assert "right" in podman(*program, "check", "--store", "sqlite:////tmp/stats.db")
+        inside = ("exec", "knapsack-claim-claim")
+        store = "/var/lib/knapsack-rl/stats.db"
+        script = (
+            "from knapsack_trainer_client import BudgetClient\n"
+            f"with BudgetClient.embedded('{store}', 'exp1', timeout=30, outbox=False) as budget:\n"
+            "    given = budget.allocate(['a', 'b'], 8, 0)\n"
+            "    budget.report(given, [[1.0] * n for n in given.num_rollouts])\n"
+        )
+        podman(*inside, "python", "-c", script)
+        podman(*inside, "knapsack-scheduler", "backup", "--to", "/tmp/stats.db")
+        copied = podman(*inside, "knapsack-scheduler", "check", "--store=sqlite:////tmp/stats.db")
+        assert "exp1" in copied
     finally:
         podman("pod", "rm", "--force", "--time=1", "knapsack-claim")
 

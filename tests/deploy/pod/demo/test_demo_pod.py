@@ -191,7 +191,9 @@ def test_prometheus_finds_all_three(demo: Demo) -> None:
     groups = demo.ask("rules")["groups"]
     assert {rule["health"] for group in groups for rule in group["rules"]} <= {"ok", "unknown"}
     rules = yaml.safe_load((DEPLOY / "prometheus/rules/knapsack-rl.yaml").read_text())["groups"]
-    assert [len(group["rules"]) for group in groups] == [len(group["rules"]) for group in rules]
+    assert {group["name"]: len(group["rules"]) for group in groups} == {
+        group["name"]: len(group["rules"]) for group in rules
+    }
 
 
 def test_the_dashboard_of_the_run_shows_it(demo: Demo) -> None:
