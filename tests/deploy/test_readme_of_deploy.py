@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shlex
 import shutil
@@ -22,6 +23,7 @@ from deploy_tools import (
     objects_of,
     pod_of,
     run,
+    tool,
 )
 from manifest_rules import settings_of
 
@@ -151,9 +153,52 @@ def test_paths_exist() -> None:
         assert (ROOT / path.rstrip("./")).exists(), path
 
 
-def test_its_secrets_are_those_of_the_manifest() -> None:
-    """Names and keys that it creates are those that the Deployment and the PodMonitor read."""
-    made = set(re.findall(r"kubectl -n rl create secret \w+ (knapsack-scheduler-\S+)", README))
-    assert made == {f"knapsack-scheduler-{kind}" for kind in ("store", "tls", "tokens")}
-    for key in ("--from-literal=url=", "--from-literal=admin-token=", "--from-literal=tokens="):
-        assert key in README
+def test_its_commands_are_whole() -> None:
+    """kubectl takes every one of them as far as the server, which is not there."""
+    asked = [c for c in commands() if c.startswith("kubectl ") and " create secret " not in c]
+    assert len(asked) >= 10
+    for command in asked:
+        words = shlex.split(command.partition("  #")[0].partition(" > ")[0])
+        if words[1] == "cp":
+            assert words[3].startswith("knapsack-claim:/var/lib/knapsack-rl/")
+            continue
+        done = run("kubectl", "--server=http://127.0.0.1:1", *words[1:])
+        assert "The connection to the server 127.0.0.1:1 was refused" in done.stderr, command
+
+
+_WITHOUT_A_CLUSTER = """
+helm() { :; }
+kubectl() {
+    case " $* " in *" create "*)
+        command kubectl "$@" --dry-run=client --output yaml
+        echo ---
+    esac
+}
+"""
+
+
+def test_its_secrets_hold_what_the_manifest_reads(tmp_path: Path) -> None:
+    """The block is run as it stands: names, keys, a certificate, a token of each kind."""
+    [block] = [text for text in blocks("") if "create secret" in text]
+    folders = {str(Path(tool(name)).parent) for name in ("kubectl", "openssl", "bash")}
+    done = subprocess.run(
+        ["bash", "-euc", _WITHOUT_A_CLUSTER + block],
+        cwd=tmp_path, env={"PATH": ":".join(folders)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {
+        thing["metadata"]["name"]: {
+            key: base64.b64decode(text).decode() for key, text in thing["data"].items()
+        }
+        for thing in objects_of(done.stdout)
+        if thing["kind"] == "Secret"
+    }
+    team = found.pop("knapsack-team-a")
+    assert found.keys() == {f"knapsack-scheduler-{kind}" for kind in ("store", "tls", "tokens")}
+    assert found["knapsack-scheduler-store"]["url"].startswith("postgresql://")
+    pair = found["knapsack-scheduler-tls"]
+    assert team["ca.crt"] == pair["tls.crt"]
+    assert "PRIVATE KEY" in pair["tls.key"]
+    tokens = found["knapsack-scheduler-tokens"]
+    assert tokens["tokens"] == f"{tokens['admin-token']} *\n{team['token']} team-a/"
+    assert tokens["admin-token"] != team["token"]
