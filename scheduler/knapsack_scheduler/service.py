@@ -54,10 +54,11 @@ from knapsack_scheduler.facts import (
 )
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
-from knapsack_scheduler.journal.records import Entry
-from knapsack_scheduler.journal.transaction import Writing
+from knapsack_scheduler.journal.records import Entry, RunRow
+from knapsack_scheduler.journal.transaction import Reading, Writing
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loaded import LoadedRun
+from knapsack_scheduler.loadedruns import LOADED_BYTES
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.runs import Runs
 
@@ -65,6 +66,9 @@ _LOG = logging.getLogger(__name__)
 
 LARGEST_PAGE_BYTES = 32 * 2**20
 """A page of statistics ends before it outgrows a message."""
+
+_MOST_SUMMARIES = 10_000
+"""Runs of which it is remembered how they were listed last, about 1 KB each."""
 
 _FEW = 4096
 """Prompts or rewards that are checked in less than a millisecond."""
@@ -84,17 +88,20 @@ class SchedulerService:
         limits: Limits | None = None,
         events: Events | None = None,
         retention: Retention | None = None,
+        loaded_bytes: int = LOADED_BYTES,
     ) -> None:
         self._journal = journal
         self._default_config = default_config or RunConfig()
         self._limits = limits or Limits()
         self.events = events or Events()
+        self._summaries: dict[str, tuple[int, int, pb.Run]] = {}
         self._runs = Runs(
             journal,
             self.events,
             auto_create_runs=auto_create_runs,
             default_config=self._default_config,
             retention=retention or Retention(),
+            loaded_bytes=loaded_bytes,
         )
 
     async def preload(self, count: int) -> None:
@@ -104,6 +111,11 @@ class SchedulerService:
             self.events.emit(
                 RunLoaded(run.row.run_id, _prompts(run), state.last_step, state.last_policy_version)
             )
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the runs that are kept in memory, about."""
+        return self._runs.loaded_bytes
 
     def close(self) -> None:
         """Wait for calls under way; the journal is closed by whoever opened it."""
@@ -140,25 +152,41 @@ class SchedulerService:
         """Return a page of the runs that the caller may see."""
         size = pages.page_size(request.page_size, 100, 1000)
         after = pages.key_before(request.page_token)
-        names: list[str] = []
+        seen: list[RunRow] = []
         while True:
             rows = await self._runs.in_thread(partial(self._journal.list_runs, after, size + 1))
-            names += [row.run_id for row in rows if may_see(row.run_id)]
-            if len(rows) <= size or len(names) > size:
+            seen += [row for row in rows if may_see(row.run_id)]
+            if len(rows) <= size or len(seen) > size:
                 break
             after = rows[-1].run_id
         answer = pb.ListRunsResponse()
-        for name in names[:size]:
+        for row in seen[:size]:
             try:
-                answer.runs.append(await self.get_run(pb.GetRunRequest(run_id=name)))
+                answer.runs.append(await self._summary(row))
             except NotFound:
                 continue  # Deleted since.
             except StoreUnavailable as error:
-                _LOG.warning("run %r is listed by its name alone: %s", name, error)
-                answer.runs.append(pb.Run(run_id=name))
-        if len(names) > size:
-            answer.next_page_token = pages.token_after(names[size - 1])
+                _LOG.warning("run %r is listed by its name alone: %s", row.run_id, error)
+                answer.runs.append(pb.Run(run_id=row.run_id))
+        if len(seen) > size:
+            answer.next_page_token = pages.token_after(seen[size - 1].run_id)
         return answer
+
+    async def _summary(self, row: RunRow) -> pb.Run:
+        """Return a run for a list, without loading one to which nothing was added since.
+
+        Else whoever looks at the list every few seconds would have old runs loaded again and
+        again, at the cost of those that are being trained.
+        """
+        known = self._summaries.pop(row.run_id, None)
+        if known is None or known[:2] != (row.identity, row.last_seq):
+            run = await self.get_run(pb.GetRunRequest(run_id=row.run_id))
+            # What was added meanwhile is not in the row, so it is looked at again next time.
+            known = (row.identity, row.last_seq, run)
+        self._summaries[row.run_id] = known
+        if len(self._summaries) > _MOST_SUMMARIES:
+            del self._summaries[next(iter(self._summaries))]
+        return known[2]
 
     async def delete_run(self, request: pb.DeleteRunRequest) -> pb.DeleteRunResponse:
         """Delete a run."""
@@ -386,29 +414,33 @@ class SchedulerService:
         validation.within("step", request.step, -1, self._limits.step)
         if request.request_id:
             validation.name("request_id", request.request_id)
-        (answer, rewound), _ = await self._runs.alone(
-            request.run_id, lambda run, writing: self._rewind(request, run, writing)
-        )
-        if rewound:
-            self.events.emit(RunRewound(request.run_id, request.step, _prompts(rewound)))
+        digest = wire.digest_of(wire.payload_of(request))
+
+        def before(run: LoadedRun, reading: Reading) -> tuple[pb.Run, LoadedRun | None] | None:
+            if not request.request_id:
+                return None
+            answer = run.answered(reading, "rewind", request.request_id, digest)
+            return (pb.Run.FromString(answer), None) if answer is not None else None
+
+        def rewind(left: LoadedRun, writing: Writing) -> tuple[pb.Run, LoadedRun | None]:
+            return before(left, writing) or self._rewind(request, left, writing)
+
+        answer, left = await self._runs.rewound(request.run_id, request.step, before, rewind)
+        if left:
+            self.events.emit(RunRewound(request.run_id, request.step, _prompts(left)))
         return answer
 
     def _rewind(
-        self, request: pb.RewindRunRequest, run: LoadedRun, writing: Writing
-    ) -> tuple[pb.Run, LoadedRun | None]:
+        self, request: pb.RewindRunRequest, left: LoadedRun, writing: Writing
+    ) -> tuple[pb.Run, LoadedRun]:
         payload = wire.payload_of(request)
-        digest = wire.digest_of(payload)
-        if request.request_id:
-            before = run.answered(writing, "rewind", request.request_id, digest)
-            if before is not None:
-                return pb.Run.FromString(before), None
-        run.become(LoadedRun.load(writing, rewound_to=request.step))
-        answer = wire.run_message(run.row, run.state)
+        answer = wire.run_message(left.row, left.state)
         answer.rewinds += 1
         # Without an id of its own a rewind is named for its place in the journal.
         key = request.request_id or f"\x01{writing.run.last_seq + 1}"
+        digest = wire.digest_of(payload)
         writing.append(_entry("rewind", key, request.step, digest, payload, answer))
-        return answer, run
+        return answer, left
 
     async def list_prompt_stats(
         self, request: pb.ListPromptStatsRequest

@@ -132,8 +132,8 @@ def command(capsys) -> Callable[..., Done]:
 class Scheduler:
     """A real ``knapsack-scheduler serve`` on free ports, with a stub to call it."""
 
-    def __init__(self, store: str, log: Path, *flags: str) -> None:
-        self._command = [sys.executable, "-m", "knapsack_scheduler.cli", "serve"]
+    def __init__(self, store: str, log: Path, *flags: str, prefix: Sequence[str] = ()) -> None:
+        self._command = [*prefix, sys.executable, "-m", "knapsack_scheduler.cli", "serve"]
         self._command += ["--store", store, *flags]
         self._log = log
         self.addresses: dict[str, str] = {}
@@ -197,9 +197,10 @@ def start_scheduler(tmp_path: Path) -> Iterator[Callable[..., Scheduler]]:
     """A function that starts schedulers with some flags, on a file or on a database's URL."""
     started: list[Scheduler] = []
 
-    def start(*flags: str, store: str = "stats.db") -> Scheduler:
+    def start(*flags: str, store: str = "stats.db", prefix: Sequence[str] = ()) -> Scheduler:
         url = store if "://" in store else f"sqlite:///{tmp_path / store}"
-        scheduler = Scheduler(url, tmp_path / f"scheduler-{len(started)}.log", *flags)
+        log = tmp_path / f"scheduler-{len(started)}.log"
+        scheduler = Scheduler(url, log, *flags, prefix=prefix)
         started.append(scheduler)
         scheduler.start()
         return scheduler

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import psutil
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
@@ -258,6 +259,30 @@ async def test_thousands_of_connections_leave_the_others_served(
             one.close()
         assert connections < 700
         assert peak.bytes - before < 100 * MIB
+
+
+@pytest.mark.parametrize("limits", ["-S -n 100", "-n 500"])
+async def test_connections_never_take_the_last_open_files(
+    start_scheduler: Callable[..., Any], calls: Any, limits: str
+) -> None:
+    """A limit that may be raised is raised; where it may not, fewer connections are let in."""
+    scheduler = start_scheduler(prefix=("bash", "-c", f'ulimit {limits} && exec "$@"', "bash"))
+    host, port = scheduler.addresses["listen"].rsplit(":", 1)
+    async with grpc.aio.insecure_channel(scheduler.addresses["listen"]) as channel:
+        stub = stub_of(channel)
+        await stub.CreateRun(pb.CreateRunRequest(run_id="run"))
+        with contextlib.ExitStack() as sockets, health_asked(scheduler.addresses["health"]):
+            for number in range(600):
+                one = sockets.enter_context(socket.socket())
+                one.setblocking(False)
+                one.connect_ex((host, int(port)))
+                if number % 100 == 0:
+                    await stub.Allocate(calls.allocate(), timeout=30)
+            # Writes, reads, and what is imported when it is first needed.
+            made = await stub.Allocate(calls.allocate(), timeout=30)
+            await stub.Report(calls.report(made.allocation_id, [[1.0], [0.0]]), timeout=30)
+            await stub.ListPromptStats(pb.ListPromptStatsRequest(run_id="run"), timeout=30)
+    assert ("open files are limited to 500" in scheduler.log()) == (limits == "-n 500")
 
 
 async def test_deadlines_of_a_millisecond_and_huge_metadata_harm_nobody(

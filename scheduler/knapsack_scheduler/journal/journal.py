@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -27,10 +26,12 @@ from knapsack_scheduler.errors import (
     StoreInterrupted,
     StoreUnavailable,
 )
+from knapsack_scheduler.journal.presence import Presence
 from knapsack_scheduler.journal.records import RunRow
 from knapsack_scheduler.journal.schema import entries, runs, snapshot_parts, snapshots
 from knapsack_scheduler.journal.store import (
     FileLock,
+    OneWriter,
     migrate,
     open_engine,
     reading_engine,
@@ -67,10 +68,9 @@ class Journal:
         self._file = sqlite_file(url) if self._sqlite else None
         self._file_lock = FileLock(self._file) if self._file and not read_only else None
         self._read_only = read_only
+        self._presence: Presence | None = None
         # SQLite has one writer; waiting here is fairer than its busy handler.
-        self._one: AbstractContextManager[object] = (
-            threading.Lock() if self._sqlite else nullcontext()
-        )
+        self._one: AbstractContextManager[object] = OneWriter() if self._sqlite else nullcontext()
 
     @property
     def shared(self) -> bool:
@@ -103,6 +103,7 @@ class Journal:
                     # A database that can only be read is found out now, not by a trainer.
                     with self._engine.begin() as connection:
                         connection.execute(sa.update(runs).where(sa.false()).values(last_seq=0))
+                    self._presence = Presence(self._file) if self._file else None
         except (SQLAlchemyError, OSError, CommandError) as error:
             self.close()
             raise ConfigError(
@@ -130,8 +131,12 @@ class Journal:
         Raises:
             StoreUnavailable: nothing was stored, or it is not known whether it was.
         """
-        with self._named_errors(), self._one, self._engine.begin() as connection:
-            yield connection
+        with self._named_errors(), self._one:
+            with self._engine.begin() as connection:
+                yield connection
+            # Not before: what is answered is in a file that will be found again.
+            if self._presence is not None:
+                self._presence.check()
 
     @contextmanager
     def _view(self) -> Iterator[sa.Connection]:
