@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 
 from knapsack_trainer_client import BudgetClient
-from knapsack_trainer_client.integrations.trl import LOSS_TYPES
+from knapsack_trainer_client.integrations.trl_checks import LOSS_TYPES
 
 from real_scheduler import PATIENCE
 from tiny_trl import (

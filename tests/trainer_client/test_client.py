@@ -296,6 +296,7 @@ async def test_wrong_arguments_raise_with_or_without_scheduler(scripted: Any, ma
         (lambda: client.allocate(["a", ""], 8, 0), r"prompt_ids\[1\]"),
         (lambda: client.allocate([1, 2], 8, 0), r"prompt_ids\[0\]"),  # type: ignore[list-item]
         (lambda: client.allocate(["\ud800"], 8, 0), r"prompt_ids\[0\]"),
+        (lambda: client.allocate(["a", "x" * 1025], 8, 0), r"prompt_ids\[1\]"),
         (lambda: client.allocate(IDS, 0, 0), "total_rollouts"),
         (lambda: client.allocate(IDS, -1, 0), "total_rollouts"),
         (lambda: client.allocate(IDS, 8.5, 0), "total_rollouts"),  # type: ignore[arg-type]

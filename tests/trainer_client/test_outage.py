@@ -233,3 +233,20 @@ def test_the_health_port_is_told_from_an_outage(shared_scheduler: Any) -> None:
         pytest.raises(SchedulerUnavailable, match="is it a health port"),
     ):
         client.allocate(IDS, 24, 0)
+
+
+def test_two_trainings_of_one_run_are_told(
+    shared_scheduler: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rewind by another client says so at the first report that it costs; its own does not."""
+    address = shared_scheduler.address
+    with BudgetClient(address, "twice") as first, BudgetClient(address, "twice") as second:
+        before = first.allocate(IDS, 12, 3)
+        first.rewind(2)
+        assert first.report(before, [[1.0] * 2] * 6).ignored_rollouts == 12
+        assert "another client" not in caplog.text
+
+        allocation = first.allocate(IDS, 12, 3)
+        second.rewind(-1)
+        assert first.report(allocation, [[1.0] * 2] * 6).ignored_rollouts == 12
+    assert "rewound by another client while step 3 was generated; its 12 rollouts" in caplog.text

@@ -48,6 +48,7 @@ from knapsack_trainer_client.events import (
     OutboxFailed,
     ReportsDropped,
     ReportSent,
+    RewoundElsewhere,
     RunCreated,
     StepsBehind,
 )
@@ -221,6 +222,8 @@ class AsyncBudgetClient(AsyncClosing):
         self._tokens_reported = 0
         self._lengths_reported = 0
         self._reported_nothing: deque[str] = deque(maxlen=64)
+        # Those that no rewind of this client forgot.
+        self._allocations: deque[str] = deque(maxlen=1024)
 
     @property
     def run_id(self) -> str:
@@ -389,6 +392,8 @@ class AsyncBudgetClient(AsyncClosing):
             await self._courier.keep(parcel)
             return ReportReceipt(report_id, delivered=False)
         self._emit(ReportSent(report_id, parcel.step, parcel.rollouts))
+        if receipt.ignored_rollouts and allocation.allocation_id in self._allocations:
+            self._emit(RewoundElsewhere(self._run_id, parcel.step, receipt.ignored_rollouts))
         return receipt
 
     async def rewind(self, step: int) -> Run | None:
@@ -405,6 +410,7 @@ class AsyncBudgetClient(AsyncClosing):
         """
         step = check_int("step", step, -1, LARGEST)
         await self._ready()
+        self._allocations.clear()
         await self._courier.drop_after(step)
         rewind = WaitingRewind(step, _new_id())
         deadline = Deadline.after(self._timeout)
@@ -523,6 +529,7 @@ class AsyncBudgetClient(AsyncClosing):
             raise Unanswered(f"NOT_FOUND: {error}", unreachable=False) from None
         except wire.MalformedAnswer as error:
             raise Unanswered(str(error), unreachable=False) from None
+        self._allocations.append(allocation.allocation_id)
         if not self._looked_behind:
             self._looked_behind = True
             await self._look_behind(ask.step, deadline)
