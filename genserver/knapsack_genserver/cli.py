@@ -96,6 +96,7 @@ def engine_of(arguments: list[str]) -> Engine:
 
 
 def _engine(options: argparse.Namespace) -> Engine:
+    update_mode = _update_mode(options)
     if options.engine == "fake":
         from knapsack_genserver.engines.fake import FakeEngine
 
@@ -125,6 +126,7 @@ def _engine(options: argparse.Namespace) -> Engine:
             options.max_batch_tokens,
             options.weight_version,
             options.prefix_tokens,
+            update_mode,
         )
     )
 
@@ -139,12 +141,33 @@ def _vllm_engine(options: argparse.Namespace) -> Engine:
             [*options.engine_flags, *dtype],
             options.weight_version,
             options.weights_root,
-            options.update_mode,
+            _update_mode(options),
             options.update_patience,
             options.log_level,
             options.log_format,
         )
     )
+
+
+_UPDATE_MODES = {
+    "vllm": ("keep", "wait", "abort"),
+    "transformers": ("wait", "abort"),
+    "remote": ("keep",),
+}
+"""What an engine can do with rollouts under way when weights change, the default first."""
+
+
+def _update_mode(options: argparse.Namespace) -> str:
+    engine = options.replica_engine if options.engine == "ray" else options.engine
+    modes = _UPDATE_MODES.get(engine, ("keep",))
+    mode = str(options.update_mode or modes[0])
+    if mode not in modes:
+        raise ConfigError(f"update_mode = {mode!r}: with the engine {engine} it is {_or(modes)}")
+    return mode
+
+
+def _or(words: tuple[str, ...]) -> str:
+    return " or ".join(words)
 
 
 _RL_ROUTES = {"auto": None, "on": True, "off": False}
@@ -241,9 +264,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--update-mode",
         choices=("keep", "wait", "abort"),
-        default="keep",
-        help="what a weight update of the engine vllm does with rollouts under way: let them go "
-        "on with the new weights, let them end first, or give them up",
+        help="what UpdateWeights does with rollouts under way: let them go on with the new weights "
+        "(the engine vllm does unless told otherwise), let them end first (the engine "
+        "transformers does), or give them up",
     )
     add(
         "--update-patience",
