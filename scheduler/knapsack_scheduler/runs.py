@@ -207,7 +207,7 @@ class Runs:
                     break
                 await asyncio.sleep(0)
             try:
-                counted, event = await self._writers.run(lambda: self._fold(run_id, stored))
+                counted, event = await self._readers.run(lambda: self._fold(run_id, stored))
                 if event is not None:
                     self._events.emit(event)
                 if counted.completes and turn.users == 1:
