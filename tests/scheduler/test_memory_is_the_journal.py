@@ -45,7 +45,8 @@ async def imported(prompt_ids: list[str], rewards: int) -> AsyncIterator[pb.Impo
 
 
 async def settled(service: SchedulerService) -> None:
-    """Wait until no snapshot is under way."""
+    """Wait until all that was answered is folded and no snapshot is under way."""
+    await service.settled()
     busy = service._runs._snapshots._busy
     await asyncio.to_thread(busy.acquire)
     busy.release()

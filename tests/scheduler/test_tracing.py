@@ -43,6 +43,7 @@ async def test_a_call_is_a_span_with_its_solve_and_store(
             await stub.Allocate(calls.allocate(), metadata=metadata)
             with pytest.raises(grpc.aio.AioRpcError):
                 await stub.GetRun(pb.GetRunRequest(run_id="nobody"))
+        await service.settled()
     finally:
         await server.stop(None)
     spans = {span.name.rsplit("/")[-1]: span for span in exporter.get_finished_spans()}
