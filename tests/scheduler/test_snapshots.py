@@ -69,7 +69,7 @@ def trimmed(state: RunState) -> RunState:
     """Return the state without the room that its columns keep for more, nor its caches."""
     same = RunState(state.config)
     same.__dict__.update(state.__dict__)
-    size = len(same.prompt_ids)
+    size = len(state.prompt_ids)
     same._keys = same._keys[:size]
     same._sums = same._sums[:, :size]
     same._bands = same._bands[:size]
@@ -78,6 +78,8 @@ def trimmed(state: RunState) -> RunState:
         setattr(same, name, getattr(state, name).newest(1024, state._visits, state._keys))
     same._sorted = same._prior = same._drift = None
     same._looked_up = ((), 0, np.zeros(0, np.int64))
+    # How ids are found depends on the order in which they came, and on the process.
+    same._places = (state.prompt_ids, state.rows_of(tuple(state.prompt_ids)))
     return same
 
 
