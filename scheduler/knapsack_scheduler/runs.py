@@ -257,7 +257,9 @@ class Runs:
                         answer = await self.look(run_id, before)
                         if answer is not None:
                             return answer
-                    left = await self._folders.run(lambda: self._load(run_id, step))
+                    left = await self._folders.run(
+                        lambda: self._again(lambda: self._load(run_id, step))
+                    )
                     with suppress(_Behind):
                         return await self._swap(run_id, step, left, work)
                 # So many calls come that it has to be done with the run held.
@@ -413,7 +415,7 @@ class Runs:
             for _ in range(_ATTEMPTS):
                 run = self._loaded.get(run_id)
                 if run is None:
-                    run = await self._folders.run(lambda: self._fetch(run_id))
+                    run = await self._folders.run(lambda: self._again(lambda: self._fetch(run_id)))
                 with suppress(_Behind):
                     return await workers.run(partial(attempt, run))
         except RunNotFound:

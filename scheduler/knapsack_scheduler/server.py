@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 import os
 import signal
 import sys
@@ -43,6 +44,7 @@ from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
 from knapsack_scheduler.tracing import Tracing
 from knapsack_scheduler.watching import watch
 
+_LOG = logging.getLogger(__name__)
 READINESS = ""
 LIVENESS = "liveness"
 _CONNECTION_OPTIONS = [
@@ -250,6 +252,10 @@ SWITCH_SECONDS = 0.0005
 default of ten times that, a few times over, would be felt by every other call."""
 
 
+CLOSING_SECONDS = 5.0
+"""How long the end may take after calls under way had their time."""
+
+
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
@@ -263,6 +269,7 @@ async def serve(settings: Settings) -> None:
     def stop(number: int) -> None:
         if not server.takes_calls:
             # Loading runs can take minutes, and there is no call to wait for.
+            _LOG.warning("told to end before calls are served, which is done at once")
             os._exit(128 + number)
         stopped.set()
 
@@ -278,4 +285,13 @@ async def serve(settings: Settings) -> None:
     line = {"event": "serving", **{name: server.addresses[name] for name in order}}
     print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
     await stopped.wait()
-    await server.stop(settings.drain_seconds)
+    try:
+        async with asyncio.timeout(settings.drain_seconds + CLOSING_SECONDS):
+            await server.stop(settings.drain_seconds)
+    except TimeoutError:
+        _LOG.warning(
+            "work of calls that ended is still under way, as with a store that hangs; the process "
+            "ends without it, and nothing that was answered is lost"
+        )
+        # Not by returning: Python would wait for the threads that hang.
+        os._exit(0)

@@ -10,6 +10,7 @@ import logging
 import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -54,7 +55,7 @@ from knapsack_scheduler.facts import (
 )
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
-from knapsack_scheduler.journal.records import Entry
+from knapsack_scheduler.journal.records import Entry, RunRow
 from knapsack_scheduler.journal.transaction import Reading, Writing
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loaded import LoadedRun
@@ -66,6 +67,9 @@ _LOG = logging.getLogger(__name__)
 
 LARGEST_PAGE_BYTES = 32 * 2**20
 """A page of statistics ends before it outgrows a message."""
+
+_MOST_SUMMARIES = 10_000
+"""Runs of which it is remembered how they were listed last, about 1 KB each."""
 
 _FEW = 16_384
 """Prompts or rewards that are checked in about a millisecond."""
@@ -94,6 +98,7 @@ class SchedulerService:
         self._default_config = default_config or RunConfig()
         self._limits = limits or Limits()
         self.events = events or Events()
+        self._summaries: dict[str, tuple[int, int, pb.Run]] = {}
         self._runs = Runs(
             journal,
             self.events,
@@ -155,25 +160,41 @@ class SchedulerService:
         """Return a page of the runs that the caller may see."""
         size = pages.page_size(request.page_size, 100, 1000)
         after = pages.key_before(request.page_token)
-        names: list[str] = []
+        seen: list[RunRow] = []
         while True:
             rows = await self._runs.in_thread(partial(self._journal.list_runs, after, size + 1))
-            names += [row.run_id for row in rows if may_see(row.run_id)]
-            if len(rows) <= size or len(names) > size:
+            seen += [row for row in rows if may_see(row.run_id)]
+            if len(rows) <= size or len(seen) > size:
                 break
             after = rows[-1].run_id
         answer = pb.ListRunsResponse()
-        for name in names[:size]:
+        for row in seen[:size]:
             try:
-                answer.runs.append(await self.get_run(pb.GetRunRequest(run_id=name)))
+                answer.runs.append(await self._summary(row))
             except NotFound:
                 continue  # Deleted since.
             except StoreUnavailable as error:
-                _LOG.warning("run %r is listed by its name alone: %s", name, error)
-                answer.runs.append(pb.Run(run_id=name))
-        if len(names) > size:
-            answer.next_page_token = pages.token_after(names[size - 1])
+                _LOG.warning("run %r is listed by its name alone: %s", row.run_id, error)
+                answer.runs.append(pb.Run(run_id=row.run_id))
+        if len(seen) > size:
+            answer.next_page_token = pages.token_after(seen[size - 1].run_id)
         return answer
+
+    async def _summary(self, row: RunRow) -> pb.Run:
+        """Return a run for a list, without loading one to which nothing was added since.
+
+        Else whoever looks at the list every few seconds would have old runs loaded again and
+        again, at the cost of those that are being trained.
+        """
+        known = self._summaries.pop(row.run_id, None)
+        if known is None or known[:2] != (row.identity, row.last_seq):
+            run = await self.get_run(pb.GetRunRequest(run_id=row.run_id))
+            # What was added meanwhile is not in the row, so it is looked at again next time.
+            known = (row.identity, row.last_seq, run)
+        self._summaries[row.run_id] = known
+        if len(self._summaries) > _MOST_SUMMARIES:
+            del self._summaries[next(iter(self._summaries))]
+        return known[2]
 
     async def delete_run(self, request: pb.DeleteRunRequest) -> pb.DeleteRunResponse:
         """Delete a run."""
@@ -217,7 +238,7 @@ class SchedulerService:
             )
         wire.check_tokens(budget, bounds, beliefs.expected_tokens, self._limits)
         if not beliefs.expected_tokens.any():
-            budget = Budget(budget.total_rollouts, 0, budget.wave_fraction, budget.allow_partial)
+            budget = replace(budget, total_tokens=0)
         start = time.perf_counter()
         try:
             decision = plan_allocation(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -219,19 +221,45 @@ async def test_a_store_that_stalls_is_read_and_refuses_what_it_cannot_write(
     assert totals == [1, 1, 1, 1, 0, 0, 0, 1]
 
 
+async def test_listing_loads_no_run_that_has_not_changed(tmp_path: Path, calls: Any) -> None:
+    """Else each look at the list would drive runs in use out of memory."""
+    url = f"sqlite:///{tmp_path / 'stats.db'}"
+    async with open_service(url) as service:
+        for calls.run_id in ("a", "b", "c"):
+            await service.report(calls.own_report(["x"], [[1.0]]))
+    async with open_service(url, loaded_bytes=1) as service:
+        loads = counted_loads(service)
+        listed = await service.list_runs(pb.ListRunsRequest())
+        assert await service.list_runs(pb.ListRunsRequest()) == listed
+        assert loads == ["a", "b", "c"]
+        calls.run_id = "b"
+        await service.report(calls.own_report(["x"], [[1.0]]))
+        await service.delete_run(pb.DeleteRunRequest(run_id="c"))
+        await service.create_run(pb.CreateRunRequest(run_id="c"))
+        runs = (await service.list_runs(pb.ListRunsRequest())).runs
+        assert [(run.run_id, run.total_rollouts) for run in runs] == [("a", 1), ("b", 2), ("c", 0)]
+        assert runs[0] == listed.runs[0]
+        assert "a" not in loads[3:]
+
+
+def counted_loads(service: SchedulerService) -> list[str]:
+    """Return the names of the runs that are loaded from now on, as they are."""
+    fetch, loads = service._runs._fetch, []
+
+    def counted(run_id: str) -> LoadedRun:
+        run = fetch(run_id)
+        loads.append(run_id)
+        return run
+
+    service._runs._fetch = counted
+    return loads
+
+
 async def answers_of_many_runs(calls: Any, **more: Any) -> tuple[list[Any], int, int]:
     """Return what steps of 80 runs in turn are answered, the loads, and the most bytes."""
-    loads, most, answers = 0, 0, []
+    most, answers = 0, []
     async with open_service("sqlite://", **more) as service:
-        fetch = service._runs._fetch
-
-        def counted(run_id: str) -> LoadedRun:
-            nonlocal loads
-            run = fetch(run_id)
-            loads += 1
-            return run
-
-        service._runs._fetch = counted
+        loads = counted_loads(service)
         for step in range(2):
             for number in range(80):
                 calls.run_id = f"run-{number}"
@@ -241,7 +269,7 @@ async def answers_of_many_runs(calls: Any, **more: Any) -> tuple[list[Any], int,
                 await service.report(calls.report(made.allocation_id, [[1.0], [0.0]], f"{step}"))
                 answers.append(list(made.num_rollouts))
                 most = max(most, service.loaded_bytes)
-    return answers, loads, most
+    return answers, len(loads), most
 
 
 async def test_runs_in_memory_are_bounded_by_their_bytes(calls: Any) -> None:
@@ -272,3 +300,23 @@ def test_what_is_let_go_of_is_what_was_unused_for_longest() -> None:
     assert (list(runs), runs.bytes) == (["large"], 500)
     runs.keep("a", Sized(1))
     assert (list(runs), runs.bytes) == (["a"], 1)
+
+
+async def test_a_run_takes_about_the_memory_that_is_counted_for_it(calls: Any) -> None:
+    """Many prompts, many calls and large allocations, each as the interpreter measures it."""
+    ids = [f"dataset/prompt-{number:06}" for number in range(20_000)]
+    async with open_service("sqlite://") as service:
+        await service.report(calls.own_report(["warm"], [[1.0]]))
+        tracemalloc.start()
+        try:
+            for step, rewards in ((0, [1.0, 0.0]), (1, [0.0])):
+                await service.report(calls.own_report(ids, [rewards] * len(ids), step))
+            for step in range(2, 22):
+                made = await service.allocate(calls.allocate(ids[:2000], 4000, step))
+                await service.report(calls.report(made.allocation_id, [[1.0]] * 2000))
+            del made
+            gc.collect()
+            used, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert 0.6 < used / service.loaded_bytes < 1.3
