@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from heapq import merge
 from typing import Any
 
 import numpy as np
@@ -62,6 +61,7 @@ from knapsack_scheduler.facts import (
     Rewards,
     Rewound,
 )
+from knapsack_scheduler.idorder import IdOrder
 from knapsack_scheduler.journal.columns import (
     TEXTS_AT_ONCE,
     decode_text,
@@ -107,7 +107,7 @@ class RunState:
         self._keys = np.zeros(0, np.uint64)
         self._token_sum = 0
         self._token_rollouts = 0
-        self._sorted: list[tuple[str, int]] | None = None
+        self._order = IdOrder()
 
     def fold(self, fact: Fact) -> Counted:
         """Take in what happened next; returns what it changed."""
@@ -340,7 +340,6 @@ class RunState:
         first = int(np.count_nonzero(sums[_ROLLOUTS, unique] == 0))
         if first:
             self.known_prompts += first
-            self._sorted = None
         sums[_ROLLOUTS, unique] += rollouts
         sums[_SUCCESSES, unique] += successes
         self.total_rollouts += int(rollouts.sum())
@@ -447,17 +446,27 @@ class RunState:
         state.allocations = allocations_of(columns)
         return state
 
-    def sorted_prompts(self) -> list[tuple[str, int]]:
-        """Return (prompt id, row) of every prompt with an outcome, in the order of ids."""
-        if self._sorted is None:
-            rows = np.flatnonzero(self._sums[_ROLLOUTS])
-            slices = (
-                rows[start : start + TEXTS_AT_ONCE].tolist()
-                for start in range(0, rows.size, TEXTS_AT_ONCE)
-            )
-            sorted_slices = [sorted((self.prompt_ids[row], row) for row in each) for each in slices]
-            self._sorted = list(merge(*sorted_slices))
-        return self._sorted
+    @property
+    def unsorted(self) -> int:
+        """How many prompts are not in the order of ids yet."""
+        return len(self.prompt_ids) - self._order.rows.size
+
+    def sort_ids(self) -> None:
+        """Bring all prompts into the order of their ids, also while prompts are added."""
+        self._order = self._order.extended(self.prompt_ids)
+
+    def prompts_after(self, prompt_id: str, count: int) -> IntArray:
+        """Return the rows of the first prompts with an outcome whose ids sort after one.
+
+        Args:
+            prompt_id: that one; empty for none.
+            count: of prompts, at most.
+        """
+        self.sort_ids()
+        start = self._order.after(self.prompt_ids, prompt_id)
+        rows = self._order.rows[start:]
+        seen = np.flatnonzero(self._sums[_ROLLOUTS, rows])[:count]
+        return rows[seen].astype(np.int64)
 
     def stats_of(self, rows: IntArray) -> PromptColumns:
         """Return the statistics of prompts with an outcome."""

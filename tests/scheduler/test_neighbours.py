@@ -16,6 +16,7 @@ from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import loaded
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.errors import Busy, FailedPrecondition
+from knapsack_scheduler.idorder import IdOrder
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.loaded import LoadedRun
@@ -185,6 +186,24 @@ async def test_loading_runs_keeps_no_thread_from_the_others(
         assert not any(call.done() for call in loading)
         gate.open()
         assert [(await call).run_id for call in loading] == names
+
+
+async def test_sorting_many_prompts_for_a_list_does_not_hold_the_run(
+    service: SchedulerService, calls: Any, monkeypatch: Any, gate: Gate
+) -> None:
+    """Whoever looks at the statistics of a million prompts costs the trainer no step."""
+    ids = [f"prompt-{number * 7919 % 6007:04}" for number in range(6007)]
+    await service.report(calls.own_report(ids, [[1.0]] * len(ids)))
+    slow = gate.before(IdOrder.extended, lambda order, _ids: order.rows.size == 0)
+    monkeypatch.setattr(IdOrder, "extended", slow)
+    request = pb.ListPromptStatsRequest(run_id="run", page_size=5)
+    listing = asyncio.ensure_future(service.list_prompt_stats(request))
+    await gate.reached()
+    made = await soon(service.allocate(calls.allocate(["prompt-0000-a", "b"], step=1)))
+    await soon(service.report(calls.report(made.allocation_id, [[1.0], [0.0]])))
+    gate.open()
+    page = await soon(listing)
+    assert page.prompt_ids == sorted([*ids, "prompt-0000-a", "b"])[:5]
 
 
 async def test_a_store_that_stalls_is_read_and_refuses_what_it_cannot_write(

@@ -20,6 +20,7 @@ from hypothesis.extra import numpy as hnp
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.errors import FailedPrecondition, NotFound, SchedulerError, StoreUnavailable
+from knapsack_scheduler.idorder import IdOrder
 from knapsack_scheduler.journal.columns import (
     ColumnsDamaged,
     decode,
@@ -76,7 +77,8 @@ def trimmed(state: RunState) -> RunState:
     # Of these only what they answer counts, not how much more they remember.
     for name in ("_visited", "_revisited"):
         setattr(same, name, getattr(state, name).newest(1024, state._visits, state._keys))
-    same._sorted = same._prior = same._drift = None
+    same._prior = same._drift = None
+    same._order = IdOrder()
     same._looked_up = ((), 0, np.zeros(0, np.int64))
     # How ids are found depends on the order in which they came, and on the process.
     same._places = (state.prompt_ids, state.rows_of(tuple(state.prompt_ids)))
@@ -132,7 +134,7 @@ async def test_a_state_from_columns_is_the_state(calls) -> None:
             for name in _fields(fresh)
             if not differences(getattr(fresh, name), getattr(again, name))
         ]
-        assert same == ["config", "discounts", "_looked_up", "_sorted"]
+        assert same == ["config", "discounts", "_looked_up", "_order"]
         # What is frozen does not change with the state.
         await lived(service, calls, 9)
         await service.report(calls.own_report(["prompt-1-é", "new"], [[1.0], [0.0]], 20))
