@@ -63,7 +63,6 @@ from knapsack_scheduler.facts import (
 )
 from knapsack_scheduler.idorder import IdOrder
 from knapsack_scheduler.journal.columns import (
-    TEXTS_AT_ONCE,
     decode_text,
     encode_text,
     text_column,
