@@ -202,7 +202,7 @@ class Runs:
                     break
                 await asyncio.sleep(0)
             try:
-                event = await self._writers.run(lambda: self._fold(run_id, stored))
+                event = await self._readers.run(lambda: self._fold(run_id, stored))
                 if event is not None:
                     self._events.emit(event)
             except (RuntimeError, Busy) as error:

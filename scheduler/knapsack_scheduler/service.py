@@ -71,6 +71,9 @@ LARGEST_PAGE_BYTES = 32 * 2**20
 _MOST_SUMMARIES = 10_000
 """Runs of which it is remembered how they were listed last, about 1 KB each."""
 
+_FEW_UNSORTED = 4096
+"""Prompts whose ids are sorted in some milliseconds, for which a run may be held."""
+
 _FEW = 16_384
 """Prompts or rewards that are checked in about a millisecond."""
 
@@ -457,7 +460,7 @@ class SchedulerService:
         def page_if_sorted(
             run: LoadedRun, reading: Reading
         ) -> pb.ListPromptStatsResponse | RunState:
-            return page(run, reading) if run.state.unsorted <= _FEW else run.state
+            return page(run, reading) if run.state.unsorted <= _FEW_UNSORTED else run.state
 
         answer = await self._runs.look(request.run_id, page_if_sorted)
         if isinstance(answer, RunState):

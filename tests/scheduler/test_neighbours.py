@@ -334,6 +334,7 @@ async def test_a_run_takes_about_the_memory_that_is_counted_for_it(calls: Any) -
                 made = await service.allocate(calls.allocate(ids[:2000], 4000, step))
                 await service.report(calls.report(made.allocation_id, [[1.0]] * 2000))
             del made
+            await service._runs.settled()
             gc.collect()
             used, _ = tracemalloc.get_traced_memory()
         finally:
