@@ -102,7 +102,7 @@ class Journal:
                     with self._engine.begin() as connection:
                         connection.execute(sa.update(runs).where(sa.false()).values(last_seq=0))
                     self._presence = Presence(self._file) if self._file else None
-        except (SQLAlchemyError, OSError, CommandError) as error:
+        except (SQLAlchemyError, self._driver.Error, OSError, CommandError) as error:
             self.close()
             raise ConfigError(
                 f"store = {self._shown!r}: cannot be opened: {_cause(error)}"
