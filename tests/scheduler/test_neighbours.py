@@ -144,6 +144,7 @@ async def test_a_rewind_to_what_is_compacted_meanwhile_is_refused(
 
     async def step(service: SchedulerService, number: int) -> None:
         await soon(service.report(calls.own_report(["a"], [[1.0]], number)))
+        await service.settled()
         await asyncio.to_thread(service._runs._snapshots._thread.submit(lambda: None).result)
 
     async with open_service(url, retention=Retention(4, 10**9, 2)) as service:
