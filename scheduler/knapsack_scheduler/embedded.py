@@ -46,5 +46,6 @@ async def open_service(
     try:
         yield service
     finally:
+        await service.settled()
         await asyncio.to_thread(service.close)
         journal.close()

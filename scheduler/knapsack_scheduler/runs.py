@@ -3,7 +3,8 @@
 A run's state is read and changed only while its lock is held, in one worker thread at a
 time: first everything that was appended since is folded in, then the call decides and
 appends, and only what has been committed is folded. A process that died, or another
-replica, thus leaves nothing that this one could miss.
+replica, thus leaves nothing that this one could miss. What is stored is answered; the fold
+of it comes after the answer, and before the next call of the run.
 
 Threads that write wait for no thread that reads, and neither for one that folds a run,
 which may take long. What a rewind leaves is folded beside the run, which goes on meanwhile.
@@ -16,10 +17,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from knapsack_scheduler import wire
 from knapsack_scheduler.allocations import Counted
@@ -35,10 +36,10 @@ from knapsack_scheduler.errors import (
     StoreUnavailable,
     Unavailable,
 )
-from knapsack_scheduler.events import Committed, Events
+from knapsack_scheduler.events import Committed, Event, Events
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
-from knapsack_scheduler.journal.records import RunRow
+from knapsack_scheduler.journal.records import Entry, RunRow
 from knapsack_scheduler.journal.transaction import Reading, Writing
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.loadedruns import LoadedRuns
@@ -60,6 +61,30 @@ class _Turn:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     users: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[Answer]):
+    """What the work of a call has come to.
+
+    Attributes:
+        answer: of the call.
+        event: returns what there is to tell of it, if anything, from what the fold of it
+            changed. Called in a worker thread, with the run locked.
+    """
+
+    answer: Answer
+    event: Callable[[Counted], Event | None] = lambda _counted: None
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored(Generic[Answer]):
+    """Entries that are committed and not folded yet."""
+
+    done: Done[Answer]
+    run: LoadedRun
+    entries: list[Entry]
+    row: RunRow
 
 
 class Runs:
@@ -94,12 +119,17 @@ class Runs:
         self._loaded = LoadedRuns(loaded_bytes)
         self._turns: dict[str, _Turn] = {}
         self._rewinds: dict[str, _Turn] = {}
-        self._preparing: set[asyncio.Task[None]] = set()
+        self._settling: set[asyncio.Task[None]] = set()
         # Others may hold runs of a shared store, and then each of them takes a thread.
         self._writers = Workers("writes", 8 if journal.shared else 4)
         self._readers = Workers("reads", 4)
         self._folders = Workers("folds", 2)
         self._snapshots = Snapshotter(journal, retention, events)
+
+    async def settled(self) -> None:
+        """Wait until all that was answered is folded and told of."""
+        while self._settling:
+            await asyncio.wait(self._settling)
 
     def close(self) -> None:
         """Wait for what is under way; a snapshot is given up."""
@@ -119,10 +149,11 @@ class Runs:
     async def alone(
         self,
         run_id: str,
-        work: Callable[[LoadedRun, Writing], Answer],
+        work: Callable[[LoadedRun, Writing], Done[Answer]],
         *,
         create: bool = False,
-    ) -> tuple[Answer, Counted]:
+        large: bool = False,
+    ) -> Answer:
         """Run work with the run locked, level with the journal, in one transaction.
 
         A caller that is cancelled does not cancel the work: it is finished and
@@ -133,21 +164,59 @@ class Runs:
             work: called in a worker thread; what it appends is committed when it
                 returns, and what it raises leaves everything as it was.
             create: create an unknown run if the server may create runs by itself.
+            large: what is appended is so large that its memory counts for as long as the
+                caller waits: it is folded before the answer.
 
         Returns:
-            What work returned, and what folding its entries changed.
+            The answer, as soon as all that work appended is committed.
 
         Raises:
             RunNotFound: no run of that name.
             Busy: calls before this one take too long; nothing was begun.
         """
 
-        async def locked() -> tuple[Answer, Counted]:
-            async with self._turn(run_id):
+        async def locked() -> Answer:
+            async with AsyncExitStack() as held:
+                await held.enter_async_context(self._turn(run_id))
                 with self._timed():
-                    return await self._work(run_id, work, create)
+                    stored = await self._work(run_id, work, create)
+                if not stored.entries:
+                    return stored.done.answer
+                settling = asyncio.ensure_future(self._settle(run_id, stored, held.pop_all()))
+                self._settling.add(settling)
+                settling.add_done_callback(self._settling.discard)
+            if large:
+                await settling
+            return stored.done.answer
 
         return await asyncio.shield(asyncio.ensure_future(locked()))
+
+    async def _settle(self, run_id: str, stored: _Stored[Answer], held: AsyncExitStack) -> None:
+        """Fold what was stored, tell of it, and let go of the run.
+
+        If nobody waits for the run, what its next decision needs of its statistics is worked
+        out too: between a report and the next decision a trainer updates its weights, and what
+        is done then costs nobody anything. A decision that comes sooner does it by itself.
+        """
+        async with held:
+            turn = self._turns[run_id]
+            # The answer goes first: it takes some turns of the event loop, and a thread at
+            # work would hold each of them up.
+            for _ in range(_TURNS_OF_AN_ANSWER):
+                if turn.users > 1:
+                    break
+                await asyncio.sleep(0)
+            try:
+                counted, event = await self._writers.run(lambda: self._fold(run_id, stored))
+                if event is not None:
+                    self._events.emit(event)
+                if counted.completes and turn.users == 1:
+                    await self._readers.run(stored.run.state.prepare)
+            except (RuntimeError, Busy) as error:
+                # A service that ends has no threads any more.
+                _LOG.info("run %r: not folded, to be read anew: %s", run_id, error)
+            except Exception:
+                _LOG.exception("run %r: could not be folded, to be read anew", run_id)
 
     async def look(self, run_id: str, work: Callable[[LoadedRun, Reading], Answer]) -> Answer:
         """Return what work makes of a run that is level with the journal, changing nothing.
@@ -217,29 +286,6 @@ class Runs:
                 return await self._writers.run(
                     lambda: self._again(lambda: self._rewind(run_id, step, left, work))
                 )
-
-    def prepare(self, run_id: str) -> None:
-        """Work out now what the run's next decision needs of its statistics, if nobody waits.
-
-        Between a report and the next decision a trainer updates its weights: what is done
-        then costs nobody anything. A decision that comes sooner does it by itself.
-        """
-        if run_id not in self._turns:
-            task = asyncio.ensure_future(self._prepare(run_id))
-            self._preparing.add(task)
-            task.add_done_callback(self._preparing.discard)
-
-    async def _prepare(self, run_id: str) -> None:
-        async with self._turn(run_id):
-            # The answer to the report goes first: it takes some turns of the event loop, and
-            # a thread at work would hold each of them up.
-            for _ in range(_TURNS_OF_AN_ANSWER):
-                await asyncio.sleep(0)
-            run = self._loaded.get(run_id)
-            # A service that ends has no threads any more.
-            with suppress(RuntimeError, Busy):
-                if run is not None:
-                    await self.in_thread(run.state.prepare)
 
     async def create(self, run_id: str, config: RunConfig) -> None:
         """Create a run; AlreadyExists if one of that name is there."""
@@ -339,9 +385,9 @@ class Runs:
         return self._journal.create_run(run_id, message, time.time_ns())
 
     async def _work(
-        self, run_id: str, work: Callable[[LoadedRun, Writing], Answer], create: bool
-    ) -> tuple[Answer, Counted]:
-        def attempt(run: LoadedRun) -> tuple[Answer, Counted]:
+        self, run_id: str, work: Callable[[LoadedRun, Writing], Done[Answer]], create: bool
+    ) -> _Stored[Answer]:
+        def attempt(run: LoadedRun) -> _Stored[Answer]:
             return self._again(lambda: self._transact(run_id, run, work))
 
         try:
@@ -423,8 +469,8 @@ class Runs:
                 self._loaded.keep(run_id, run)
 
     def _transact(
-        self, run_id: str, run: LoadedRun, work: Callable[[LoadedRun, Writing], Answer]
-    ) -> tuple[Answer, Counted]:
+        self, run_id: str, run: LoadedRun, work: Callable[[LoadedRun, Writing], Done[Answer]]
+    ) -> _Stored[Answer]:
         # Set aside until all has gone well: half-folded state is no state.
         self._loaded.take(run_id)
         try:
@@ -433,21 +479,24 @@ class Runs:
                     raise _Behind
                 # What an attempt decided that was not stored is not what this one does.
                 run.decided = None
-                answer = work(run, writing)
+                done = work(run, writing)
         except (*_REFUSALS, StoreUnavailable):
             if run.intact:
                 self._loaded.keep(run_id, run)
             raise
-        counted = Counted()
-        for entry in writing.appended:
+        if not writing.appended:
+            self._loaded.keep(run_id, run)
+        return _Stored(done, run, writing.appended, writing.run_after)
+
+    def _fold(self, run_id: str, stored: _Stored[Answer]) -> tuple[Counted, Event | None]:
+        run, counted = stored.run, Counted()
+        for entry in stored.entries:
             counted = run.applied(entry, run.decided)
         run.decided = None
-        if writing.appended:
-            run.row = writing.run_after
+        run.row = stored.row
         self._loaded.keep(run_id, run)
-        if writing.appended:
-            self._snapshots.offer(run)
-        return answer, counted
+        self._snapshots.offer(run)
+        return counted, stored.done.event(counted)
 
     def _rewind(
         self,

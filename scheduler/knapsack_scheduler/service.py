@@ -10,6 +10,7 @@ import logging
 import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from google.protobuf.message import Message
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import pages, validation, wire
-from knapsack_scheduler.allocations import OpenAllocation
+from knapsack_scheduler.allocations import Counted, OpenAllocation
 from knapsack_scheduler.core.outlook import outlook
 from knapsack_scheduler.core.policy import begun_groups, plan_allocation, plan_extension
 from knapsack_scheduler.core.problem import (
@@ -60,7 +61,7 @@ from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.loadedruns import LOADED_BYTES
 from knapsack_scheduler.runconfig import RunConfig
-from knapsack_scheduler.runs import Runs
+from knapsack_scheduler.runs import Done, Runs
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,8 +71,11 @@ LARGEST_PAGE_BYTES = 32 * 2**20
 _MOST_SUMMARIES = 10_000
 """Runs of which it is remembered how they were listed last, about 1 KB each."""
 
-_FEW = 4096
-"""Prompts or rewards that are checked in less than a millisecond."""
+_FEW = 16_384
+"""Prompts or rewards that are checked in about a millisecond."""
+
+_MANY = 32_768
+"""Prompts or rewards beyond which a call holds so much memory that it is folded first."""
 
 Checked = TypeVar("Checked")
 
@@ -116,6 +120,10 @@ class SchedulerService:
     def loaded_bytes(self) -> int:
         """Bytes of the runs that are kept in memory, about."""
         return self._runs.loaded_bytes
+
+    async def settled(self) -> None:
+        """Wait until all that was answered is in the statistics and told of in events."""
+        await self._runs.settled()
 
     def close(self) -> None:
         """Wait for calls under way; the journal is closed by whoever opened it."""
@@ -200,23 +208,21 @@ class SchedulerService:
         ids = await self._checked(
             len(request.prompt_ids), lambda: wire.check_allocate(request, self._limits)
         )
-        (answer, divided), _ = await self._runs.alone(
+        return await self._runs.alone(
             request.run_id,
             lambda run, writing: self._allocate(request, ids, run, writing),
             create=True,
+            large=len(ids) > _MANY,
         )
-        if divided:
-            self.events.emit(divided)
-        return answer
 
     def _allocate(
         self, request: pb.AllocateRequest, ids: tuple[str, ...], run: LoadedRun, writing: Writing
-    ) -> tuple[pb.Allocation, BudgetDivided | None]:
+    ) -> Done[pb.Allocation]:
         payload = wire.payload_of(request)
         digest = wire.digest_of(payload)
         before = run.answered(writing, "allocate", request.request_id, digest)
         if before is not None:
-            return pb.Allocation.FromString(before), None
+            return Done(pb.Allocation.FromString(before))
         state = run.state
         bounds = wire.bounds_of(request, state.config)
         wire.check_bounds(bounds, self._limits)
@@ -232,7 +238,7 @@ class SchedulerService:
             )
         wire.check_tokens(budget, bounds, beliefs.expected_tokens, self._limits)
         if not beliefs.expected_tokens.any():
-            budget = Budget(budget.total_rollouts, 0, budget.wave_fraction, budget.allow_partial)
+            budget = replace(budget, total_tokens=0)
         start = time.perf_counter()
         try:
             decision = plan_allocation(
@@ -241,10 +247,6 @@ class SchedulerService:
         except InfeasibleBudget as error:
             raise InvalidArgument(error.field, error.value, error.allowed) from None
         seconds = time.perf_counter() - start
-        rows = state.rows_of(ids)
-        divided = _divided(
-            run, request.step, 1, rows, np.zeros_like(rows), beliefs, bounds, decision, seconds
-        )
         name = wire.allocation_id(run.row.identity, run.row.branch, request.request_id)
         answer = wire.allocation_message(name, run.row.run_id, request.step, 1, decision, prior)
         writing.append(
@@ -259,7 +261,16 @@ class SchedulerService:
             decision.num_rollouts,
             decision.chances,
         )
-        return answer, divided
+        end_time = time.time_ns()
+
+        def divided(_counted: Counted) -> BudgetDivided:
+            rows = state.rows_of(ids)
+            begun = np.zeros_like(rows)
+            return _divided(
+                run, request.step, 1, rows, begun, beliefs, bounds, decision, seconds, end_time
+            )
+
+        return Done(answer, divided)
 
     async def _checked(self, numbers: int, check: Callable[[], Checked]) -> Checked:
         """Check a request of so many prompts or rewards: a small one here and now.
@@ -271,21 +282,18 @@ class SchedulerService:
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
         """Spend what an allocation has left."""
         wire.check_extend(request)
-        (answer, divided), _ = await self._runs.alone(
+        return await self._runs.alone(
             request.run_id, lambda run, writing: self._extend(request, run, writing)
         )
-        if divided:
-            self.events.emit(divided)
-        return answer
 
     def _extend(
         self, request: pb.ExtendRequest, run: LoadedRun, writing: Writing
-    ) -> tuple[pb.Allocation, BudgetDivided | None]:
+    ) -> Done[pb.Allocation]:
         payload = wire.payload_of(request)
         digest = wire.digest_of(payload)
         before = run.answered(writing, "extend", request.request_id, digest)
         if before is not None:
-            return pb.Allocation.FromString(before), None
+            return Done(pb.Allocation.FromString(before))
         state = run.state
         allocation = _allocation(run, request.allocation_id)
         nothing_came = allocation.allocated.any() and not allocation.delivered.any()
@@ -311,19 +319,10 @@ class SchedulerService:
         )
         seconds = time.perf_counter() - start
         wave = allocation.wave + 1
-        divided = _divided(
-            run,
-            allocation.step,
-            wave,
-            allocation.rows.astype(np.int64),
-            begun_groups(outcomes, request.keep_outstanding).size,
-            beliefs,
-            allocation.bounds,
-            decision,
-            seconds,
-            # What is given anew for rollouts that were lost is of a budget counted before.
-            decision.allocated > 0
-            and not 0 < budget.total_rollouts <= int(allocation.allocated.sum()),
+        begun = begun_groups(outcomes, request.keep_outstanding).size
+        # What is given anew for rollouts that were lost is of a budget counted before.
+        is_new = decision.allocated > 0 and not 0 < budget.total_rollouts <= int(
+            allocation.allocated.sum()
         )
         answer = wire.allocation_message(
             request.allocation_id, run.row.run_id, allocation.step, wave, decision, prior
@@ -338,47 +337,49 @@ class SchedulerService:
             request.keep_outstanding,
             decision.chances,
         )
-        return answer, divided
+        end_time = time.time_ns()
+
+        def divided(_counted: Counted) -> BudgetDivided:
+            return _divided(
+                run,
+                allocation.step,
+                wave,
+                allocation.rows.astype(np.int64),
+                begun,
+                beliefs,
+                allocation.bounds,
+                decision,
+                seconds,
+                end_time,
+                is_new,
+            )
+
+        return Done(answer, divided)
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
         rewards = await self._checked(
             len(request.rewards), lambda: wire.check_report(request, self._limits)
         )
-        (answer, step, known), counted = await self._runs.alone(
+        return await self._runs.alone(
             request.run_id,
             lambda run, writing: self._report(request, rewards, run, writing),
             create=not request.allocation_id,
+            large=len(request.rewards) > _MANY,
         )
-        if counted.completes:
-            self._runs.prepare(request.run_id)
-        if counted.accepted or counted.ignored:
-            self.events.emit(
-                OutcomesCounted(
-                    request.run_id,
-                    step,
-                    request.policy_version,
-                    counted,
-                    _prompts(known),
-                    allocated=bool(request.allocation_id),
-                    step_lag=max(known.state.last_step - step, 0),
-                    version_lag=max(known.state.last_policy_version - request.policy_version, 0),
-                )
-            )
-        return answer
 
     def _report(
         self, request: pb.ReportRequest, rewards: Rewards, run: LoadedRun, writing: Writing
-    ) -> tuple[pb.ReportResponse, int, LoadedRun]:
+    ) -> Done[pb.ReportResponse]:
         payload = wire.payload_of(request)
         digest = wire.digest_of(payload)
         before = run.answered(writing, "report", request.report_id, digest)
         if before is not None:
-            return pb.ReportResponse.FromString(before), request.step, run
+            return Done(pb.ReportResponse.FromString(before))
         count = len(request.rewards)
         if not request.allocation_id and run.has_forgotten(request.report_id, digest):
             # Nothing is recorded: its id is free for a report of the step done anew.
-            return pb.ReportResponse(ignored_rollouts=count), request.step, run
+            return Done(pb.ReportResponse(ignored_rollouts=count))
         ignored = run.is_abandoned(request.allocation_id)
         if ignored:
             answer = pb.ReportResponse(ignored_rollouts=count)
@@ -406,7 +407,7 @@ class SchedulerService:
             rewards,
             ignored,
         )
-        return answer, step, run
+        return Done(answer, lambda counted: _reported(run, step, request, counted))
 
     async def rewind_run(self, request: pb.RewindRunRequest) -> pb.Run:
         """Forget what came after a step."""
@@ -471,24 +472,20 @@ class SchedulerService:
     async def import_received(self, stream: wire.ImportStream) -> pb.ImportOutcomesResponse:
         """Add the outcomes of a whole stream."""
         payload = await self._runs.in_thread(stream.payload)
-        (answer, run), counted = await self._runs.alone(
+        return await self._runs.alone(
             stream.run_id,
-            lambda run, writing: (self._import(stream, payload, run, writing), run),
+            lambda run, writing: self._import(stream, payload, run, writing),
             create=True,
+            large=True,
         )
-        if counted.accepted:
-            self.events.emit(
-                OutcomesCounted(stream.run_id, -1, 0, counted, _prompts(run), imported=True)
-            )
-        return answer
 
     def _import(
         self, stream: wire.ImportStream, payload: bytes, run: LoadedRun, writing: Writing
-    ) -> pb.ImportOutcomesResponse:
+    ) -> Done[pb.ImportOutcomesResponse]:
         digest = wire.digest_of(payload)
         before = run.answered(writing, "import", stream.request_id, digest)
         if before is not None:
-            return pb.ImportOutcomesResponse.FromString(before)
+            return Done(pb.ImportOutcomesResponse.FromString(before))
         prompts = {
             p
             for message in stream.messages or ()
@@ -510,7 +507,13 @@ class SchedulerService:
                 answer.SerializeToString(),
             )
         )
-        return answer
+
+        def imported(counted: Counted) -> OutcomesCounted | None:
+            if not counted.accepted:
+                return None
+            return OutcomesCounted(stream.run_id, -1, 0, counted, _prompts(run), imported=True)
+
+        return Done(answer, imported)
 
 
 def _entry(kind: str, key: str, step: int, digest: bytes, payload: bytes, answer: Message) -> Entry:
@@ -562,6 +565,7 @@ def _divided(
     bounds: Bounds,
     decision: Decision,
     seconds: float,
+    end_time: int,
     is_new: bool = True,
 ) -> BudgetDivided:
     """Return the event of a decision; ``is_new``: its budget was not yet given out in full."""
@@ -579,7 +583,26 @@ def _divided(
         state.evidence_ages(rows, step),
         outlook(state.config.objective, beliefs, bounds, begun, decision) if is_new else None,
         seconds,
-        time.time_ns(),
+        end_time,
+    )
+
+
+def _reported(
+    run: LoadedRun, step: int, request: pb.ReportRequest, counted: Counted
+) -> OutcomesCounted | None:
+    """Return the event of a report that was folded; None if no rollout was in it."""
+    if not (counted.accepted or counted.ignored):
+        return None
+    state = run.state
+    return OutcomesCounted(
+        request.run_id,
+        step,
+        request.policy_version,
+        counted,
+        _prompts(run),
+        allocated=bool(request.allocation_id),
+        step_lag=max(state.last_step - step, 0),
+        version_lag=max(state.last_policy_version - request.policy_version, 0),
     )
 
 

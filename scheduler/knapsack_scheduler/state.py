@@ -355,9 +355,10 @@ class RunState:
             sums[_LAST_STEP, unique[newer]] = step
             sums[_LAST_VERSION, unique[newer]] = policy_version
         if rewards.tokens is not None:
-            of = rows[rewards.owner]
-            np.add.at(sums[_TOKENS], of, rewards.tokens)
-            np.add.at(sums[_TOKEN_ROLLOUTS], of, 1)
+            tokens = np.zeros(rows.size, np.int64)
+            np.add.at(tokens, rewards.owner, rewards.tokens)
+            np.add.at(sums[_TOKENS], rows, tokens)
+            np.add.at(sums[_TOKEN_ROLLOUTS], rows, outcomes.rollouts)
             self._token_sum += int(rewards.tokens.sum())
             self._token_rollouts += int(rewards.tokens.size)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import numpy as np
@@ -167,11 +166,12 @@ async def test_the_report_that_completes_a_wave_has_the_next_decision_prepared(c
         groups = [[1.0] * count for count in answer.num_rollouts]
         part = calls.report(answer.allocation_id, [*groups[:3], []], report_id="part")
         await service.report(part)
-        assert not service._runs._preparing
+        await service.settled()
+        state = service._runs._loaded["run"].state
+        assert (state._prior, state._drift) == (None, None)
         rest = calls.report(answer.allocation_id, [[], [], [], groups[3]], report_id="rest")
         await service.report(rest)
-        await asyncio.gather(*service._runs._preparing)
-        state = service._runs._loaded["run"].state
+        await service.settled()
         prepared = state._prior, state._drift
         assert None not in prepared
         state._prior = state._drift = None

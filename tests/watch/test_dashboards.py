@@ -62,12 +62,12 @@ def prometheus(
             and seen("increase(knapsack_genserver_weight_update_seconds_count[1m]) > 1")
         ),
         "the workload has been scraped",
-        90,
+        300,
     )
     yield url
     stop.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert not failures, failures
 
 

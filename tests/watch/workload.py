@@ -65,7 +65,7 @@ def learning_run(
 
 def train_until(address: str, folder: Path, stop: threading.Event) -> None:
     """Train at a scheduler, some six steps a second, with one rewind; outbox in the folder."""
-    with BudgetClient(address, "exp1", outbox=folder / "outbox.db", timeout=20) as client:
+    with BudgetClient(address, "exp1", outbox=folder / "outbox.db", timeout=60) as client:
         for step in learning_run(client, 100_000, prompts=300):
             if step == 10:
                 client.rewind(10)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 from knapsack_trainer_client import BudgetClient  # noqa: E402
 
@@ -67,7 +67,7 @@ def record(folder: Path) -> Path:
                 if step + 1 not in OUTAGE:
                     lines += _dated(served.addresses["admin"], START + step * STEP_SECONDS)
     finally:
-        served.end()
+        served.close()
     # Samples of one series have to follow each other.
     lines.sort(key=lambda line: line.rpartition(" ")[0].rpartition(" ")[0])
     file = folder / "metrics.txt"
@@ -105,7 +105,7 @@ def sped_up(folder: Path) -> Iterator[Json]:
         end = START + STEPS * STEP_SECONDS
         yield _settings(prometheus, START, end - SAMPLE_SECONDS, SAMPLE_SECONDS, window="30m")
     finally:
-        prometheus.end()
+        prometheus.close()
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def live(folder: Path) -> Iterator[Json]:
 
         def begin(program: Program) -> Program:
             program.start()
-            stack.callback(program.end)
+            stack.callback(program.close)
             return program
 
         served, generating = scheduler("scheduler", folder), generator("generator", folder)

@@ -1,15 +1,22 @@
-"""Programs that are asked to end before they serve: process 1 of a container does not end by
-itself, so they must answer SIGTERM from the first moment on."""
+"""Programs that are asked to end: from their first moment on, and whatever hangs in them.
+
+Process 1 of a container does not end by itself, so SIGTERM must always find a handler.
+"""
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import grpc
 import pytest
+
+from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
 
 WAITING = "import signal\nprint('here', flush=True)\nsignal.pause()\n"
 SLOW_START = """
@@ -21,6 +28,21 @@ async def preload(self, count):
     await asyncio.Event().wait()
 
 SchedulerService.preload = preload
+from knapsack_scheduler.program import main
+main()
+"""
+
+HANGING_STORE = """
+import threading
+from knapsack_scheduler import server
+from knapsack_scheduler.journal.journal import Journal
+
+def writing(self, run_id):
+    print("here", flush=True)
+    threading.Event().wait()
+
+Journal.writing = writing
+server.CLOSING_SECONDS = 0.1
 from knapsack_scheduler.program import main
 main()
 """
@@ -51,6 +73,34 @@ def test_sigterm_during_the_imports_ends_it(package: str, tmp_path: Path) -> Non
     scripts = tomllib.loads(Path("pyproject.toml").read_text())["project"]["scripts"]
     assert f"{program}:main" in scripts.values()
     assert ended("-m", program, "serve", path=str(tmp_path)) == 143
+
+
+def test_sigterm_ends_a_scheduler_whose_store_hangs(tmp_path: Path) -> None:
+    """Calls under way get the time to drain and no more; nothing was answered of them."""
+    flags = [f"--{name}=127.0.0.1:0" for name in ("listen", "admin-listen", "health-listen")]
+    flags += [f"--store=sqlite:///{tmp_path / 'stats.db'}", "--drain-seconds=0.1"]
+    program = subprocess.Popen(
+        [sys.executable, "-c", HANGING_STORE, "serve", *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        assert program.stdout is not None
+        address = json.loads(program.stdout.readline())["listen"]
+        with grpc.insecure_channel(address) as channel:
+            stub = rpc.BudgetSchedulerStub(channel)  # type: ignore[no-untyped-call]
+            stub.CreateRun(pb.CreateRunRequest(run_id="run"))
+            request = pb.AllocateRequest(
+                run_id="run", request_id="x", prompt_ids=["a", "b"], total_rollouts=8
+            )
+            hanging = stub.Allocate.future(request)
+            assert program.stdout.readline() == "here\n"
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(60) == 0
+            assert hanging.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+    finally:
+        program.kill()
+        program.wait()
+        program.stdout.close()
 
 
 def test_sigterm_while_runs_are_loaded_ends_it(tmp_path: Path) -> None:
