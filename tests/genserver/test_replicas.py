@@ -403,7 +403,7 @@ async def test_a_replica_lost_before_its_piece_begins_loses_nothing(
         streams = [pool.generate(each) for each in GROUPS]
         for _ in range(turns):
             await asyncio.sleep(0)
-        for member in pool._members.values():
+        for member in pool._members:
             pool._lose(member, "it is lost")
             for task in member.tasks:
                 task.cancel()

@@ -123,29 +123,6 @@ def test_failures_and_refusals_of_the_client(start_generator) -> None:
         client.status()
 
 
-def test_kill_9_in_the_middle_is_an_error_and_not_a_short_group(
-    start_generator, model_folder
-) -> None:
-    """Nobody gets half a group for a whole one."""
-    generator = start_generator(f"--model={model_folder}", "--max-batch-rollouts=32")
-    begun = threading.Event()
-    failure: list[BaseException] = []
-
-    def generate() -> None:
-        try:
-            with RolloutClient(generator.addresses["listen"]) as client:
-                client.generate([[1]], [50_000], max_tokens=60, on_rollout=lambda _: begun.set())
-        except BaseException as error:
-            failure.append(error)
-
-    caller = threading.Thread(target=generate)
-    caller.start()
-    assert begun.wait(60)
-    generator.process.kill()
-    caller.join(60)
-    assert isinstance(failure[0], GeneratorUnavailable)
-
-
 async def test_the_asynchronous_client(start_generator, model_folder, tmp_path: Path) -> None:
     """The same answers; cancelling a call stops its work."""
     generator = start_generator(f"--model={model_folder}", "--max-batch-rollouts=32")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,15 @@ async def idle(engine: Any) -> bool:
             return False
         await asyncio.sleep(0.01)
     return True
+
+
+def unequal(prompts: int = 256, total: int = 2048) -> list[int]:
+    """Return numbers from 2 to 128 that sum to the total, most of them small."""
+    draw = random.Random(7)
+    sizes = [2] * prompts
+    while sum(sizes) < total:
+        at = min(int(draw.expovariate(1 / 12)), prompts - 1)
+        sizes[at] = min(sizes[at] + draw.randint(1, 16), 128, sizes[at] + total - sum(sizes))
+    draw.shuffle(sizes)
+    assert (min(sizes), max(sizes), sum(sizes)) == (2, 128, total)
+    return sizes

@@ -38,6 +38,7 @@ class AllocationAsk:
     wave_fraction: float = 0.0
     allow_partial: bool = False
     total_tokens: int = 0
+    waves: int = 0
 
 
 def check_ask(
@@ -49,6 +50,7 @@ def check_ask(
     wave_fraction: float,
     allow_partial: bool,
     total_tokens: int,
+    waves: int,
 ) -> AllocationAsk:
     """Return the arguments of ``allocate``, checked.
 
@@ -66,15 +68,20 @@ def check_ask(
     _check_order(low, high, len(ids))
     if not allow_partial:
         _check_budget(low, high, len(ids), rollouts, bool(tokens))
+    share = check_fraction(wave_fraction)
+    planned = check_int("waves", waves, most=2)
+    if planned == 2 and share:
+        raise refused("wave_fraction", wave_fraction, "must be 0 with waves=2")
     return AllocationAsk(
         ids,
         rollouts,
         check_int("step", step),
         low,
         high,
-        check_fraction(wave_fraction),
+        share,
         bool(allow_partial),
         tokens,
+        planned,
     )
 
 

@@ -250,6 +250,7 @@ class AsyncBudgetClient(AsyncClosing):
         allow_partial: bool = False,
         request_id: str | None = None,
         total_tokens: int = 0,
+        waves: int = 0,
     ) -> Allocation:
         """Return how many rollouts to generate for each prompt of a batch.
 
@@ -271,6 +272,9 @@ class AsyncBudgetClient(AsyncClosing):
             request_id: the same for a retry of the same call, so that it gets the same
                 answer. None: a new one.
             total_tokens: the budget in expected completion tokens; 0: not counted.
+            waves: 2: two waves are to spend the budget, and the scheduler sizes the first
+                so that both are worth most; ``extend`` spends the rest. Without
+                ``wave_fraction``. 0 or 1: ``wave_fraction`` says what is spent now.
 
         Raises:
             InvalidRequest: an argument is wrong, or the bounds cannot hold the budget.
@@ -288,6 +292,7 @@ class AsyncBudgetClient(AsyncClosing):
             wave_fraction,
             allow_partial,
             total_tokens,
+            waves,
         )
         await self._ready()
         try:

@@ -227,7 +227,8 @@ class RolloutSession(Closing):
         except grpc.RpcError as error:
             self._over = True
             self._requests.put(None)
-            raise_status(error, self._address)
+            left = self.outstanding - len(self._came)
+            raise_status(error, self._address, f"; {left} rollouts are missing" if left else "")
         self._came.extend(map(rollout_of, response.rollouts))
         self._answers.extend(response.answers)
 

@@ -148,6 +148,7 @@ class BudgetClient(Closing):
         allow_partial: bool = False,
         request_id: str | None = None,
         total_tokens: int = 0,
+        waves: int = 0,
     ) -> Allocation:
         """Return how many rollouts to generate; see ``AsyncBudgetClient.allocate``."""
         return self._do(
@@ -161,6 +162,7 @@ class BudgetClient(Closing):
                 allow_partial,
                 request_id,
                 total_tokens,
+                waves,
             )
         )
 
