@@ -164,10 +164,14 @@ async def test_an_update_may_wait_for_rollouts_or_give_them_up(
     (whole,) = await all_of(engine, group([4, 2], 200, seed=1, max_tokens=200))
     stream = engine.generate(group([4, 2], 200, seed=1, max_tokens=200))
     first = await anext(aiter(stream))
+    if mode == "abort":
+        # A trainer that has paused, so that they do not end by themselves meanwhile.
+        await engine.llm.pause_generation(mode="keep", clear_cache=False)
     # A folder that cannot be served costs nobody anything.
     with pytest.raises(FailedPrecondition, match="the old weights serve on"):
         await engine.load_weights(tmp_path, 1)
     await engine.load_weights(other_folder, 2)
+    await engine.llm.resume_generation()
     # What begins now is of the new weights.
     (after,) = await all_of(engine, group([4, 2], 200, seed=1, max_tokens=200))
     assert {s.version for c in after for s in c.weights} == {2}
