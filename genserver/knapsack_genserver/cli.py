@@ -1,4 +1,4 @@
-"""The command line: knapsack-genserver serve."""
+"""The command line: knapsack-genserver serve, and replicas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 try:
-    from knapsack_genserver import fleet_flags, logs
+    from knapsack_genserver import fleet_flags, logs, replicas_command
     from knapsack_genserver.admission import AdmissionLimits
     from knapsack_genserver.engine import Engine
     from knapsack_genserver.errors import ConfigError, EngineDied, GeneratorError
@@ -28,8 +28,23 @@ except ModuleNotFoundError as error:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; exits with 0, 1 if the engine died, or 2 if it could not start."""
+    """Run the command; exits with 0, 1 if the engine died, or 2 if it cannot be done."""
     options = _parsed(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = options.run(options)
+    except (ConfigError, GeneratorError) as error:
+        print(f"knapsack-genserver: {error}", file=sys.stderr)
+        code = 2
+    except EngineDied as error:
+        print(f"knapsack-genserver: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    if code:
+        sys.exit(code)
+
+
+def _serve(options: argparse.Namespace) -> int:
     logs.configure(options.log_level, options.log_format)
     server = ServerOptions(
         listen=options.listen,
@@ -54,16 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
         http_listen=_http_listen(options),
         rl_routes=_RL_ROUTES[options.rl_routes],
     )
-    try:
-        asyncio.run(serve(_engine(options), server))
-    except (ConfigError, GeneratorError) as error:
-        print(f"knapsack-genserver: {error}", file=sys.stderr)
-        sys.exit(2)
-    except EngineDied as error:
-        print(f"knapsack-genserver: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    asyncio.run(serve(_engine(options), server))
+    return 0
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
@@ -71,7 +78,10 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     options, flags = parser.parse_known_args(arguments)
     options.engine_flags = flags
     options.arguments = arguments
-    if flags and "vllm" not in (options.engine, options.replica_engine):
+    if flags and "vllm" not in (
+        getattr(options, "engine", ""),
+        getattr(options, "replica_engine", ""),
+    ):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     return options
 
@@ -309,6 +319,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--log-format", choices=("json", "text"), default="json", help="of logs")
     fleet_flags.add_flags(command, _count(1))
+    command.set_defaults(run=_serve)
+    replicas_command.add_command(commands)
     return parser
 
 

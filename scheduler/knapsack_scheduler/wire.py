@@ -152,6 +152,9 @@ def check_allocate(request: pb.AllocateRequest, limits: Limits) -> tuple[str, ..
     if not request.total_rollouts and not request.total_tokens:
         raise InvalidArgument("total_rollouts", 0, "must be above 0, or total_tokens must be")
     validation.fraction("wave_fraction", request.wave_fraction)
+    validation.within("waves", request.waves, 0, 2)
+    if request.waves == 2 and request.wave_fraction:
+        raise InvalidArgument("wave_fraction", request.wave_fraction, "must be 0 with waves = 2")
     return ids
 
 
@@ -185,6 +188,8 @@ def check_policy(request: pb.AllocateRequest, bounds: Bounds, policy: str) -> No
     for field in ("wave_fraction", "total_tokens"):
         if getattr(request, field):
             raise InvalidArgument(field, getattr(request, field), 'must be 0 with policy "paper"')
+    if request.waves == 2:
+        raise InvalidArgument("waves", 2, 'must be 0 or 1 with policy "paper"')
     if not bounds.minimum.all():
         at = int(np.argmin(bounds.minimum))
         raise InvalidArgument(f"min_rollouts[{at}]", 0, 'must be 1 or more with policy "paper"')
@@ -228,7 +233,11 @@ def check_tokens(
 def budget_of(request: pb.AllocateRequest) -> Budget:
     """Return the budget of a request."""
     return Budget(
-        request.total_rollouts, request.total_tokens, request.wave_fraction, request.allow_partial
+        request.total_rollouts,
+        request.total_tokens,
+        request.wave_fraction,
+        request.allow_partial,
+        request.waves,
     )
 
 

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bound_two_waves.py [--scenarios 1000 1110] [--seed 0]
 
-On scenarios drawn at random, three ways to give a step's budget in two waves:
+On scenarios drawn at random, four ways to give a step's budget in two waves:
 
-- scheduler: what the scheduler does, half of the budget first;
+- half: what the scheduler does when asked to give half of the budget first;
+- planned: what it does when asked to plan for two waves;
 - population: knows the exact distribution of the success rates at every step, but not which
   prompt has which, and forgets each prompt after its step;
 - ideal: knows the law that success rates are drawn and move by, and what common learning did
@@ -13,7 +14,7 @@ On scenarios drawn at random, three ways to give a step's budget in two waves:
   wave to follow: per prompt the n that maximises the expected value of both waves less the
   rollouts of both at one price, which is the optimum for many prompts.
 
-The first two and the shares of the third are given the best of several shares in hindsight, per
+The population and the shares of the ideal are given the best of several shares in hindsight, per
 scenario. Values are expected ones over the luck of the second wave, and of all rollouts for the
 oracle; what all of them see of the first wave is the same luck. Success rates move as under the
 ideal. Nobody can have the last two: what they do not reach is out of reach of two waves.
@@ -197,7 +198,8 @@ def run(scenario: Scenario, seed: int) -> dict[str, float]:
     population = draw_population(scenario, seed)
     logits = population.logits.copy()
     ideal, price = Filter(scenario, logits), 0.01
-    tracker = Tracker(RunConfig(min_rollouts=law.min_rollouts, max_rollouts=law.max_rollouts))
+    config = RunConfig(min_rollouts=law.min_rollouts, max_rollouts=law.max_rollouts)
+    trackers = {"half": Tracker(config), "planned": Tracker(config)}
     values: defaultdict[str, float] = defaultdict(float)
     step = 0
     for epoch in range(law.epochs):
@@ -219,7 +221,9 @@ def run(scenario: Scenario, seed: int) -> dict[str, float]:
             note("uniform", alone(np.full(count, total / count)))
             note("oracle", alone(solve(rates, total, law.min_rollouts, law.max_rollouts)))
             ids = tuple(population.prompt_ids[row] for row in rows.tolist())
-            note("scheduler", _scheduler(tracker, step, ids, total, luck, rates))
+            budgets = {"half": Budget(total, wave_fraction=0.5), "planned": Budget(total, waves=2)}
+            for name, budget in budgets.items():
+                note(name, _scheduler(trackers[name], step, ids, budget, luck, rates))
 
             spread = np.bincount(places(logits), minlength=ODDS.size) / logits.size
             unknown = Gains(np.tile(spread, (count, 1)))
@@ -250,7 +254,12 @@ def run(scenario: Scenario, seed: int) -> dict[str, float]:
 
 
 def _scheduler(
-    tracker: Tracker, step: int, ids: tuple[str, ...], total: int, luck: Luck, rates: np.ndarray
+    tracker: Tracker,
+    step: int,
+    ids: tuple[str, ...],
+    budget: Budget,
+    luck: Luck,
+    rates: np.ndarray,
 ) -> float:
     """Return the value of the scheduler's two waves, and report both to it."""
     count = rates.size
@@ -258,7 +267,6 @@ def _scheduler(
     result = 0.0
     for wave in range(2):
         if wave == 0:
-            budget = Budget(total, wave_fraction=0.5)
             new = tracker.allocate(step, ids, tracker.bounds(count), budget).num_rollouts
         else:
             new = tracker.extend().num_rollouts
@@ -279,7 +287,7 @@ def main() -> None:
     parser.add_argument("--scenarios", type=int, nargs=2, default=(1000, 1110))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    ways = ("scheduler", "population", "ideal", "ideal sizes")
+    ways = ("half", "planned", "population", "ideal", "ideal sizes")
     reached, above, count = dict.fromkeys(ways, 0), dict.fromkeys((*ways, "oracle"), 0.0), 0
     for number in range(*arguments.scenarios):
         values = run(random_scenario(number), arguments.seed)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from knapsack_scheduler.core.objective import PAPER
-from knapsack_scheduler.core.problem import Bounds, Budget
+from knapsack_scheduler.core.problem import Bounds
 from knapsack_scheduler.lab.arms import Arm, find_arms
 from knapsack_scheduler.lab.logged_step import LoggedStep
 from knapsack_scheduler.lab.outcome_log import OutcomeLog
@@ -203,7 +203,7 @@ def run_directly(steps: World, arm: Arm, budget: int, most: int, seed: int) -> n
         n, k = np.zeros(BATCH, np.int64), np.zeros(BATCH, np.int64)
         for wave, fraction in enumerate(arm.wave_fractions):
             if wave == 0:
-                given = tracker.allocate(at, ids, bounds, Budget(budget, 0, fraction))
+                given = tracker.allocate(at, ids, bounds, arm.budget(budget))
             else:
                 given = tracker.extend(fraction)
             owner = np.repeat(np.arange(BATCH), given.num_rollouts)

@@ -48,10 +48,11 @@ async def test_every_decision_is_the_service_s(arm: Arm) -> None:
                             prompt_ids=prompt_ids,
                             total_rollouts=total,
                             wave_fraction=fraction,
+                            waves=arm.planned_waves,
                         )
                     )
                     name = answer.allocation_id
-                    budget = Budget(total, wave_fraction=fraction)
+                    budget = arm.budget(total)
                     decision = tracker.allocate(step, prompt_ids, tracker.bounds(BATCH), budget)
                 else:
                     answer = await service.extend(
@@ -124,4 +125,4 @@ def test_arms_are_found_by_name() -> None:
         find_arms(["nobody"])
     with pytest.raises(ValueError, match="objective = 'nothing'"):
         find_arms(["uniform"], "nothing")
-    assert all(sum(arm.waves) == 1.0 for arm in ARMS.values())
+    assert all(arm.planned_waves == 2 or sum(arm.waves) == 1.0 for arm in ARMS.values())

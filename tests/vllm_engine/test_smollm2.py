@@ -26,6 +26,7 @@ from knapsack_genserver.errors import ConfigError
 from knapsack_trainer_client.errors import WeightUpdateFailed
 from knapsack_trainer_client.rollouts import RolloutClient
 
+from held_port import HeldPort
 from smollm2 import convert
 from vllm_models import greedy, unequal
 
@@ -48,7 +49,8 @@ def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """The addresses of a served model, its process, and how ready it was while it loaded."""
     log = tmp_path_factory.mktemp("log") / "genserver.log"
     ports = [f"--{name}=127.0.0.1:0" for name in ("listen", "health-listen", "http-listen")]
-    admin = "127.0.0.1:39465"
+    port = HeldPort()
+    admin = port.address
     with log.open("w") as stderr:
         process = subprocess.Popen(
             [*COMMAND, f"--model={folder}", f"--admin-listen={admin}", *ports, *FLAGS],
@@ -73,6 +75,7 @@ def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         _, alive = psutil.wait_procs(children, timeout=60)
         for child in alive:
             child.kill()
+        port.close()
         assert not alive
 
 

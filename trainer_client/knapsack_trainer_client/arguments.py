@@ -17,6 +17,9 @@ from knapsack_trainer_client.nouns import RunConfig
 
 LARGEST = 2**63 - 1
 LARGEST_GROUP = 2**31 - 1
+LONGEST_PROMPT_ID = 1024
+"""Characters of a prompt id that a scheduler takes."""
+
 LARGEST_REWARD = 3.4028234663852886e38
 """Largest finite float32, the type of a reward on the wire."""
 
@@ -35,6 +38,7 @@ class AllocationAsk:
     wave_fraction: float = 0.0
     allow_partial: bool = False
     total_tokens: int = 0
+    waves: int = 0
 
 
 def check_ask(
@@ -46,6 +50,7 @@ def check_ask(
     wave_fraction: float,
     allow_partial: bool,
     total_tokens: int,
+    waves: int,
 ) -> AllocationAsk:
     """Return the arguments of ``allocate``, checked.
 
@@ -63,20 +68,25 @@ def check_ask(
     _check_order(low, high, len(ids))
     if not allow_partial:
         _check_budget(low, high, len(ids), rollouts, bool(tokens))
+    share = check_fraction(wave_fraction)
+    planned = check_int("waves", waves, most=2)
+    if planned == 2 and share:
+        raise refused("wave_fraction", wave_fraction, "must be 0 with waves=2")
     return AllocationAsk(
         ids,
         rollouts,
         check_int("step", step),
         low,
         high,
-        check_fraction(wave_fraction),
+        share,
         bool(allow_partial),
         tokens,
+        planned,
     )
 
 
 def check_prompt_ids(prompt_ids: Iterable[str]) -> tuple[str, ...]:
-    """Return the prompt ids as a tuple of non-empty strings, at least one."""
+    """Return the prompt ids as a tuple of strings of 1 to 1,024 characters, at least one."""
     if isinstance(prompt_ids, str | bytes):
         raise refused("prompt_ids", prompt_ids, "must be a sequence of strings, one per prompt")
     ids = tuple(prompt_ids)
@@ -88,6 +98,12 @@ def check_prompt_ids(prompt_ids: Iterable[str]) -> tuple[str, ...]:
                 f"prompt_ids[{position}]",
                 prompt_id,
                 "must be a non-empty string that names the prompt in every epoch",
+            )
+        if len(prompt_id) > LONGEST_PROMPT_ID:
+            raise refused(
+                f"prompt_ids[{position}]",
+                prompt_id,
+                f"must have at most {LONGEST_PROMPT_ID:,} characters; it has {len(prompt_id):,}",
             )
         if not prompt_id.isascii():
             _check_unicode(f"prompt_ids[{position}]", prompt_id)

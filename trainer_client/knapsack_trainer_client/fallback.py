@@ -22,7 +22,8 @@ def uniform_allocation(
 
     Gives exactly ``total_rollouts``; with ``allow_partial``, the closest total that the
     bounds hold. A budget in tokens is divided by ``tokens_per_rollout``; where that is
-    0, nothing is known of lengths and every prompt gets its minimum, or 2.
+    0, nothing is known of lengths and every prompt gets its minimum, or 2. The first of
+    two planned waves is half.
     """
     count = len(ask.prompt_ids)
     low = _each(ask.min_rollouts, count, 0)
@@ -36,7 +37,8 @@ def uniform_allocation(
         total = min(total, affordable) if total else affordable
     forced = sum(low)
     held = min(max(total, forced), sum(high))
-    wave = max(_share(held, ask.wave_fraction), forced) if ask.wave_fraction else held
+    fraction = 0.5 if ask.waves == 2 else ask.wave_fraction
+    wave = max(_share(held, fraction), forced) if fraction else held
     order = _tie_order(ask.prompt_ids)
     given = _fill(low, high, wave - forced, order, bool(ask.min_rollouts))
     allocated = sum(given)

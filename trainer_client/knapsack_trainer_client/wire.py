@@ -142,6 +142,7 @@ def allocate_request(run_id: str, request_id: str, ask: AllocationAsk) -> pb.All
         wave_fraction=ask.wave_fraction,
         allow_partial=ask.allow_partial,
         total_tokens=ask.total_tokens,
+        waves=ask.waves,
     )
 
 

@@ -107,6 +107,7 @@ class TransformersEngine:
         self._prefixes = PrefixCache(options.prefix_tokens)
         self._running = 0
         self._closing = False
+        self._first_fingerprint = ""
 
     async def start(self) -> None:
         """Load the model and start the worker."""
@@ -139,6 +140,7 @@ class TransformersEngine:
         ends = config.eos_token_id if ends is None else ends
         self._end_tokens = frozenset([ends] if isinstance(ends, int) else ends or [])
         self.tokenizer = load_tokenizer(folder)
+        self._first_fingerprint = weights.fingerprint(self._model)
 
     async def close(self) -> None:
         """End all work."""
@@ -166,6 +168,7 @@ class TransformersEngine:
             2 * self._options.max_batch_rollouts,
             self._prefixes.queried_tokens,
             self._prefixes.hit_tokens,
+            self._first_fingerprint,
         )
 
     def generate(self, group: Group) -> Inbox:

@@ -120,7 +120,7 @@ class DeleteRunResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class AllocateRequest(_message.Message):
-    __slots__ = ("run_id", "step", "request_id", "prompt_ids", "total_rollouts", "min_rollouts", "max_rollouts", "wave_fraction", "allow_partial", "total_tokens")
+    __slots__ = ("run_id", "step", "request_id", "prompt_ids", "total_rollouts", "min_rollouts", "max_rollouts", "wave_fraction", "allow_partial", "total_tokens", "waves")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,7 @@ class AllocateRequest(_message.Message):
     WAVE_FRACTION_FIELD_NUMBER: _ClassVar[int]
     ALLOW_PARTIAL_FIELD_NUMBER: _ClassVar[int]
     TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WAVES_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     step: int
     request_id: str
@@ -141,7 +142,8 @@ class AllocateRequest(_message.Message):
     wave_fraction: float
     allow_partial: bool
     total_tokens: int
-    def __init__(self, run_id: _Optional[str] = ..., step: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[str]] = ..., total_rollouts: _Optional[int] = ..., min_rollouts: _Optional[_Iterable[int]] = ..., max_rollouts: _Optional[_Iterable[int]] = ..., wave_fraction: _Optional[float] = ..., allow_partial: bool = ..., total_tokens: _Optional[int] = ...) -> None: ...
+    waves: int
+    def __init__(self, run_id: _Optional[str] = ..., step: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[str]] = ..., total_rollouts: _Optional[int] = ..., min_rollouts: _Optional[_Iterable[int]] = ..., max_rollouts: _Optional[_Iterable[int]] = ..., wave_fraction: _Optional[float] = ..., allow_partial: bool = ..., total_tokens: _Optional[int] = ..., waves: _Optional[int] = ...) -> None: ...
 
 class Allocation(_message.Message):
     __slots__ = ("allocation_id", "run_id", "step", "wave", "num_rollouts", "allocated_rollouts", "remaining_rollouts", "unallocated_rollouts", "summary")

@@ -16,6 +16,7 @@ import numpy as np
 from knapsack_scheduler.core.catalogue import find_objective
 from knapsack_scheduler.core.chains import Marginals
 from knapsack_scheduler.core.costs import divide_within
+from knapsack_scheduler.core.firstwave import first_wave
 from knapsack_scheduler.core.many import divide_alike
 from knapsack_scheduler.core.moments import AllAlike
 from knapsack_scheduler.core.objective import EFFECTIVE, Objective, Rule, expected_values
@@ -39,11 +40,18 @@ from knapsack_scheduler.core.ties import fill_lowest
 POLICIES = ("posterior", "uniform", "paper")
 """The rules that divide a budget."""
 
+HALF = 0.5
+"""Share of the first of two waves where it is not known what would be best."""
+
 
 def plan_allocation(
     policy: str, objective: str, beliefs: Beliefs, bounds: Bounds, budget: Budget
 ) -> Decision:
     """Return how many rollouts each position gets in the first wave.
+
+    With ``budget.waves`` of 2 the wave is as large as makes both worth most; see
+    ``core/firstwave.py``. It is half of the budget where that is in tokens, where the policy
+    is not "posterior", and where the objective looks at sizes only.
 
     Args:
         policy: one of ``POLICIES``.
@@ -60,7 +68,16 @@ def plan_allocation(
     forced = bounds.minimum
     least = int(forced.sum())
     total = _held_total(bounds, budget)
+    planned = None
+    if budget.waves == 2:
+        rule = find_objective(objective)
+        if policy == "posterior" and isinstance(rule, Objective) and not budget.total_tokens:
+            planned = first_wave(rule, beliefs.posterior, bounds, total)
+        else:
+            budget = replace(budget, wave_fraction=HALF)
     wave = _share(total, total, budget.wave_fraction, least)
+    if planned is not None:
+        wave = int(planned[0].sum())
     tokens = budget.total_tokens * (budget.wave_fraction or 1.0)
     least_tokens = float((beliefs.expected_tokens * forced).sum())
     if budget.total_tokens and least_tokens > tokens:
@@ -73,7 +90,7 @@ def plan_allocation(
         tokens = least_tokens
     begun = Begun.nothing(forced.shape[0])
     wanted = _Wanted(wave, tokens if budget.total_tokens else None, total, budget.allow_partial)
-    return _plan(policy, objective, beliefs, bounds, begun, forced, wanted, budget)
+    return _plan(policy, objective, beliefs, bounds, begun, forced, wanted, budget, planned)
 
 
 def plan_extension(
@@ -184,7 +201,9 @@ def _plan(
     forced: IntArray,
     wanted: _Wanted,
     budget: Budget,
+    planned: tuple[IntArray, float] | None = None,
 ) -> Decision:
+    """Return the decision; ``planned`` are the sizes and the price where these are known."""
     objective = find_objective(objective_name)
     problem = _problem(objective, beliefs, bounds, begun, forced)
     chosen = problem if policy == "posterior" else problem.levelled()
@@ -195,6 +214,8 @@ def _plan(
         tokens = wanted.tokens - float((beliefs.expected_tokens * forced).sum())
         cap = rest if budget.total_rollouts else None
         given, price, slack = chosen.within_tokens(beliefs, max(tokens, 0.0), cap)
+    elif planned is not None:
+        given, price, slack = planned[0] - forced, planned[1], 0.0
     else:
         given, price = chosen.exactly(beliefs, rest, wanted)
         slack = 0.0
@@ -219,7 +240,7 @@ def _plan(
     values = value, worth.total(forced + level)
     reasons = _reasons(policy, objective, beliefs, begun, new, chances, values, price)
     bound = reasons.value + slack
-    if policy != "posterior" and wanted.tokens is None:
+    if (policy != "posterior" or planned is not None) and wanted.tokens is None:
         best, _ = problem.exactly(beliefs, int(given.sum()), wanted)
         bound = worth.total(forced + best)
     reasons = replace(reasons, value_upper_bound=max(bound, reasons.value))

@@ -81,15 +81,18 @@ class Budget:
         total_rollouts: rollouts of all waves; 0 is no cap (then total_tokens is one).
         total_tokens: expected completion tokens of all waves; 0 is no cap.
         wave_fraction: share of the total to spend in this wave, in (0, 1]; 0 is all
-            that is left.
+            that is left, or what ``waves`` says.
         allow_partial: when the bounds cannot hold the total, give the closest total
             they can hold instead of refusing.
+        waves: 2 if the first wave is to be sized for a second one that spends the rest;
+            0 or 1 if ``wave_fraction`` says what is spent.
     """
 
     total_rollouts: int
     total_tokens: int = 0
     wave_fraction: float = 0.0
     allow_partial: bool = False
+    waves: int = 0
 
 
 @dataclass(frozen=True, slots=True)

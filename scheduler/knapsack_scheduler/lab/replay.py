@@ -18,7 +18,7 @@ import numpy as np
 
 from knapsack_scheduler.core.catalogue import find_objective
 from knapsack_scheduler.core.objective import PAPER, Objective
-from knapsack_scheduler.core.problem import Bounds, Budget, IntArray
+from knapsack_scheduler.core.problem import Bounds, IntArray
 from knapsack_scheduler.lab.arms import Arm
 from knapsack_scheduler.lab.hindsight import Hindsight, look_back
 from knapsack_scheduler.lab.logged_step import LoggedStep
@@ -160,7 +160,7 @@ def _play(
     for wave, fraction in enumerate(arm.wave_fractions):
         before = sizes
         if wave == 0:
-            budget = Budget(rollouts, 0, fraction)
+            budget = arm.budget(rollouts)
             decision = tracker.allocate(step.step, step.prompt_ids, bounds, budget)
         else:
             # Rollouts that the log does not have were spent all the same.

@@ -13,7 +13,6 @@ from knapsack_scheduler.core.objective import Objective
 from knapsack_scheduler.core.problem import (
     Begun,
     BoolArray,
-    Budget,
     FloatArray,
     IntArray,
     Posterior,
@@ -197,8 +196,8 @@ def _act(
     expected = (0.0, 0.0, 0.0)
     for wave, fraction in enumerate(side.arm.wave_fractions):
         if wave == 0:
-            budget = Budget(total, wave_fraction=fraction)
-            decision = tracker.allocate(step, prompt_ids, tracker.bounds(rates.size), budget)
+            bounds, budget = tracker.bounds(rates.size), side.arm.budget(total)
+            decision = tracker.allocate(step, prompt_ids, bounds, budget)
         else:
             decision = tracker.extend(fraction)
         before, size = size, size + decision.num_rollouts

@@ -122,7 +122,7 @@ def read_settings(config: Any) -> VerlSettings:
     """
     options = dict(_at(config, OPTIONS) or {})
     for name in options:
-        if name == "wave_fraction":
+        if name in ("wave_fraction", "waves"):
             raise refused(
                 f"{OPTIONS}.{name}",
                 options[name],

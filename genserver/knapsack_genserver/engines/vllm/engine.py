@@ -89,6 +89,7 @@ class VllmEngine:
         self._tasks: set[asyncio.Task[str]] = set()
         # Rollouts that vLLM has been given and has not finished, by call.
         self._held: Counter[int] = Counter()
+        self._first_fingerprint = ""
         self._watch: asyncio.Task[None] | None = None
         # Why nothing more is generated; empty while something is.
         self._closing = ""
@@ -132,6 +133,7 @@ class VllmEngine:
         except (ValueError, RuntimeError, OSError, TypeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"model = {str(options.model)!r}: vLLM: {reason[0]}") from error
+        self._first_fingerprint = loaded.fingerprint
         _LOG.info("weights loaded", extra={"fields": {"fingerprint": loaded.fingerprint}})
         self.tokenizer = (
             None
@@ -213,6 +215,7 @@ class VllmEngine:
             capacity=2 * at_once,
             prefix_queried_tokens=queried,
             prefix_hit_tokens=hits,
+            first_fingerprint=self._first_fingerprint,
         )
 
     def generate(self, group: Group) -> Inbox:
