@@ -42,6 +42,9 @@ def _faults_of(thing: Object, things: list[Object]) -> Iterator[str]:
     if pod is not None:
         yield from _pod_faults(pod, things)
     for pod_of_ray in ray_pods_of(thing):
+        apart = not pod_of_ray["spec"].get("shareProcessNamespace")
+        if apart and any("--engine=ray" in c.get("args", []) for c in containers_of(pod_of_ray)):
+            yield "its driver does not see the raylet's process, and cannot join the cluster"
         for fault in _pod_faults(pod_of_ray, things):
             if not fault.endswith(RAY_MAY):
                 yield fault

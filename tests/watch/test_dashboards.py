@@ -28,7 +28,7 @@ def prometheus(
     """Address of a Prometheus that has watched a training and its generation for a while."""
     folder = tmp_path_factory.mktemp("watched")
     served = begin(scheduler("scheduler", folder))
-    generating = begin(generator("generator", folder, "--fail-every=20"))
+    generating = begin(generator("generator", folder, "--fail-every=20", "--lose-every=40"))
     watching = Prometheus(
         folder / "prometheus",
         {
@@ -60,6 +60,7 @@ def prometheus(
             and seen("increase(knapsack_genserver_wave_tail_ratio_count[1m]) > 3")
             and seen("count_over_time(knapsack_scheduler_judged_groups_total[1m]) > 5")
             and seen("increase(knapsack_genserver_weight_update_seconds_count[1m]) > 1")
+            and seen("increase(knapsack_genserver_redone_rollouts_total[1m]) > 1")
         ),
         "the workload has been scraped",
         300,
