@@ -1,4 +1,7 @@
-"""A scheduler process for tests, to be killed and started again."""
+"""A real scheduler as a process: to be killed and started again, and as fixtures.
+
+A conftest that imports the fixtures has them for its folder.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,42 @@ import selectors
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+
+from held_port import HeldPort
+
+PATIENCE = 60.0
+"""Seconds that a client waits for a scheduler that is there, however busy the machine."""
 
 
 class SchedulerProcess:
-    """A real ``knapsack-scheduler serve``, to be killed and started on the same port."""
+    """A real ``knapsack-scheduler serve``, to be killed and started on the same port.
+
+    In a ``with`` block it serves from the beginning, and ends with the block.
+
+    Attributes:
+        address: where it listens.
+        admin, health_address: where its other two ports are, of its newest start.
+    """
 
     def __init__(self, store: Path) -> None:
         self._store = store
         self._process: subprocess.Popen[str] | None = None
-        self.port = 0
+        self._port = HeldPort()
+        self.address = self._port.address
         self.admin = ""
         self.health_address = ""
 
-    @property
-    def address(self) -> str:
-        """Where it listens."""
-        return f"127.0.0.1:{self.port}"
+    def __enter__(self) -> SchedulerProcess:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._port.close()
 
     def lose_store(self) -> None:
         """Let the next start begin with an empty store."""
@@ -32,7 +54,7 @@ class SchedulerProcess:
 
     def start(self) -> None:
         """Start it and wait until it serves."""
-        listen = ["--listen", f"127.0.0.1:{self.port}"]
+        listen = ["--listen", self.address]
         others = ["--admin-listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"]
         command = [sys.executable, "-m", "knapsack_scheduler.cli", "serve", *listen, *others]
         log = self._store.with_suffix(".log").open("a")
@@ -46,11 +68,10 @@ class SchedulerProcess:
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            assert selector.select(30), "the scheduler said nothing for 30 s"
+            assert selector.select(PATIENCE), "the scheduler says nothing"
         line = self._process.stdout.readline()
         assert line, self._store.with_suffix(".log").read_text()
         serving = json.loads(line)
-        self.port = int(serving["listen"].rsplit(":", 1)[1])
         self.health_address = serving["health"]
         self.admin = serving["admin"]
 
@@ -77,6 +98,28 @@ class SchedulerProcess:
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(number)
-            process.wait(20)
+            process.wait(PATIENCE)
             assert process.stdout is not None
             process.stdout.close()
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[SchedulerProcess]:
+    """A real scheduler that serves."""
+    with SchedulerProcess(tmp_path / "stats.db") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def shared_scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SchedulerProcess]:
+    """A real scheduler for all tests of a module, each with runs of its own."""
+    with SchedulerProcess(tmp_path_factory.mktemp("shared") / "stats.db") as process:
+        yield process
+
+
+@pytest.fixture(autouse=True)
+def outbox_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of default outboxes, apart for every test."""
+    folder = tmp_path / "outboxes"
+    monkeypatch.setenv("KNAPSACK_RL_OUTBOX", str(folder))
+    return folder

@@ -1,4 +1,4 @@
-"""The command line: knapsack-genserver serve."""
+"""The command line: knapsack-genserver serve, and replicas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 try:
-    from knapsack_genserver import fleet_flags, logs
+    from knapsack_genserver import fleet_flags, logs, replicas_command
     from knapsack_genserver.admission import AdmissionLimits
     from knapsack_genserver.engine import Engine
     from knapsack_genserver.errors import ConfigError, EngineDied, GeneratorError
@@ -28,8 +28,23 @@ except ModuleNotFoundError as error:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; exits with 0, 1 if the engine died, or 2 if it could not start."""
+    """Run the command; exits with 0, 1 if the engine died, or 2 if it cannot be done."""
     options = _parsed(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = options.run(options)
+    except (ConfigError, GeneratorError) as error:
+        print(f"knapsack-genserver: {error}", file=sys.stderr)
+        code = 2
+    except EngineDied as error:
+        print(f"knapsack-genserver: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    if code:
+        sys.exit(code)
+
+
+def _serve(options: argparse.Namespace) -> int:
     logs.configure(options.log_level, options.log_format)
     server = ServerOptions(
         listen=options.listen,
@@ -54,16 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
         http_listen=_http_listen(options),
         rl_routes=_RL_ROUTES[options.rl_routes],
     )
-    try:
-        asyncio.run(serve(_engine(options), server))
-    except (ConfigError, GeneratorError) as error:
-        print(f"knapsack-genserver: {error}", file=sys.stderr)
-        sys.exit(2)
-    except EngineDied as error:
-        print(f"knapsack-genserver: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    asyncio.run(serve(_engine(options), server))
+    return 0
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
@@ -71,7 +78,10 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
     options, flags = parser.parse_known_args(arguments)
     options.engine_flags = flags
     options.arguments = arguments
-    if flags and "vllm" not in (options.engine, options.replica_engine):
+    if flags and "vllm" not in (
+        getattr(options, "engine", ""),
+        getattr(options, "replica_engine", ""),
+    ):
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     return options
 
@@ -86,6 +96,7 @@ def engine_of(arguments: list[str]) -> Engine:
 
 
 def _engine(options: argparse.Namespace) -> Engine:
+    update_mode = _update_mode(options)
     if options.engine == "fake":
         from knapsack_genserver.engines.fake import FakeEngine
 
@@ -115,6 +126,7 @@ def _engine(options: argparse.Namespace) -> Engine:
             options.max_batch_tokens,
             options.weight_version,
             options.prefix_tokens,
+            update_mode,
         )
     )
 
@@ -129,12 +141,33 @@ def _vllm_engine(options: argparse.Namespace) -> Engine:
             [*options.engine_flags, *dtype],
             options.weight_version,
             options.weights_root,
-            options.update_mode,
+            _update_mode(options),
             options.update_patience,
             options.log_level,
             options.log_format,
         )
     )
+
+
+_UPDATE_MODES = {
+    "vllm": ("keep", "wait", "abort"),
+    "transformers": ("wait", "abort"),
+    "remote": ("keep",),
+}
+"""What an engine can do with rollouts under way when weights change, the default first."""
+
+
+def _update_mode(options: argparse.Namespace) -> str:
+    engine = options.replica_engine if options.engine == "ray" else options.engine
+    modes = _UPDATE_MODES.get(engine, ("keep",))
+    mode = str(options.update_mode or modes[0])
+    if mode not in modes:
+        raise ConfigError(f"update_mode = {mode!r}: with the engine {engine} it is {_or(modes)}")
+    return mode
+
+
+def _or(words: tuple[str, ...]) -> str:
+    return " or ".join(words)
 
 
 _RL_ROUTES = {"auto": None, "on": True, "off": False}
@@ -231,9 +264,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--update-mode",
         choices=("keep", "wait", "abort"),
-        default="keep",
-        help="what a weight update of the engine vllm does with rollouts under way: let them go "
-        "on with the new weights, let them end first, or give them up",
+        help="what UpdateWeights does with rollouts under way: let them go on with the new weights "
+        "(the engine vllm does unless told otherwise), let them end first (the engine "
+        "transformers does), or give them up",
     )
     add(
         "--update-patience",
@@ -286,6 +319,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--log-format", choices=("json", "text"), default="json", help="of logs")
     fleet_flags.add_flags(command, _count(1))
+    command.set_defaults(run=_serve)
+    replicas_command.add_command(commands)
     return parser
 
 

@@ -145,6 +145,10 @@ class Dispatch:
         shared_losses: after how many losses a rollout gets a replica to itself.
         max_losses: after how many it is given up at the next one.
         max_failures: after how many failures it is given up at the next one.
+
+    Attributes:
+        waiting: rollouts that no replica has.
+        redone: how often a rollout has come to wait again.
     """
 
     def __init__(
@@ -164,6 +168,7 @@ class Dispatch:
         self._under_way: Counter[int] = Counter()
         self._homes: OrderedDict[int, set[int]] = OrderedDict()
         self.waiting = 0
+        self.redone = 0
 
     @property
     def running(self) -> int:
@@ -306,6 +311,7 @@ class Dispatch:
         for first, count in reversed(list(_runs(indices))):
             group.ranges.appendleft(_Range(first, count, losses, failures))
         self._add(group, len(indices))
+        self.redone += len(indices)
         return []
 
     def _group_for(self, replica: int) -> _Group | None:

@@ -23,7 +23,7 @@ import enum
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class FinishReason(enum.Enum):
@@ -107,6 +107,41 @@ class Completion:
     error: str = ""
 
 
+class ReplicaState(enum.Enum):
+    """Where a replica is in its life.
+
+    STARTING: waits for room on a node, loads the model or the weights that serve, or was
+        lost and is started again.
+    SERVING: generates.
+    DRAINING: finishes what it holds, and is then gone.
+    """
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """How one of an engine's replicas is.
+
+    Attributes:
+        number: its name, for as long as the engine lives.
+        state: where it is in its life.
+        running: rollouts that it holds.
+        losses: how often it was lost while it served or drained.
+        place: where it runs, such as a host and a process, or an address; empty if nowhere.
+        problem: why it does not serve, or failed last; empty if nothing is known.
+    """
+
+    number: int
+    state: ReplicaState
+    running: int
+    losses: int = 0
+    place: str = ""
+    problem: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
     """How an engine is.
@@ -124,6 +159,12 @@ class EngineStatus:
             anew. The server keeps the rest.
         prefix_queried_tokens: prompt tokens looked up in the prefix cache so far.
         prefix_hit_tokens: those that were found in it.
+        first_fingerprint: of the weights that it started with, equal for equal weights;
+            empty if it does not know.
+        wanted_replicas: copies that there should be.
+        members: each of them, with those that leave; none if the engine is one copy.
+        lost_replicas: how often a replica that served has been lost.
+        redone_rollouts: how often a rollout that a replica did not make was asked for anew.
     """
 
     model: str
@@ -136,6 +177,11 @@ class EngineStatus:
     capacity: int = 1024
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
+    first_fingerprint: str = ""
+    wanted_replicas: int = 1
+    members: tuple[ReplicaStatus, ...] = ()
+    lost_replicas: int = 0
+    redone_rollouts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,3 +232,18 @@ class Engine(Protocol):
 
     def status(self) -> EngineStatus:
         """Return how the engine is."""
+
+
+@runtime_checkable
+class Scalable(Protocol):
+    """An engine whose number of replicas can be changed while it runs."""
+
+    def set_replicas(self, wanted: int) -> None:
+        """Have so many, 1 or more: returns at once, see ``status`` for what has come of it.
+
+        Those that are new serve once they hold the weights that the others serve. Those
+        that are too many take nothing more, finish what they hold, and go.
+
+        Raises:
+            FailedPrecondition: this engine's replicas are not its own to start.
+        """

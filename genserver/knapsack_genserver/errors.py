@@ -2,7 +2,8 @@
 
 GeneratorError
 ├── InvalidArgument      a field, its value, and what is allowed
-├── FailedPrecondition   a weight update refused or failed; the old weights serve
+├── FailedPrecondition   a weight update refused or failed, and the old weights serve; or a
+│                        number of replicas that is not this server's to change
 ├── ResourceExhausted    a limit of the server is reached
 └── Unavailable          the server starts or drains, a replica cannot be reached, or no
     │                    weights serve
@@ -49,10 +50,19 @@ class InvalidArgument(GeneratorError):
 
 
 class FailedPrecondition(GeneratorError):
-    """A weight update was refused or failed; the old weights serve on."""
+    """A weight update was refused or failed; the old weights serve on.
+
+    Args:
+        message: says why.
+        reason: another one, as a word for metrics.
+    """
 
     code = "FAILED_PRECONDITION"
     reason = "weights"
+
+    def __init__(self, message: str, reason: str = "weights") -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class ResourceExhausted(GeneratorError):

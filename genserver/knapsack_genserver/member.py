@@ -59,8 +59,11 @@ class Member:
         problem: why it does not serve, or failed last.
         refused: why it can never start, as far as the last attempt can tell.
         tasks: pieces that it works on.
+        held: rollouts of them that have not arrived.
         failures: pieces that failed in this life since its last rollout.
         proved: whether it has made a rollout in this life.
+        losses: how often it was lost while it served or drained.
+        leaving: whether it is to finish what it holds and go.
     """
 
     def __init__(self, number: int, engine: Engine, options: PoolOptions) -> None:
@@ -70,12 +73,14 @@ class Member:
         self.problem = "it has not started yet"
         self.refused: ConfigError | None = None
         self.tasks: set[asyncio.Task[str]] = set()
+        self.held = 0
         self.failures = 0
         self.proved = False
         self._options = options
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._keeper: asyncio.Task[None] | None = None
-        self._leaving = False
+        self.losses = 0
+        self.leaving = False
 
     def begin(
         self, admit: Callable[[Member], Awaitable[None]], retire: Callable[[Member], None]
@@ -101,8 +106,9 @@ class Member:
 
     async def drain(self) -> None:
         """Wait for the pieces that it has; it is not started again if it is lost."""
-        self._leaving = True
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        self.leaving = True
+        while self.tasks:
+            await asyncio.wait(self.tasks)
 
     async def end(self) -> None:
         """End its lives and close the engine."""
@@ -131,7 +137,7 @@ class Member:
     ) -> None:
         shortest, longest = self._options.retry_seconds
         pause = shortest
-        while not self._leaving:
+        while not self.leaving:
             self._lost = asyncio.get_running_loop().create_future()
             self.failures, self.proved = 0, False
             try:
@@ -173,6 +179,7 @@ class Member:
 
     async def _fall(self, retire: Callable[[Member], None]) -> None:
         """Stop what it works on, so that it can be done elsewhere."""
+        self.losses += 1
         _LOG.warning("replica %d is lost: %s", self.number, self.problem)
         retire(self)
         for task in self.tasks:

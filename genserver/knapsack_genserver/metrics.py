@@ -179,8 +179,14 @@ class _Levels:
             ),
             ("weight_version", "Version of the weights that serve.", engine.weight_version),
             ("replicas", "Copies of the model that generate.", engine.replicas),
+            (
+                "wanted_replicas",
+                "Copies of the model that there should be.",
+                engine.wanted_replicas,
+            ),
         ):
             yield GaugeMetricFamily(_NAME(name), text, value)
+        yield _by_replica(engine)
         for name, text, value in (
             (
                 "prefix_cache_queried_tokens",
@@ -192,5 +198,23 @@ class _Levels:
                 "Prompt tokens that were found in the prefix cache.",
                 engine.prefix_hit_tokens,
             ),
+            ("replica_losses", "Replicas lost while they served.", engine.lost_replicas),
+            (
+                "redone_rollouts",
+                "Rollouts asked for anew, because a replica was lost or failed with them.",
+                engine.redone_rollouts,
+            ),
         ):
             yield CounterMetricFamily(_NAME(name), text, value)
+
+
+def _by_replica(engine: EngineStatus) -> Metric:
+    """Return what each replica holds; an engine that is one copy is its only replica."""
+    family = GaugeMetricFamily(
+        _NAME("replica_running_rollouts"), "Rollouts that a replica holds.", labels=["replica"]
+    )
+    for each in engine.members:
+        family.add_metric([str(each.number)], each.running)
+    if not engine.members:
+        family.add_metric(["1"], engine.running)
+    return family

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from knapsack_genserver.engine import (
 from knapsack_genserver.errors import FailedPrecondition, GeneratorError, ReplicaLost, Unavailable
 from knapsack_genserver.inbox import Inbox
 from knapsack_genserver.member import Member, PoolOptions, reason_of
+from knapsack_genserver.membership import Membership
 
 _LOG = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ class ReplicaPool:
         engines: not started. More may be added while it runs.
         options: how they are used.
         tokenizer: of their model; None takes that of the first engine that serves.
+        make: returns one more engine, not started, for ``set_replicas``; None if only the
+            caller knows how to make them.
     """
 
     def __init__(
@@ -76,16 +79,18 @@ class ReplicaPool:
         engines: Sequence[Engine],
         options: PoolOptions | None = None,
         tokenizer: Tokenizer | None = None,
+        make: Callable[[], Engine] | None = None,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self._options = options or PoolOptions()
         self._first = list(engines)
-        self._members: dict[int, Member] = {}
+        self._members = Membership(self._options, make, self._admit, self._retire)
         self._plan = Dispatch(self._options.piece_rollouts)
         self._jobs: dict[int, _Job] = {}
         self._names = 0
         self._weights: _Weights | None = None
+        self._first_fingerprint = ""
         self._updating = asyncio.Lock()
         self._changed = asyncio.Event()
         self._known = EngineStatus("", 0, 0, 0, 0, 0, 0)
@@ -101,7 +106,7 @@ class ReplicaPool:
         for engine in self._first:
             self.add(engine)
         while not self._serving():
-            for member in self._members.values():
+            for member in self._members:
                 if member.refused is not None:
                     raise member.refused
             self._changed.clear()
@@ -109,28 +114,24 @@ class ReplicaPool:
 
     def add(self, engine: Engine) -> int:
         """Add a replica, not started; returns its number. It serves when it is ready."""
-        if self._closing:
-            raise Unavailable("the engine is closing")
-        member = Member(self._next_name(), engine, self._options)
-        self._members[member.number] = member
-        member.begin(self._admit, self._retire)
-        return member.number
+        return self._members.add(engine)
 
     async def remove(self, number: int) -> None:
         """Let a replica finish what it holds, and close it."""
-        member = self._members.pop(number)
-        self._retire(member)
-        await member.drain()
-        await member.end()
+        await self._members.remove(number)
+
+    def set_replicas(self, wanted: int) -> None:
+        """Have so many replicas; see ``engine.Scalable``."""
+        self._members.set(wanted)
 
     @property
     def numbers(self) -> list[int]:
         """Numbers of the replicas there are, oldest first."""
-        return list(self._members)
+        return self._members.numbers
 
     def problems(self) -> dict[int, str]:
         """Return why replicas that do not serve do not, by number."""
-        return {m.number: m.problem for m in self._members.values() if m.life is None}
+        return {m.number: m.problem for m in self._members if m.life is None and not m.leaving}
 
     async def close(self) -> None:
         """End all work; whoever waits is told."""
@@ -138,7 +139,7 @@ class ReplicaPool:
         jobs = list(self._jobs.values())
         for job in jobs:
             self._plan.forget(job.key)
-        await asyncio.gather(*(member.end() for member in self._members.values()))
+        await self._members.end()
         for job in jobs:
             first = job.group.first_index
             left = [first + at for at, settled in enumerate(job.settled) if not settled]
@@ -166,6 +167,10 @@ class ReplicaPool:
             replicas=len(serving),
             running=self._plan.running,
             waiting=self._plan.waiting,
+            wanted_replicas=self._members.wanted,
+            members=self._members.statuses(),
+            lost_replicas=self._members.losses,
+            redone_rollouts=self._plan.redone,
         )
 
     # Weights.
@@ -225,12 +230,23 @@ class ReplicaPool:
                 held = wanted
             async with self._updating:
                 if self._weights is held:
+                    self._check_first_weights(member)
                     break
         member.life = self._next_name()
         self.tokenizer = self.tokenizer or member.engine.tokenizer
         self._plan.join(member.life, self._room(member))
         self._changed.set()
         self._fill_soon()
+
+    def _check_first_weights(self, member: Member) -> None:
+        """Refuse what was loaded from a model folder that others now lie in."""
+        if self._weights is not None:
+            return
+        status = member.engine.status()
+        fingerprint = status.first_fingerprint
+        if self._first_fingerprint and fingerprint not in ("", self._first_fingerprint):
+            raise FailedPrecondition(_differs(status.weight_version))
+        self._first_fingerprint = self._first_fingerprint or fingerprint
 
     def _retire(self, member: Member) -> None:
         if member.life is not None:
@@ -253,8 +269,7 @@ class ReplicaPool:
             self._lose(member, reason)
 
     def _serving(self) -> dict[int, Member]:
-        """Return the replicas that serve, by their names in the dispatch."""
-        return {m.life: m for m in self._members.values() if m.life is not None}
+        return self._members.serving()
 
     # Groups.
 
@@ -299,6 +314,7 @@ class ReplicaPool:
         while (piece := self._plan.next_piece()) is not None:
             member, job = serving[piece.replica], self._jobs[piece.group]
             missing = set(range(piece.first, piece.first + piece.count))
+            member.held += piece.count
             task = asyncio.get_running_loop().create_task(self._run(member, job, piece, missing))
             for tasks in (member.tasks, job.tasks):
                 tasks.add(task)
@@ -317,7 +333,7 @@ class ReplicaPool:
         except Unavailable as error:
             problem = str(error)
         except GeneratorError as error:
-            self._deliver(job, piece, missing, _failed(sorted(missing), str(error)))
+            self._deliver(member, job, piece, missing, _failed(sorted(missing), str(error)))
         except Exception as error:
             problem = reason_of(error)
             _LOG.exception("replica %d fails", member.number)
@@ -329,6 +345,7 @@ class ReplicaPool:
     ) -> None:
         """Give back a piece's place; what has not arrived waits again, or is given up."""
         problem = "" if task.cancelled() else task.result()
+        member.held -= len(missing)
         lives = member.life == piece.replica
         if missing and lives and not task.cancelled():
             member.failures += 1
@@ -359,7 +376,7 @@ class ReplicaPool:
                     raise ReplicaLost(f"it sent rollout {completion.index} unasked or twice")
                 if not completion.error:
                     self._proved(member)
-                self._deliver(job, piece, missing, [completion])
+                self._deliver(member, job, piece, missing, [completion])
         finally:
             close = getattr(stream, "aclose", None)
             if close is not None:
@@ -368,8 +385,14 @@ class ReplicaPool:
             raise ReplicaLost(f"it ended a stream with {len(missing)} rollouts missing")
 
     def _deliver(
-        self, job: _Job, piece: Piece, missing: set[int], completions: Sequence[Completion]
+        self,
+        member: Member,
+        job: _Job,
+        piece: Piece,
+        missing: set[int],
+        completions: Sequence[Completion],
     ) -> None:
+        member.held -= len(completions)
         missing.difference_update([completion.index for completion in completions])
         self._plan.delivered(piece, len(completions))
         self._settle(job, completions)

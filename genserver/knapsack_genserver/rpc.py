@@ -100,6 +100,10 @@ class GeneratorServicer:
         """Answer GetStatus."""
         return await self._call("GetStatus", request, context, self._service.get_status)
 
+    async def SetReplicas(self, request: pb.SetReplicasRequest, context: Any) -> pb.GeneratorStatus:
+        """Answer SetReplicas."""
+        return await self._call("SetReplicas", request, context, self._service.set_replicas)
+
     async def _call(
         self,
         method: str,

@@ -14,7 +14,7 @@ from pathlib import Path
 from knapsack_genserver import wire
 from knapsack_genserver.admission import Admission, AdmissionLimits
 from knapsack_genserver.call import Call
-from knapsack_genserver.engine import Engine, EngineStatus
+from knapsack_genserver.engine import Engine, EngineStatus, Scalable
 from knapsack_genserver.errors import (
     FailedPrecondition,
     InvalidArgument,
@@ -28,6 +28,8 @@ from knapsack_proto.v1 import generation_pb2 as pb
 
 _THREAD_BYTES = 2**18
 """Requests that are larger are looked at beside the event loop."""
+_MOST_REPLICAS = 4096
+"""A slip of the finger is not to make an autoscaler buy machines without end."""
 
 
 class GeneratorService:
@@ -250,6 +252,20 @@ class GeneratorService:
         if not is_folder:
             raise FailedPrecondition(f"path = {path!r}: is not a folder on the server's disk")
         return resolved
+
+    async def set_replicas(self, request: pb.SetReplicasRequest) -> pb.GeneratorStatus:
+        """Change how many replicas there should be; return the status right after."""
+        if not 1 <= request.replicas <= _MOST_REPLICAS:
+            raise InvalidArgument("replicas", request.replicas, f"must be 1 to {_MOST_REPLICAS}")
+        if self._draining:
+            raise Unavailable("the server is shutting down")
+        if not isinstance(self._engine, Scalable):
+            raise FailedPrecondition(
+                f"the engine {self._engine.name} is one process; --engine ray has replicas",
+                "replicas",
+            )
+        self._engine.set_replicas(request.replicas)
+        return wire.status_message(self._engine.name, self.status())
 
     async def get_status(self, _request: pb.GetStatusRequest) -> pb.GeneratorStatus:
         """Return the engine's status."""

@@ -46,11 +46,15 @@ def read_folder(folder: Path) -> Tensors:
     return tensors
 
 
-def take(model: torch.nn.Module, tensors: Tensors) -> None:
-    """Copy the tensors into the model, all of them or none.
+Copies = list[tuple[torch.Tensor, torch.Tensor]]
+"""Tensors of a model, each with what is to be copied into it."""
+
+
+def checked(model: torch.nn.Module, tensors: Tensors) -> Copies:
+    """Return what is to be copied where, all of the model's tensors; touches nothing.
 
     Args:
-        model: changed in place.
+        model: whose tensors are replaced.
         tensors: by the names of the model's state dict; of parameters that share
             memory one name is enough, and all that are given must be equal.
 
@@ -77,9 +81,14 @@ def take(model: torch.nn.Module, tensors: Tensors) -> None:
     for name, target in state.items():
         if target.numel() and target.data_ptr() not in chosen:
             raise FailedPrecondition(f"{name}: is missing in the folder")
+    return [(state[name], given) for name, given in chosen.values()]
+
+
+def copy(copies: Copies) -> None:
+    """Replace a model's tensors by what ``checked`` has found right."""
     with torch.no_grad():
-        for name, given in chosen.values():
-            state[name].copy_(given)
+        for target, given in copies:
+            target.copy_(given)
 
 
 def _check(name: str, given: torch.Tensor, target: torch.Tensor) -> None:

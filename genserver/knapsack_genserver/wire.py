@@ -296,6 +296,18 @@ def status_message(engine: str, status: EngineStatus) -> pb.GeneratorStatus:
         waiting_rollouts=status.waiting,
         max_model_tokens=status.max_model_tokens,
         vocabulary_size=status.vocabulary_size,
+        wanted_replicas=status.wanted_replicas,
+        members=[
+            pb.Replica(
+                number=each.number,
+                state=f"REPLICA_STATE_{each.state.name}",
+                running_rollouts=each.running,
+                losses=each.losses,
+                place=each.place,
+                problem=each.problem,
+            )
+            for each in status.members
+        ],
     )
 
 

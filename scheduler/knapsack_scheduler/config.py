@@ -22,6 +22,7 @@ from knapsack_scheduler.errors import ConfigError, InvalidArgument
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.store import safe_url, store_query
 from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.loadedruns import LOADED_BYTES
 from knapsack_scheduler.runconfig import RunConfig
 
 ENVIRONMENT = "KNAPSACK_SCHEDULER_"
@@ -105,6 +106,12 @@ class Settings(BaseSettings):
         Limits().inflight_bytes,
         gt=0,
         description="bytes of requests and answers in memory at once",
+    )
+    max_loaded_bytes: int = Field(
+        LOADED_BYTES,
+        gt=0,
+        description="bytes of runs in memory; beyond them those unused for longest are read "
+        "again when they are asked for",
     )
     drain_seconds: float = Field(
         10.0, ge=0, description="how long calls under way may take to end after SIGTERM"

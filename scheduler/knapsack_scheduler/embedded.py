@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.loadedruns import LOADED_BYTES
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.service import SchedulerService
 
@@ -19,6 +20,7 @@ async def open_service(
     auto_create_runs: bool = True,
     default_config: RunConfig | None = None,
     retention: Retention | None = None,
+    loaded_bytes: int = LOADED_BYTES,
 ) -> AsyncIterator[SchedulerService]:
     """Yield a started service on a store, closed when the block ends.
 
@@ -27,6 +29,7 @@ async def open_service(
         auto_create_runs: create unknown runs as they are used.
         default_config: of runs created without one.
         retention: how far back a rewind can go.
+        loaded_bytes: of runs that are kept in memory.
 
     Raises:
         ConfigError: the store cannot be opened, or another process holds it.
@@ -38,9 +41,11 @@ async def open_service(
         auto_create_runs=auto_create_runs,
         default_config=default_config,
         retention=retention,
+        loaded_bytes=loaded_bytes,
     )
     try:
         yield service
     finally:
+        await service.settled()
         await asyncio.to_thread(service.close)
         journal.close()

@@ -11,6 +11,7 @@ SchedulerError
 ├── Unauthenticated      no token, or an unknown one
 ├── PermissionDenied     a token for other runs
 └── Unavailable          the call may work later, elsewhere
+    ├── Busy             the calls before it take too long
     └── StoreUnavailable the journal could not be read or written
         └── StoreInterrupted  the same transaction may work if begun anew
 
@@ -96,6 +97,10 @@ class Unavailable(SchedulerError):
     """The server cannot answer now."""
 
     code = "UNAVAILABLE"
+
+
+class Busy(Unavailable):
+    """The calls before this one take too long; nothing of it was begun."""
 
 
 class StoreUnavailable(Unavailable):

@@ -8,12 +8,13 @@ when the journal is compacted, allocations and ids of compacted calls go from he
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
 from knapsack_scheduler.allocations import Counted
 from knapsack_scheduler.errors import AlreadyExists, FailedPrecondition, StoreUnavailable
-from knapsack_scheduler.facts import ALWAYS, Fact
+from knapsack_scheduler.facts import ALWAYS, AllocationMade, Fact
 from knapsack_scheduler.journal.columns import ColumnsDamaged
 from knapsack_scheduler.journal.records import ALWAYS_KEPT, Entry, Outline, RunRow
 from knapsack_scheduler.journal.snapshots import limits_after, read_snapshot, usable
@@ -24,6 +25,9 @@ _LOG = logging.getLogger(__name__)
 
 _LONG_TAIL = 500
 """Entries more than these are folded without holding the run."""
+
+_RUN_BYTES, _PROMPT_BYTES, _CALL_BYTES, _POSITION_BYTES = 50_000, 500, 400, 40
+"""What a run, a known prompt, a recognised call and a prompt of an allocation take."""
 
 
 class LoadedRun:
@@ -55,6 +59,7 @@ class LoadedRun:
         self._forgotten: dict[tuple[str, bytes], int] = {}
         self._abandoned: dict[str, int] = {}
         self._floor = row.floor_seq
+        self._positions = 0
 
     @classmethod
     def load(
@@ -155,16 +160,35 @@ class LoadedRun:
         self.forget_compacted()
         return True
 
+    def catch_up_rewound(self, reading: Reading, step: int) -> bool:
+        """Fold what was appended since, without what a rewind to ``step`` forgets.
+
+        Of a run that was loaded for this rewind, which is about to be appended. False if it
+        has to be loaded for it anew: after another rewind, after many calls, or when the
+        journal was compacted meanwhile and may not go back as far any more.
+        """
+        before, row = self.row, reading.run
+        same = (before.run_key, before.identity, before.branch, before.floor_seq)
+        if same != (row.run_key, row.identity, row.branch, row.floor_seq):
+            return False
+        if not 0 <= row.last_seq - self.seq <= _LONG_TAIL:
+            return False
+        tail = list(reading.tail(self.seq))
+        kept = _kept(tail, step)
+        for entry in tail:
+            if kept[entry.seq]:
+                self.applied(entry)
+            else:
+                self._take_id(entry, False)
+                self.seq = entry.seq
+        self.row = row
+        return True
+
     def snapshot_made(self, seq: int) -> None:
         """Take note of a snapshot up to an entry, made or begun."""
         self._seen_snapshot = max(seq, self._seen_snapshot)
         self.snapshot_seq = max(seq, self.snapshot_seq)
         self.tail_bytes = 0
-
-    def become(self, other: LoadedRun) -> None:
-        """Take over what another one has folded, as a rewind does; it is not intact yet."""
-        self.__dict__.update(other.__dict__)
-        self.intact = False
 
     def applied(self, entry: Entry, fact: Fact | None = None) -> Counted:
         """Take in an entry that is committed; returns what it changed.
@@ -176,7 +200,10 @@ class LoadedRun:
         self.intact = False
         counted = Counted()
         if entry.kind != "rewind":
-            counted = self.state.fold(fact or wire.fact_of(entry, self.state))
+            fact = fact or wire.fact_of(entry, self.state)
+            counted = self.state.fold(fact)
+            if isinstance(fact, AllocationMade):
+                self._positions += len(fact.prompt_ids)
         self._take_id(entry, True)
         self.seq = entry.seq
         self.tail_bytes += len(entry.payload) + len(entry.answer)
@@ -207,6 +234,7 @@ class LoadedRun:
         allocations = self.state.allocations
         for name in [name for name in allocations if name not in held]:
             del allocations[name]
+        self._positions = sum(each.rows.size for each in allocations.values())
 
     def _allocation_name(self, branch: int, request_id: str) -> str:
         return wire.allocation_id(self.row.identity, branch, request_id)
@@ -246,12 +274,22 @@ class LoadedRun:
         return reading.entry(seq).answer
 
     @property
+    def bytes(self) -> int:
+        """About how much memory it takes."""
+        return (
+            _RUN_BYTES
+            + _PROMPT_BYTES * len(self.state.prompt_ids)
+            + _CALL_BYTES * self.recognised
+            + _POSITION_BYTES * self._positions
+        )
+
+    @property
     def recognised(self) -> int:
         """Calls whose repetition is recognised."""
         return len(self._calls) + len(self._forgotten) + len(self._abandoned)
 
 
-def _kept(outline: list[Outline], rewound_to: int | None) -> dict[int, bool]:
+def _kept(outline: Sequence[Outline | Entry], rewound_to: int | None) -> dict[int, bool]:
     """Return, per entry number, whether no later rewind forgets it."""
     limit = 2**63 if rewound_to is None else rewound_to
     kept = {}

@@ -8,6 +8,8 @@ import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
+from aiohttp.http_exceptions import HttpProcessingError
+
 from knapsack_scheduler.events import (
     BudgetDivided,
     CallHandled,
@@ -86,6 +88,16 @@ def configure(level: str, kind: str, secret: tuple[str, str]) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    logging.getLogger("aiohttp.server").addFilter(_without_request)
+
+
+def _without_request(record: logging.LogRecord) -> bool:
+    """Keep what a malformed HTTP request held out of its line: it may be a token."""
+    if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
+        record.exc_info, record.args = None, ()
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.msg = "a malformed HTTP request was refused"
+    return True
 
 
 def log_event(event: Event) -> None:

@@ -88,6 +88,8 @@ class Metrics:
         ready: Callable[[], float],
         used_bytes: Callable[[], float],
         most_bytes: int,
+        loaded_bytes: Callable[[], float],
+        most_loaded_bytes: int,
     ) -> None:
         """Show what the server is, and what is asked for at every scrape.
 
@@ -97,6 +99,8 @@ class Metrics:
             ready: 1 while calls are served, else 0.
             used_bytes: of requests and answers in memory.
             most_bytes: that these may take.
+            loaded_bytes: of runs in memory.
+            most_loaded_bytes: that these may take while they are not used.
         """
         name = "knapsack_scheduler_{}".format
         info = Gauge(
@@ -110,6 +114,8 @@ class Metrics:
             ("ready", "1 while calls are served, 0 while it starts or drains.", ready),
             ("inflight_bytes", "Bytes of requests and answers in memory.", used_bytes),
             ("inflight_limit_bytes", "Bytes that these may take.", lambda: most_bytes),
+            ("loaded_bytes", "Bytes of runs in memory, about.", loaded_bytes),
+            ("loaded_limit_bytes", "Bytes that these may take.", lambda: most_loaded_bytes),
         ):
             Gauge(name(gauge), text, registry=self._registry).set_function(value)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -34,12 +36,14 @@ from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.livepage import LivePage
 from knapsack_scheduler.logs import log_event
 from knapsack_scheduler.metrics import Metrics
+from knapsack_scheduler.openfiles import connections_within
 from knapsack_scheduler.rpc import SERVICE, SchedulerServicer
 from knapsack_scheduler.security import TokenGuard, server_credentials, warn_of_readable
 from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
 from knapsack_scheduler.tracing import Tracing
 from knapsack_scheduler.watching import watch
 
+_LOG = logging.getLogger(__name__)
 READINESS = ""
 LIVENESS = "liveness"
 _CONNECTION_OPTIONS = [
@@ -59,6 +63,8 @@ _CONNECTION_OPTIONS = [
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 256 * 1024),
 ]
+_MOST_CONNECTIONS = "grpc.max_allowed_incoming_connections"
+_MOST_PROBES = 128
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -89,6 +95,11 @@ class Server:
         self._watch: asyncio.Task[None] | None = None
         self.addresses: dict[str, str] = {}
 
+    @property
+    def takes_calls(self) -> bool:
+        """Whether the API has been opened."""
+        return "listen" in self.addresses
+
     async def start(self) -> None:
         """Open the store and every socket; ConfigError says which of them failed."""
         settings = self._settings
@@ -102,6 +113,7 @@ class Server:
                 limits=self._limits,
                 events=self._events,
                 retention=Retention(settings.rewind_horizon, settings.journal_calls),
+                loaded_bytes=settings.max_loaded_bytes,
             )
             await self._set_ready(False)
             await self._health.set(LIVENESS, _SERVING)
@@ -125,7 +137,7 @@ class Server:
                 # Pages end before they grow larger.
                 ("grpc.max_send_message_length", 2 * LARGEST_PAGE_BYTES),
                 *_CONNECTION_OPTIONS,
-                ("grpc.max_allowed_incoming_connections", limits.connections),
+                (_MOST_CONNECTIONS, connections_within(limits.connections)),
             ],
             maximum_concurrent_rpcs=limits.concurrent_calls,
         )
@@ -144,7 +156,9 @@ class Server:
         self._api = server
 
     async def _start_probes(self) -> None:
-        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        server = grpc.aio.server(
+            options=[("grpc.so_reuseport", 0), (_MOST_CONNECTIONS, _MOST_PROBES)]
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         self.addresses["health"] = _bind(server, "health_listen", self._settings.health_listen)
         await server.start()
@@ -164,6 +178,8 @@ class Server:
             ready=lambda: self._serving,
             used_bytes=lambda: self._servicer.used_bytes if self._servicer else 0,
             most_bytes=self._limits.inflight_bytes,
+            loaded_bytes=lambda: self._service.loaded_bytes if self._service else 0,
+            most_loaded_bytes=self._settings.max_loaded_bytes,
         )
         for listener in (metrics, page, log_event):
             self._events.listen(listener)
@@ -196,6 +212,7 @@ class Server:
         if self._servicer:
             await self._servicer.settled()
         if self._service:
+            await self._service.settled()
             await asyncio.to_thread(self._service.close)
         await asyncio.to_thread(self._journal.close)
         if self._watch:
@@ -234,20 +251,42 @@ SWITCH_SECONDS = 0.0005
 default of ten times that, a few times over, would be felt by every other call."""
 
 
+CLOSING_SECONDS = 5.0
+"""How long the end may take after calls under way had their time."""
+
+
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then drain.
 
-    Prints one JSON object with the real addresses on stdout once calls are served.
+    Prints one JSON object with the real addresses on stdout once calls are served. A signal
+    before that ends the process at once, with 128 and its number.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     stopped = asyncio.Event()
+    server = Server(settings)
+
+    def stop(number: int) -> None:
+        if not server.takes_calls:
+            # Loading runs can take minutes, and there is no call to wait for.
+            _LOG.warning("told to end before calls are served, which is done at once")
+            os._exit(128 + number)
+        stopped.set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopped.set)
-    server = Server(settings)
+        loop.add_signal_handler(number, stop, number)
     await server.start()
     order = ("listen", "admin", "health")
     line = {"event": "serving", **{name: server.addresses[name] for name in order}}
     print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
     await stopped.wait()
-    await server.stop(settings.drain_seconds)
+    try:
+        async with asyncio.timeout(settings.drain_seconds + CLOSING_SECONDS):
+            await server.stop(settings.drain_seconds)
+    except TimeoutError:
+        _LOG.warning(
+            "work of calls that ended is still under way, as with a store that hangs; the process "
+            "ends without it, and nothing that was answered is lost"
+        )
+        # Not by returning: Python would wait for the threads that hang.
+        os._exit(0)

@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import pages, validation, wire
-from knapsack_scheduler.allocations import OpenAllocation
+from knapsack_scheduler.allocations import Counted, OpenAllocation
 from knapsack_scheduler.core.outlook import outlook
 from knapsack_scheduler.core.policy import begun_groups, plan_allocation, plan_extension
 from knapsack_scheduler.core.problem import (
@@ -55,20 +55,27 @@ from knapsack_scheduler.facts import (
 )
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
-from knapsack_scheduler.journal.records import Entry
-from knapsack_scheduler.journal.transaction import Writing
+from knapsack_scheduler.journal.records import Entry, RunRow
+from knapsack_scheduler.journal.transaction import Reading, Writing
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loaded import LoadedRun
+from knapsack_scheduler.loadedruns import LOADED_BYTES
 from knapsack_scheduler.runconfig import RunConfig
-from knapsack_scheduler.runs import Runs
+from knapsack_scheduler.runs import Done, Runs
 
 _LOG = logging.getLogger(__name__)
 
 LARGEST_PAGE_BYTES = 32 * 2**20
 """A page of statistics ends before it outgrows a message."""
 
-_FEW = 4096
-"""Prompts or rewards that are checked in less than a millisecond."""
+_MOST_SUMMARIES = 10_000
+"""Runs of which it is remembered how they were listed last, about 1 KB each."""
+
+_FEW = 16_384
+"""Prompts or rewards that are checked in about a millisecond."""
+
+_MANY = 32_768
+"""Prompts or rewards beyond which a call holds so much memory that it is folded first."""
 
 Checked = TypeVar("Checked")
 
@@ -85,17 +92,20 @@ class SchedulerService:
         limits: Limits | None = None,
         events: Events | None = None,
         retention: Retention | None = None,
+        loaded_bytes: int = LOADED_BYTES,
     ) -> None:
         self._journal = journal
         self._default_config = default_config or RunConfig()
         self._limits = limits or Limits()
         self.events = events or Events()
+        self._summaries: dict[str, tuple[int, int, pb.Run]] = {}
         self._runs = Runs(
             journal,
             self.events,
             auto_create_runs=auto_create_runs,
             default_config=self._default_config,
             retention=retention or Retention(),
+            loaded_bytes=loaded_bytes,
         )
 
     async def preload(self, count: int) -> None:
@@ -105,6 +115,15 @@ class SchedulerService:
             self.events.emit(
                 RunLoaded(run.row.run_id, _prompts(run), state.last_step, state.last_policy_version)
             )
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Bytes of the runs that are kept in memory, about."""
+        return self._runs.loaded_bytes
+
+    async def settled(self) -> None:
+        """Wait until all that was answered is in the statistics and told of in events."""
+        await self._runs.settled()
 
     def close(self) -> None:
         """Wait for calls under way; the journal is closed by whoever opened it."""
@@ -141,25 +160,41 @@ class SchedulerService:
         """Return a page of the runs that the caller may see."""
         size = pages.page_size(request.page_size, 100, 1000)
         after = pages.key_before(request.page_token)
-        names: list[str] = []
+        seen: list[RunRow] = []
         while True:
             rows = await self._runs.in_thread(partial(self._journal.list_runs, after, size + 1))
-            names += [row.run_id for row in rows if may_see(row.run_id)]
-            if len(rows) <= size or len(names) > size:
+            seen += [row for row in rows if may_see(row.run_id)]
+            if len(rows) <= size or len(seen) > size:
                 break
             after = rows[-1].run_id
         answer = pb.ListRunsResponse()
-        for name in names[:size]:
+        for row in seen[:size]:
             try:
-                answer.runs.append(await self.get_run(pb.GetRunRequest(run_id=name)))
+                answer.runs.append(await self._summary(row))
             except NotFound:
                 continue  # Deleted since.
             except StoreUnavailable as error:
-                _LOG.warning("run %r is listed by its name alone: %s", name, error)
-                answer.runs.append(pb.Run(run_id=name))
-        if len(names) > size:
-            answer.next_page_token = pages.token_after(names[size - 1])
+                _LOG.warning("run %r is listed by its name alone: %s", row.run_id, error)
+                answer.runs.append(pb.Run(run_id=row.run_id))
+        if len(seen) > size:
+            answer.next_page_token = pages.token_after(seen[size - 1].run_id)
         return answer
+
+    async def _summary(self, row: RunRow) -> pb.Run:
+        """Return a run for a list, without loading one to which nothing was added since.
+
+        Else whoever looks at the list every few seconds would have old runs loaded again and
+        again, at the cost of those that are being trained.
+        """
+        known = self._summaries.pop(row.run_id, None)
+        if known is None or known[:2] != (row.identity, row.last_seq):
+            run = await self.get_run(pb.GetRunRequest(run_id=row.run_id))
+            # What was added meanwhile is not in the row, so it is looked at again next time.
+            known = (row.identity, row.last_seq, run)
+        self._summaries[row.run_id] = known
+        if len(self._summaries) > _MOST_SUMMARIES:
+            del self._summaries[next(iter(self._summaries))]
+        return known[2]
 
     async def delete_run(self, request: pb.DeleteRunRequest) -> pb.DeleteRunResponse:
         """Delete a run."""
@@ -173,23 +208,21 @@ class SchedulerService:
         ids = await self._checked(
             len(request.prompt_ids), lambda: wire.check_allocate(request, self._limits)
         )
-        (answer, divided), _ = await self._runs.alone(
+        return await self._runs.alone(
             request.run_id,
             lambda run, writing: self._allocate(request, ids, run, writing),
             create=True,
+            large=len(ids) > _MANY,
         )
-        if divided:
-            self.events.emit(divided)
-        return answer
 
     def _allocate(
         self, request: pb.AllocateRequest, ids: tuple[str, ...], run: LoadedRun, writing: Writing
-    ) -> tuple[pb.Allocation, BudgetDivided | None]:
+    ) -> Done[pb.Allocation]:
         payload = wire.payload_of(request)
         digest = wire.digest_of(payload)
         before = run.answered(writing, "allocate", request.request_id, digest)
         if before is not None:
-            return pb.Allocation.FromString(before), None
+            return Done(pb.Allocation.FromString(before))
         state = run.state
         bounds = wire.bounds_of(request, state.config)
         wire.check_bounds(bounds, self._limits)
@@ -214,10 +247,6 @@ class SchedulerService:
         except InfeasibleBudget as error:
             raise InvalidArgument(error.field, error.value, error.allowed) from None
         seconds = time.perf_counter() - start
-        rows = state.rows_of(ids)
-        divided = _divided(
-            run, request.step, 1, rows, np.zeros_like(rows), beliefs, bounds, decision, seconds
-        )
         name = wire.allocation_id(run.row.identity, run.row.branch, request.request_id)
         answer = wire.allocation_message(name, run.row.run_id, request.step, 1, decision, prior)
         writing.append(
@@ -232,7 +261,16 @@ class SchedulerService:
             decision.num_rollouts,
             decision.chances,
         )
-        return answer, divided
+        end_time = time.time_ns()
+
+        def divided(_counted: Counted) -> BudgetDivided:
+            rows = state.rows_of(ids)
+            begun = np.zeros_like(rows)
+            return _divided(
+                run, request.step, 1, rows, begun, beliefs, bounds, decision, seconds, end_time
+            )
+
+        return Done(answer, divided)
 
     async def _checked(self, numbers: int, check: Callable[[], Checked]) -> Checked:
         """Check a request of so many prompts or rewards: a small one here and now.
@@ -244,21 +282,18 @@ class SchedulerService:
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
         """Spend what an allocation has left."""
         wire.check_extend(request)
-        (answer, divided), _ = await self._runs.alone(
+        return await self._runs.alone(
             request.run_id, lambda run, writing: self._extend(request, run, writing)
         )
-        if divided:
-            self.events.emit(divided)
-        return answer
 
     def _extend(
         self, request: pb.ExtendRequest, run: LoadedRun, writing: Writing
-    ) -> tuple[pb.Allocation, BudgetDivided | None]:
+    ) -> Done[pb.Allocation]:
         payload = wire.payload_of(request)
         digest = wire.digest_of(payload)
         before = run.answered(writing, "extend", request.request_id, digest)
         if before is not None:
-            return pb.Allocation.FromString(before), None
+            return Done(pb.Allocation.FromString(before))
         state = run.state
         allocation = _allocation(run, request.allocation_id)
         nothing_came = allocation.allocated.any() and not allocation.delivered.any()
@@ -284,19 +319,10 @@ class SchedulerService:
         )
         seconds = time.perf_counter() - start
         wave = allocation.wave + 1
-        divided = _divided(
-            run,
-            allocation.step,
-            wave,
-            allocation.rows.astype(np.int64),
-            begun_groups(outcomes, request.keep_outstanding).size,
-            beliefs,
-            allocation.bounds,
-            decision,
-            seconds,
-            # What is given anew for rollouts that were lost is of a budget counted before.
-            decision.allocated > 0
-            and not 0 < budget.total_rollouts <= int(allocation.allocated.sum()),
+        begun = begun_groups(outcomes, request.keep_outstanding).size
+        # What is given anew for rollouts that were lost is of a budget counted before.
+        is_new = decision.allocated > 0 and not 0 < budget.total_rollouts <= int(
+            allocation.allocated.sum()
         )
         answer = wire.allocation_message(
             request.allocation_id, run.row.run_id, allocation.step, wave, decision, prior
@@ -311,47 +337,49 @@ class SchedulerService:
             request.keep_outstanding,
             decision.chances,
         )
-        return answer, divided
+        end_time = time.time_ns()
+
+        def divided(_counted: Counted) -> BudgetDivided:
+            return _divided(
+                run,
+                allocation.step,
+                wave,
+                allocation.rows.astype(np.int64),
+                begun,
+                beliefs,
+                allocation.bounds,
+                decision,
+                seconds,
+                end_time,
+                is_new,
+            )
+
+        return Done(answer, divided)
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
         rewards = await self._checked(
             len(request.rewards), lambda: wire.check_report(request, self._limits)
         )
-        (answer, step, known), counted = await self._runs.alone(
+        return await self._runs.alone(
             request.run_id,
             lambda run, writing: self._report(request, rewards, run, writing),
             create=not request.allocation_id,
+            large=len(request.rewards) > _MANY,
         )
-        if counted.completes:
-            self._runs.prepare(request.run_id)
-        if counted.accepted or counted.ignored:
-            self.events.emit(
-                OutcomesCounted(
-                    request.run_id,
-                    step,
-                    request.policy_version,
-                    counted,
-                    _prompts(known),
-                    allocated=bool(request.allocation_id),
-                    step_lag=max(known.state.last_step - step, 0),
-                    version_lag=max(known.state.last_policy_version - request.policy_version, 0),
-                )
-            )
-        return answer
 
     def _report(
         self, request: pb.ReportRequest, rewards: Rewards, run: LoadedRun, writing: Writing
-    ) -> tuple[pb.ReportResponse, int, LoadedRun]:
+    ) -> Done[pb.ReportResponse]:
         payload = wire.payload_of(request)
         digest = wire.digest_of(payload)
         before = run.answered(writing, "report", request.report_id, digest)
         if before is not None:
-            return pb.ReportResponse.FromString(before), request.step, run
+            return Done(pb.ReportResponse.FromString(before))
         count = len(request.rewards)
         if not request.allocation_id and run.has_forgotten(request.report_id, digest):
             # Nothing is recorded: its id is free for a report of the step done anew.
-            return pb.ReportResponse(ignored_rollouts=count), request.step, run
+            return Done(pb.ReportResponse(ignored_rollouts=count))
         ignored = run.is_abandoned(request.allocation_id)
         if ignored:
             answer = pb.ReportResponse(ignored_rollouts=count)
@@ -379,7 +407,7 @@ class SchedulerService:
             rewards,
             ignored,
         )
-        return answer, step, run
+        return Done(answer, lambda counted: _reported(run, step, request, counted))
 
     async def rewind_run(self, request: pb.RewindRunRequest) -> pb.Run:
         """Forget what came after a step."""
@@ -387,29 +415,33 @@ class SchedulerService:
         validation.within("step", request.step, -1, self._limits.step)
         if request.request_id:
             validation.name("request_id", request.request_id)
-        (answer, rewound), _ = await self._runs.alone(
-            request.run_id, lambda run, writing: self._rewind(request, run, writing)
-        )
-        if rewound:
-            self.events.emit(RunRewound(request.run_id, request.step, _prompts(rewound)))
+        digest = wire.digest_of(wire.payload_of(request))
+
+        def before(run: LoadedRun, reading: Reading) -> tuple[pb.Run, LoadedRun | None] | None:
+            if not request.request_id:
+                return None
+            answer = run.answered(reading, "rewind", request.request_id, digest)
+            return (pb.Run.FromString(answer), None) if answer is not None else None
+
+        def rewind(left: LoadedRun, writing: Writing) -> tuple[pb.Run, LoadedRun | None]:
+            return before(left, writing) or self._rewind(request, left, writing)
+
+        answer, left = await self._runs.rewound(request.run_id, request.step, before, rewind)
+        if left:
+            self.events.emit(RunRewound(request.run_id, request.step, _prompts(left)))
         return answer
 
     def _rewind(
-        self, request: pb.RewindRunRequest, run: LoadedRun, writing: Writing
-    ) -> tuple[pb.Run, LoadedRun | None]:
+        self, request: pb.RewindRunRequest, left: LoadedRun, writing: Writing
+    ) -> tuple[pb.Run, LoadedRun]:
         payload = wire.payload_of(request)
-        digest = wire.digest_of(payload)
-        if request.request_id:
-            before = run.answered(writing, "rewind", request.request_id, digest)
-            if before is not None:
-                return pb.Run.FromString(before), None
-        run.become(LoadedRun.load(writing, rewound_to=request.step))
-        answer = wire.run_message(run.row, run.state)
+        answer = wire.run_message(left.row, left.state)
         answer.rewinds += 1
         # Without an id of its own a rewind is named for its place in the journal.
         key = request.request_id or f"\x01{writing.run.last_seq + 1}"
+        digest = wire.digest_of(payload)
         writing.append(_entry("rewind", key, request.step, digest, payload, answer))
-        return answer, run
+        return answer, left
 
     async def list_prompt_stats(
         self, request: pb.ListPromptStatsRequest
@@ -440,24 +472,20 @@ class SchedulerService:
     async def import_received(self, stream: wire.ImportStream) -> pb.ImportOutcomesResponse:
         """Add the outcomes of a whole stream."""
         payload = await self._runs.in_thread(stream.payload)
-        (answer, run), counted = await self._runs.alone(
+        return await self._runs.alone(
             stream.run_id,
-            lambda run, writing: (self._import(stream, payload, run, writing), run),
+            lambda run, writing: self._import(stream, payload, run, writing),
             create=True,
+            large=True,
         )
-        if counted.accepted:
-            self.events.emit(
-                OutcomesCounted(stream.run_id, -1, 0, counted, _prompts(run), imported=True)
-            )
-        return answer
 
     def _import(
         self, stream: wire.ImportStream, payload: bytes, run: LoadedRun, writing: Writing
-    ) -> pb.ImportOutcomesResponse:
+    ) -> Done[pb.ImportOutcomesResponse]:
         digest = wire.digest_of(payload)
         before = run.answered(writing, "import", stream.request_id, digest)
         if before is not None:
-            return pb.ImportOutcomesResponse.FromString(before)
+            return Done(pb.ImportOutcomesResponse.FromString(before))
         prompts = {
             p
             for message in stream.messages or ()
@@ -479,7 +507,13 @@ class SchedulerService:
                 answer.SerializeToString(),
             )
         )
-        return answer
+
+        def imported(counted: Counted) -> OutcomesCounted | None:
+            if not counted.accepted:
+                return None
+            return OutcomesCounted(stream.run_id, -1, 0, counted, _prompts(run), imported=True)
+
+        return Done(answer, imported)
 
 
 def _entry(kind: str, key: str, step: int, digest: bytes, payload: bytes, answer: Message) -> Entry:
@@ -531,6 +565,7 @@ def _divided(
     bounds: Bounds,
     decision: Decision,
     seconds: float,
+    end_time: int,
     is_new: bool = True,
 ) -> BudgetDivided:
     """Return the event of a decision; ``is_new``: its budget was not yet given out in full."""
@@ -548,7 +583,26 @@ def _divided(
         state.evidence_ages(rows, step),
         outlook(state.config.objective, beliefs, bounds, begun, decision) if is_new else None,
         seconds,
-        time.time_ns(),
+        end_time,
+    )
+
+
+def _reported(
+    run: LoadedRun, step: int, request: pb.ReportRequest, counted: Counted
+) -> OutcomesCounted | None:
+    """Return the event of a report that was folded; None if no rollout was in it."""
+    if not (counted.accepted or counted.ignored):
+        return None
+    state = run.state
+    return OutcomesCounted(
+        request.run_id,
+        step,
+        request.policy_version,
+        counted,
+        _prompts(run),
+        allocated=bool(request.allocation_id),
+        step_lag=max(state.last_step - step, 0),
+        version_lag=max(state.last_policy_version - request.policy_version, 0),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from heapq import merge
 from itertools import repeat
 from typing import Any
 
@@ -62,7 +63,12 @@ from knapsack_scheduler.facts import (
     Rewards,
     Rewound,
 )
-from knapsack_scheduler.journal.columns import decode_text, encode_text, text_column
+from knapsack_scheduler.journal.columns import (
+    TEXTS_AT_ONCE,
+    decode_text,
+    encode_text,
+    text_column,
+)
 from knapsack_scheduler.runconfig import RunConfig
 
 TOKEN_SHRINKAGE = 4
@@ -213,7 +219,7 @@ class RunState:
         new = list(dict.fromkeys(p for p, row in zip(prompt_ids, rows, strict=True) if row < 0))
         first = len(self.prompt_ids)
         self.prompt_ids.extend(new)
-        self._rows.update(zip(new, range(first, first + len(new)), strict=True))
+        self._index(first)
         size = len(self.prompt_ids)
         self._visits.grow(size)
         if size > self._sums.shape[1]:
@@ -228,6 +234,12 @@ class RunState:
         self._keys[first:size] = tie_keys(new)
         self.population[0] += size - first
         return self.rows_of(prompt_ids)
+
+    def _index(self, first: int) -> None:
+        """Make the rows from ``first`` on known by their ids."""
+        for start in range(first, len(self.prompt_ids), TEXTS_AT_ONCE):
+            ids = self.prompt_ids[start : start + TEXTS_AT_ONCE]
+            self._rows.update(zip(ids, range(start, start + len(ids)), strict=True))
 
     def _open(self, fact: AllocationMade) -> None:
         rows = self._add_prompts(fact.prompt_ids)
@@ -343,9 +355,10 @@ class RunState:
             sums[_LAST_STEP, unique[newer]] = step
             sums[_LAST_VERSION, unique[newer]] = policy_version
         if rewards.tokens is not None:
-            of = rows[rewards.owner]
-            np.add.at(sums[_TOKENS], of, rewards.tokens)
-            np.add.at(sums[_TOKEN_ROLLOUTS], of, 1)
+            tokens = np.zeros(rows.size, np.int64)
+            np.add.at(tokens, rewards.owner, rewards.tokens)
+            np.add.at(sums[_TOKENS], rows, tokens)
+            np.add.at(sums[_TOKEN_ROLLOUTS], rows, outcomes.rollouts)
             self._token_sum += int(rewards.tokens.sum())
             self._token_rollouts += int(rewards.tokens.size)
 
@@ -423,7 +436,7 @@ class RunState:
             *(columns[f"calibration.{each.name}"] for each in fields(Calibration))
         )
         state.prompt_ids = decode_text(columns["prompt_ids"], columns["prompt_id_lengths"])
-        state._rows = dict(zip(state.prompt_ids, range(len(state.prompt_ids)), strict=True))
+        state._index(0)
         state._sums, state._keys = columns["sums"], columns["keys"]
         state._visits = Visits.from_columns(_of_name("visits", columns))
         if "visited.rows" in columns:
@@ -442,10 +455,13 @@ class RunState:
     def sorted_prompts(self) -> list[tuple[str, int]]:
         """Return (prompt id, row) of every prompt with an outcome, in the order of ids."""
         if self._sorted is None:
-            seen = self._sums[_ROLLOUTS]
-            self._sorted = sorted(
-                (p, row) for row, p in enumerate(self.prompt_ids) if seen[row] > 0
+            rows = np.flatnonzero(self._sums[_ROLLOUTS])
+            slices = (
+                rows[start : start + TEXTS_AT_ONCE].tolist()
+                for start in range(0, rows.size, TEXTS_AT_ONCE)
             )
+            sorted_slices = [sorted((self.prompt_ids[row], row) for row in each) for each in slices]
+            self._sorted = list(merge(*sorted_slices))
         return self._sorted
 
     def stats_of(self, rows: IntArray) -> PromptColumns:

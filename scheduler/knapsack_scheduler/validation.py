@@ -68,8 +68,8 @@ def prompts(field: str, values: Sequence[str], limits: Limits) -> tuple[str, ...
     ids = tuple(values)
     if not all(ids):
         raise InvalidArgument(f"{field}[{ids.index('')}]", "", "must not be empty")
-    longest = max(ids, key=len)
-    if len(longest) > limits.id_length:
+    if max(map(len, ids)) > limits.id_length:
+        longest = max(ids, key=len)
         raise InvalidArgument(
             f"{field}[{ids.index(longest)}]",
             longest,

@@ -1,10 +1,14 @@
 """Speed of Allocate and Report over the wire, next to a bare grpc.aio echo, in one run.
 
-    python tests/benchmarks/bench_service.py [--sizes 256 2000] [--known 10000] [--repeat 60]
+    python tests/benchmarks/bench_service.py [--sizes 256 2000] [--known 10000 1000000]
 
-The echo is a grpc.aio server process that reads the same requests and sends answers of
-the same shape, and does nothing else; what is above it is the scheduler's own work: the
-solver, the journal's commit to disk, the fold. Calls alternate between the two servers.
+The echo is a grpc.aio server process that reads the same requests and sends answers with
+the same fields and of the same size, and does nothing else; what is above it is the
+scheduler's own work: the solver and the journal's commit to disk. Calls alternate between
+the two servers. The scheduler answers what is stored and folds it afterwards, so each of its
+calls is followed by a GetRun, which waits for that: nothing is left to do while the echo is
+timed, and "ready" is the time from the call until the answer to this GetRun. The last column
+is the p50 next to that of the same call with the fewest known prompts.
 """
 
 from __future__ import annotations
@@ -32,9 +36,25 @@ MEAN = 8
 OPTIONS = [("grpc.max_receive_message_length", 2**26), ("grpc.max_send_message_length", 2**26)]
 
 
+SUMMARY = pb.AllocationSummary(
+    policy="posterior", objective="paper", effective_group_rate=0.7, effective_rollout_rate=0.8,
+    value=30.0, uniform_value=20.0, value_upper_bound=30.0, price=0.01, largest_group=20,
+    prior_alpha=0.5, prior_beta=0.5, expected_tokens=1e6,
+)  # fmt: skip
+
+
 class Echo(rpc.BudgetSchedulerServicer):
     async def Allocate(self, request: Any, context: Any) -> pb.Allocation:
-        return pb.Allocation(num_rollouts=[MEAN] * len(request.prompt_ids))
+        count = len(request.prompt_ids)
+        return pb.Allocation(
+            allocation_id="a-0123456789abcdef01234567",
+            run_id=request.run_id,
+            step=request.step,
+            wave=1,
+            num_rollouts=[MEAN] * count,
+            allocated_rollouts=MEAN * count,
+            summary=SUMMARY,
+        )
 
     async def Report(self, request: Any, context: Any) -> pb.ReportResponse:
         return pb.ReportResponse(accepted_rollouts=len(request.rewards))
@@ -86,7 +106,22 @@ def learn(stub: Any, known: int, rng: np.random.Generator) -> None:
         )
 
 
-def measure(scheduler: Any, echo: Any, size: int, known: int, repeat: int) -> None:
+def both(
+    times: dict[tuple[str, str], list[float]], call: str, request: Any, scheduler: Any, echo: Any
+) -> Any:
+    """Time a call of both servers, the scheduler's until it is ready for the next one too."""
+    start = time.perf_counter()
+    answer = timed(times.setdefault((call, "scheduler"), []), getattr(scheduler, call), request)
+    scheduler.GetRun(pb.GetRunRequest(run_id=request.run_id))
+    times.setdefault((call, "ready"), []).append(time.perf_counter() - start)
+    echoed = timed(times.setdefault((call, "echo"), []), getattr(echo, call), request)
+    assert abs(echoed.ByteSize() - answer.ByteSize()) < 32 + 0.02 * answer.ByteSize()
+    return answer
+
+
+def measure(
+    scheduler: Any, echo: Any, size: int, known: int, repeat: int, fewest: dict[Any, float]
+) -> None:
     rng = np.random.default_rng(size)
     times: dict[tuple[str, str], list[float]] = {}
     for step in range(repeat + 3):
@@ -98,8 +133,7 @@ def measure(scheduler: Any, echo: Any, size: int, known: int, repeat: int) -> No
             prompt_ids=ids,
             total_rollouts=MEAN * size,
         )
-        for name, stub in (("echo", echo), ("scheduler", scheduler)):
-            answer = timed(times.setdefault(("Allocate", name), []), stub.Allocate, request)
+        answer = both(times, "Allocate", request, scheduler, echo)
         report = pb.ReportRequest(
             run_id="bench",
             allocation_id=answer.allocation_id,
@@ -110,17 +144,18 @@ def measure(scheduler: Any, echo: Any, size: int, known: int, repeat: int) -> No
             rewards=rng.integers(0, 2, MEAN * size),
             completion_tokens=rng.integers(10, 1000, MEAN * size),
         )
-        for name, stub in (("echo", echo), ("scheduler", scheduler)):
-            timed(times.setdefault(("Report", name), []), stub.Report, report)
+        both(times, "Report", report, scheduler, echo)
     for call in ("Allocate", "Report"):
         cells = []
         for name in ("scheduler", "echo"):
             values = sorted(times[call, name][3:])
             cells += [statistics.median(values), values[int(0.99 * len(values))]]
+        cells.append(statistics.median(times[call, "ready"][3:]))
+        growth = cells[0] / fewest.setdefault((call, size), cells[0])
         print(
-            f"{call:<9} {size:>8,} "
+            f"{call:<9} {size:>8,} {known:>10,} "
             + " ".join(f"{1e3 * seconds:>9.2f}" for seconds in cells)
-            + f" {cells[0] / cells[2]:>8.1f}x",
+            + f" {cells[0] / cells[2]:>8.1f}x {growth:>6.2f}x",
             flush=True,
         )
 
@@ -128,30 +163,39 @@ def measure(scheduler: Any, echo: Any, size: int, known: int, repeat: int) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 2000, 10_000])
-    parser.add_argument("--known", type=int, default=10_000, help="prompts the run has seen")
+    parser.add_argument(
+        "--known", type=int, nargs="+", default=[10_000, 1_000_000],
+        help="prompts the run has seen",
+    )  # fmt: skip
     parser.add_argument("--repeat", type=int, default=60)
     parser.add_argument("--echo", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.echo:
         asyncio.run(serve_echo())
         return
-    print(f"{arguments.known:,} known prompts, {MEAN} rollouts per prompt, milliseconds")
+    print(f"{MEAN} rollouts per prompt, milliseconds")
     print(
-        f"{'call':<9} {'prompts':>8} {'p50':>9} {'p99':>9} {'echo p50':>9} {'echo p99':>9} "
-        f"{'p50':>9}"
+        f"{'call':<9} {'prompts':>8} {'known':>10} {'p50':>9} {'p99':>9} {'echo p50':>9} "
+        f"{'echo p99':>9} {'ready p50':>9} {'p50':>9} {'growth':>7}"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        ports = [f"--{name}=127.0.0.1:0" for name in ("listen", "admin-listen", "health-listen")]
-        store = f"--store=sqlite:///{Path(folder) / 'bench.db'}"
+    fewest: dict[Any, float] = {}
+    for known in arguments.known:
         with (
-            server(
-                "-m", "knapsack_scheduler.cli", "serve", store, "--log-level=error", *ports
-            ) as s,
+            tempfile.TemporaryDirectory() as folder,
+            server(*scheduler_command(Path(folder) / "bench.db")) as scheduler,
             server(__file__, "--echo") as echo,
         ):
-            learn(s, arguments.known, np.random.default_rng(0))
+            learn(scheduler, known, np.random.default_rng(0))
             for size in arguments.sizes:
-                measure(s, echo, size, arguments.known, arguments.repeat)
+                measure(scheduler, echo, size, known, arguments.repeat, fewest)
+
+
+def scheduler_command(store: Path) -> list[str]:
+    ports = [f"--{name}=127.0.0.1:0" for name in ("listen", "admin-listen", "health-listen")]
+    return [
+        "-m", "knapsack_scheduler.cli", "serve", f"--store=sqlite:///{store}",
+        "--auto-create-runs", "--log-level=error", *ports,
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     make bench-vllm
 
 256 prompts of 200 tokens, 2 to 128 rollouts each, 2,048 in all, of 32 tokens each, from a
-random model of 4 layers. One engine, in this process, serves all ways in turn, round after
-round, so that other load on the machine falls on all of them:
+random model of 4 layers that knows no end token. One engine, in this process, serves all
+ways in turn. In a round all ways have the same prompts, rollouts and seeds, and begin with
+an empty prefix cache, so their work is the same:
 
 - raw: AsyncLLM called in this process, one request with n per prompt. Clients of the other
   ways are processes of their own, as a trainer is.
@@ -13,8 +14,11 @@ round, so that other load on the machine falls on all of them:
 - HTTP 1: the same with one request per rollout, 256 connections.
 - gRPC even: our server, 8 rollouts of each prompt: what unequal groups cost.
 
-Prints per way the median over rounds: tokens per second, time to the last rollout and to
-95 % of them, each over raw's of the same round.
+Every round has raw and gRPC, in changing order, and one of the others in turn; so other
+load on the machine falls on all of them. Prints per way tokens per second, time to the last
+rollout and to 95 % of them, each over raw's of the same round: the median over rounds, and
+the interval that holds the true median with 95 % confidence, or all there is where the
+rounds are fewer than six.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import statistics
 import subprocess
@@ -33,6 +38,7 @@ from typing import Any
 
 PROMPTS, TOTAL, LENGTH, TOKENS, VOCABULARY = 256, 2048, 200, 32, 320
 SEED = 5
+OTHERS = ("HTTP n", "gRPC even", "HTTP 1")
 
 
 def sizes_of(even: bool) -> list[int]:
@@ -48,7 +54,7 @@ def sizes_of(even: bool) -> list[int]:
 
 
 def prompts_of(round_number: int) -> list[list[int]]:
-    """Prompts that no cache holds from another round or way."""
+    """The prompts of a round, no two alike."""
     draw = random.Random(round_number)
     return [[draw.randrange(VOCABULARY) for _ in range(LENGTH)] for _ in range(PROMPTS)]
 
@@ -74,17 +80,28 @@ def model(folder: Path) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
+def seeds() -> list[int]:
+    """The seed of each prompt's first rollout in vLLM, as our server has it."""
+    from knapsack_genserver.engines.vllm.rollouts import vllm_seed
+    from knapsack_genserver.seeds import group_seeds
+
+    return [vllm_seed(seed, 0) for seed in group_seeds(SEED, 0, PROMPTS)]
+
+
 async def raw(engine: Any, prompts: list[list[int]], sizes: list[int]) -> dict[str, Any]:
     from vllm.inputs.engine import tokens_input
     from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-    start, came, tokens = time.perf_counter(), [], 0
+    came: list[float] = []
+    tokens = 0
+    drawn = seeds()
+    start = time.perf_counter()
 
     async def one(at: int) -> None:
         nonlocal tokens
         params = SamplingParams(
             n=sizes[at],
-            seed=SEED + 1000 * at,
+            seed=drawn[at],
             max_tokens=TOKENS,
             logprobs=0,
             flat_logprobs=True,
@@ -126,6 +143,7 @@ async def over_http(
 
     came: list[float] = []
     tokens = 0
+    drawn = seeds()
     limit = aiohttp.TCPConnector(limit=256)
     async with aiohttp.ClientSession(connector=limit, timeout=aiohttp.ClientTimeout(1200)) as http:
         start = time.perf_counter()
@@ -137,7 +155,7 @@ async def over_http(
                 "sampling_params": {
                     "n": n,
                     "max_tokens": TOKENS,
-                    "seed": SEED + 1000 * at + first,
+                    "seed": drawn[at] + first,
                     "temperature": 1.0,
                     "logprobs": 0,
                 },
@@ -200,47 +218,73 @@ async def bench(rounds: int) -> None:
         options = ServerOptions(*["127.0.0.1:0"] * 3, http_listen="127.0.0.1:0")
         server = Server(engine, options)
         await server.start()
-        ways = ("raw", "gRPC", "HTTP n", "HTTP 1", "gRPC even")
+        ways = ("raw", "gRPC", *OTHERS)
         measured: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+        speeds = []
         for number in range(rounds + 1):
-            for at, way in enumerate(ways):
-                seed = number * len(ways) + at
+            # The first round has all ways and warms up what is compiled or allocated once.
+            both = ["raw", "gRPC"] if number % 2 else ["gRPC", "raw"]
+            now = [*both, *((OTHERS[number % len(OTHERS)],) if number else OTHERS)]
+            found = {}
+            for way in now:
+                assert await engine.llm.reset_prefix_cache()
                 if way == "raw":
-                    found = await raw(engine, prompts_of(seed), sizes_of(False))
+                    came = await raw(engine, prompts_of(number), sizes_of(False))
                 else:
-                    found = await client(way, server.addresses, seed)
-                came = sorted(found["came"])
-                assert len(came) == TOTAL, (way, len(came))
-                # The first round warms up what is compiled or allocated once.
-                if number:
-                    last = came[-1]
-                    measured[way].append(
-                        {
-                            "tokens/s": found["tokens"] / last,
-                            "last": last,
-                            "95 %": came[int(0.95 * TOTAL) - 1],
-                        }
-                    )
+                    came = await client(way, server.addresses, number)
+                found[way] = _figures(way, came)
+            if number:
+                speeds.append(found["raw"]["tokens/s"])
+                for way in now:
+                    ratios = {
+                        what: value / found["raw"][what] for what, value in found[way].items()
+                    }
+                    measured[way].append(ratios)
         own = psutil.Process()
         memory = sum(p.memory_info().rss for p in [own, *own.children(recursive=True)])
         await server.stop(0.0)
-    print(f"{'over raw':12}{'tokens/s':>10}{'last':>10}{'95 %':>10}   (median of {rounds} rounds)")
-    for way in ways:
-        ratios = {
-            what: statistics.median(
-                one[what] / base[what]
-                for one, base in zip(measured[way], measured["raw"], strict=True)
-            )
-            for what in ("tokens/s", "last", "95 %")
-        }
-        print(f"{way:12}" + "".join(f"{ratio:10.2f}" for ratio in ratios.values()))
-    speed = statistics.median(one["tokens/s"] for one in measured["raw"])
-    print(f"raw made {speed:.0f} tokens/s here; engine and server hold {memory / 2**30:.1f} GiB")
+    print(f"{'over raw':12}{'rounds':>6}" + "".join(f"{what:>20}" for what in FIGURES))
+    for way in ways[1:]:
+        shown = [_shown([one[what] for one in measured[way]]) for what in FIGURES]
+        print(f"{way:12}{len(measured[way]):6}" + "".join(f"{text:>20}" for text in shown))
+    print(
+        f"raw made {statistics.median(speeds):.0f} tokens/s here; engine and server hold "
+        f"{memory / 2**30:.1f} GiB"
+    )
+
+
+FIGURES = ("tokens/s", "last", "95 %")
+
+
+def _figures(way: str, found: dict[str, Any]) -> dict[str, float]:
+    came = sorted(found["came"])
+    assert len(came) == TOTAL, (way, len(came))
+    assert found["tokens"] == TOTAL * TOKENS, (way, found["tokens"])
+    return {
+        "tokens/s": found["tokens"] / came[-1],
+        "last": came[-1],
+        "95 %": came[int(0.95 * TOTAL) - 1],
+    }
+
+
+def _shown(values: list[float]) -> str:
+    """Return the median and the interval of it that the module describes."""
+    if not values:
+        return "-"
+    ordered = sorted(values)
+    size, outside = len(ordered), 0
+    # The true median is below the k-th of the ordered values with this probability.
+    while outside < size // 2 and (
+        2 * sum(math.comb(size, k) for k in range(outside + 2)) / 2**size <= 0.05
+    ):
+        outside += 1
+    low, high = ordered[outside], ordered[-1 - outside]
+    return f"{statistics.median(ordered):.2f} ({low:.2f}..{high:.2f})"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--client")
     parser.add_argument("--addresses", type=json.loads)
     parser.add_argument("--seed", type=int)

@@ -45,7 +45,7 @@ def test_a_reader_never_misses_a_row_that_commits_late(journals: list[Journal]) 
         with slow.writing("run") as writing:
             writing.append(entry("late"))
             appended.set()
-            assert go_on.wait(30)
+            assert go_on.wait(60)
 
     def write_fast() -> None:
         with fast.writing("run") as writing:
@@ -57,7 +57,7 @@ def test_a_reader_never_misses_a_row_that_commits_late(journals: list[Journal]) 
 
     first, second = threading.Thread(target=write_slowly), threading.Thread(target=write_fast)
     first.start()
-    assert appended.wait(30)
+    assert appended.wait(60)
     second.start()
     # The second writer waits in the database for the first one.
     while not _waiting(journals[2]):
@@ -66,8 +66,8 @@ def test_a_reader_never_misses_a_row_that_commits_late(journals: list[Journal]) 
     look()
     assert seen[-1] == []
     go_on.set()
-    first.join(30)
-    second.join(30)
+    first.join(60)
+    second.join(60)
     look()
     assert all(numbers == list(range(1, len(numbers) + 1)) for numbers in seen)
     with tailing.reading("run") as reading:

@@ -19,7 +19,7 @@ DEPLOY = ROOT / "deploy"
 OVERLAYS = DEPLOY / "kubernetes/overlays"
 CHART = DEPLOY / "helm/knapsack-rl"
 RELEASE = "knapsack"
-SCENARIOS = ("sidecar", "sidecar-pvc", "service", "genserver", "monitored")
+SCENARIOS = ("sidecar", "sidecar-pvc", "service", "genserver", "genserver-ray", "monitored")
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 Object = dict[str, Any]
@@ -93,7 +93,9 @@ def name_of(thing: Object) -> str:
 
 
 def pod_of(thing: Object) -> Object | None:
-    """Return the pod template of a Job or Deployment; None of others."""
+    """Return the pod template of a Job or Deployment, or a pod itself; None of others."""
+    if thing["kind"] == "Pod":
+        return thing
     if thing["kind"] in ("Job", "Deployment"):
         template: Object = thing["spec"]["template"]
         return template

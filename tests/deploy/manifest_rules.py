@@ -125,20 +125,20 @@ def _container_faults(container: Object, pod: Object) -> Iterator[str]:
     for name in ports:
         if len(name) > 15:
             yield f"port name {name} is longer than 15 characters"
-    flags = flags_of(container)
+    flags = settings_of(container)
     for flag, port_name in (
         ("--listen", "grpc"),
         ("--health-listen", "health"),
         ("--admin-listen", "metrics"),
     ):
-        if flag not in flags:
-            continue
-        host, _, port = flags[flag].rpartition(":")
+        host, _, port = flags.get(flag, "").rpartition(":")
         if host == "0.0.0.0":
             if ports.get(port_name) != int(port):
                 yield f"{flag} is {flags[flag]}, but the port {port_name} is {ports.get(port_name)}"
-        elif flag != "--listen":
-            yield f"{flag} is {flags[flag]}, which neither kubelet nor Prometheus reaches"
+        # What is not given listens on the pod's loopback.
+        elif port_name in ports or (flag in flags and flag == "--health-listen"):
+            given = flags.get(flag, "not given")
+            yield f"{flag} is {given}, which neither kubelet nor Prometheus reaches"
     probes = [
         kind for kind in ("startupProbe", "readinessProbe", "livenessProbe") if kind in container
     ]
@@ -162,6 +162,9 @@ def _container_faults(container: Object, pod: Object) -> Iterator[str]:
     is_open = flags.get("--listen", "").startswith("0.0.0.0") and "--insecure" not in flags
     if is_open and not proofs <= flags.keys():
         yield "serves others without TLS and tokens"
+    shows = flags.get("--admin-listen", "").startswith("0.0.0.0")
+    if shows and not {"--insecure", "--token-file"} & flags.keys():
+        yield "shows metrics to others without a token, which it would refuse to"
 
 
 def _service_faults(service: Object, things: list[Object]) -> Iterator[str]:
@@ -220,6 +223,17 @@ def flags_of(container: Object) -> dict[str, str]:
             flag, _, value = argument.partition("=")
             found[flag] = value
     return found
+
+
+def settings_of(container: Object) -> dict[str, str]:
+    """Return a container's flags, those among them that it has as variables."""
+    prefix = "KNAPSACK_SCHEDULER_"
+    found = {
+        "--" + variable["name"].removeprefix(prefix).lower().replace("_", "-"): variable["value"]
+        for variable in container.get("env", [])
+        if variable["name"].startswith(prefix) and "value" in variable
+    }
+    return found | flags_of(container)
 
 
 def _port_names(pod: Object) -> dict[str, int]:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import subprocess
+import json
 import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
 
-from deploy_tools import CHART, SCENARIOS, VERSION, containers_of, helm_template, run, templated
+from deploy_tools import (
+    CHART,
+    SCENARIOS,
+    VERSION,
+    Object,
+    containers_of,
+    helm_template,
+    name_of,
+    objects_of,
+    pod_of,
+    run,
+    templated,
+)
 from manifest_rules import faults
 
 
@@ -52,6 +64,9 @@ def test_a_package_carries_rules_and_dashboards(tmp_path: Path) -> None:
         ("trainer.image=mine", "/trainer/image"),
         ("genserver.weights.model=../model", "/genserver/weights/model"),
         ("sidecer.store.persistent=true", "sidecer"),
+        ("trainer.labels.knapsack-rl/client=no", "/trainer/labels"),
+        ("trainer.podSpec.restartPolicy=Never", "/trainer/podSpec"),
+        ("sidecar.env[0].value=x", "/sidecar/env/0"),
     ],
 )
 def test_a_wrong_value_is_refused(value: str, message: str) -> None:
@@ -120,16 +135,100 @@ def test_a_group_of_the_trainers_own_is_kept() -> None:
     assert pod["spec"]["securityContext"]["fsGroup"] == 2000
 
 
+def test_where_the_trainer_runs_is_the_users() -> None:
+    """Labels, annotations, placement and further fields of the pod are taken as they are."""
+    things = templated(
+        "sidecar",
+        "--set-json", 'trainer.labels={"kueue.x-k8s.io/queue-name":"team-a"}',
+        "--set-json", 'trainer.annotations={"sidecar.istio.io/inject":"false"}',
+        "--set-json", 'trainer.nodeSelector={"gpu":"h100"}',
+        "--set-json", 'trainer.tolerations=[{"key":"nvidia.com/gpu","operator":"Exists"}]',
+        "--set-json", 'trainer.affinity={"podAntiAffinity":{"x":[]}}',
+        "--set-json", 'trainer.podSpec={"priorityClassName":"train","runtimeClassName":"nvidia"}',
+    )  # fmt: skip
+    assert faults(things) == []
+    [job] = [thing for thing in things if thing["kind"] == "Job"]
+    pod = job["spec"]["template"]
+    for labels in (job["metadata"]["labels"], pod["metadata"]["labels"]):
+        assert labels["kueue.x-k8s.io/queue-name"] == "team-a"
+    assert pod["metadata"]["annotations"] == {"sidecar.istio.io/inject": "false"}
+    spec = pod["spec"]
+    assert spec["nodeSelector"] == {"gpu": "h100"}
+    assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists"}]
+    assert spec["affinity"] == {"podAntiAffinity": {"x": []}}
+    assert (spec["priorityClassName"], spec["runtimeClassName"]) == ("train", "nvidia")
+
+
+@pytest.mark.parametrize("component", ["sidecar", "scheduler", "genserver"])
+def test_variables_of_ones_own(component: str) -> None:
+    """Each program takes variables, beside those that the chart gives it."""
+    variable = {"name": "OTEL_EXPORTER_OTLP_ENDPOINT", "value": "http://otel:4317"}
+    things = templated("monitored", "--set-json", f"{component}.env=[{json.dumps(variable)}]")
+    assert faults(things) == []
+    pods = [pod for thing in things if (pod := pod_of(thing))]
+    [container] = [c for pod in pods for c in containers_of(pod) if variable in c["env"]]
+    assert container["name"] in (component, "scheduler")
+    assert len(container["env"]) > 1
+
+
+def test_further_ways_out() -> None:
+    """The policies let out what the user names, and the scheduler's names and database as well."""
+    rule = {"ports": [{"protocol": "TCP", "port": 4317}]}
+    given = ["--set-json", f"scheduler.extraEgress=[{json.dumps(rule)}]"]
+    given += ["--set-json", f"genserver.extraEgress=[{json.dumps(rule)}]"]
+    things = {name_of(thing): thing for thing in templated("monitored", *given)}
+    assert things["NetworkPolicy/knapsack-genserver"]["spec"]["egress"] == [rule]
+    out = things["NetworkPolicy/knapsack-scheduler"]["spec"]["egress"]
+    assert out[-1] == rule
+    assert {p["port"] for each in out for p in each["ports"]} == {53, 5353, 5432, 4317}
+
+
+def test_a_pod_can_be_of_the_class_guaranteed() -> None:
+    """With limits as requests of cpu and memory in both containers, which both can be given."""
+    same = '{"requests":{"cpu":"2","memory":"2Gi"},"limits":{"cpu":"2","memory":"2Gi"}}'
+    pod = _pod(
+        "sidecar",
+        "--set-json", f"sidecar.resources={same}", "--set-json", f"trainer.resources={same}",
+    )  # fmt: skip
+    for container in containers_of(pod):
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+
+
+def test_figures_are_shown_to_others_only_when_asked() -> None:
+    """By default the sidecar's metrics are on the pod's loopback; monitoring exposes them."""
+
+    def exposed(*arguments: str) -> bool:
+        return "metrics" in [port["name"] for port in containers_of(_pod(*arguments))[0]["ports"]]
+
+    assert not exposed("sidecar")
+    assert exposed("sidecar", "--set", "sidecar.exposeMetrics=true")
+    assert exposed("sidecar", "--set", "monitoring.enabled=true")
+
+
+def _release(name: str, *arguments: str) -> list[Object]:
+    values = CHART / "ci/monitored-values.yaml"
+    done = run("helm", "template", name, CHART, "--values", values, *arguments)
+    assert done.returncode == 0, done.stderr
+    return objects_of(done.stdout)
+
+
 def test_two_releases_in_one_namespace() -> None:
-    """No object of one release has the name of another's."""
+    """No object has the name of the other's, and no selector chooses pods of the other."""
+    one, two = _release("one"), _release("two")
+    assert not set(map(name_of, one)) & set(map(name_of, two))
+    pods = [pod for thing in two if (pod := pod_of(thing))]
+    for thing in one:
+        if thing["kind"] not in ("NetworkPolicy", "PodDisruptionBudget", "PodMonitor", "Service"):
+            continue
+        selector = thing["spec"].get("podSelector", thing["spec"].get("selector"))
+        labels = selector.get("matchLabels", selector)
+        for pod in pods:
+            assert not labels.items() <= pod["metadata"]["labels"].items(), name_of(thing)
 
-    def names(release: str) -> set[str]:
-        done: subprocess.CompletedProcess[str] = run(
-            "helm", "template", release, CHART, "--values", CHART / "ci/monitored-values.yaml"
-        )
-        assert done.returncode == 0, done.stderr
-        return {
-            f"{d['kind']}/{d['metadata']['name']}" for d in yaml.safe_load_all(done.stdout) if d
-        }
 
-    assert not names("one") & names("two")
+def test_rules_and_dashboards_are_there_once() -> None:
+    """A second release can leave them out and is scraped all the same."""
+    less = ["--set", "monitoring.rules=false", "--set", "monitoring.dashboards=false"]
+    kinds = {thing["kind"] for thing in _release("two", *less)}
+    assert "PodMonitor" in kinds
+    assert not {"PrometheusRule", "ConfigMap"} & kinds

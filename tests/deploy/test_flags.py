@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import yaml
@@ -17,7 +16,7 @@ from deploy_tools import (
     DEPLOY,
     SCENARIOS,
     containers_of,
-    kustomized_folder,
+    kustomized,
     pod_of,
     ray_pods_of,
 )
@@ -39,10 +38,10 @@ def known_flags(program: str) -> frozenset[str]:
     return frozenset(re.findall(r"--[a-z][a-z-]*", done.stdout))
 
 
-@pytest.mark.parametrize("folder", [*(f"overlays/{s}" for s in SCENARIOS), "kuberay"])
-def test_flags_exist(folder: str) -> None:
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_flags_exist(scenario: str) -> None:
     """No container is started with a flag that its program would refuse."""
-    things = kustomized_folder(DEPLOY / "kubernetes" / folder)
+    things = kustomized(scenario)
     pods = [pod for thing in things if (pod := pod_of(thing))]
     pods += [pod for thing in things for pod in ray_pods_of(thing)]
     for pod in pods:
@@ -68,9 +67,10 @@ def test_flags_of_compose_exist() -> None:
 
 def test_flags_of_the_readme_exist() -> None:
     """Nor in the README of the deployment."""
-    text = Path(DEPLOY / "README.md").read_text()
-    for words in re.findall(r"`knapsack-scheduler ([^`]*)`", text):
-        assert set(re.findall(r"--[a-z-]+", words)) <= known_flags("scheduler") | {
-            "--store",
-            "--to",
-        }
+    text = "".join((DEPLOY / name).read_text() for name in ("README.md", "REFERENCE.md"))
+    given = {
+        flag
+        for words in re.findall(r"knapsack-scheduler (?:serve|backup|check|migrate)([^`\n]*)", text)
+        for flag in re.findall(r"--[a-z-]+", words)
+    }
+    assert given <= known_flags("scheduler") | {"--to"}

@@ -21,11 +21,12 @@ from deploy_tools import (
     kustomized,
     kustomized_folder,
     name_of,
+    objects_of,
     pod_of,
     ray_pods_of,
     templated,
 )
-from manifest_rules import faults
+from manifest_rules import faults, settings_of
 
 # From the first with native sidecars on by default to the newest that the validator knows.
 KUBERNETES = ("1.29", "1.31", "1.33", "1.35", "1.37")
@@ -53,6 +54,9 @@ def test_every_object_fits_its_schema(scenario: str, way: str, version: str) -> 
     """No field is misspelt and no value is of the wrong type, in any version of Kubernetes."""
     for thing in RENDERERS[way](scenario):
         check_schema(thing, version)
+        # Of a Ray cluster KubeRay's own fields are checked, and its pod templates as pods.
+        for pod in ray_pods_of(thing):
+            check_schema({"apiVersion": "v1", "kind": "Pod", **pod}, version)
 
 
 @every_scenario
@@ -62,20 +66,10 @@ def test_the_objects_fit_each_other(scenario: str, way: str) -> None:
     assert faults(RENDERERS[way](scenario)) == []
 
 
-@pytest.mark.parametrize("version", KUBERNETES)
-def test_the_ray_cluster_fits_its_schemas(version: str) -> None:
-    """KubeRay's own fields are known ones, and its pod templates are pods."""
-    for thing in kustomized_folder(DEPLOY / "kubernetes/kuberay"):
-        check_schema(thing, version)
-        for pod in ray_pods_of(thing):
-            check_schema({"apiVersion": "v1", "kind": "Pod", **pod}, version)
-
-
-def test_the_ray_cluster_fits_its_service_and_policy() -> None:
-    """With the claim of the generation server beside it, as it says."""
-    claims = [t for t in kustomized("genserver") if t["kind"] == "PersistentVolumeClaim"]
+def test_the_ray_cluster_is_scraped() -> None:
+    """By the PodMonitor of the generation server."""
     monitor = kustomized_folder(DEPLOY / "kubernetes/monitoring/genserver")
-    assert faults([*kustomized_folder(DEPLOY / "kubernetes/kuberay"), *claims, *monitor]) == []
+    assert faults([*kustomized("genserver-ray"), *monitor]) == []
 
 
 @every_scenario
@@ -113,8 +107,19 @@ def test_the_scenarios_hold_every_kind() -> None:
         "PodDisruptionBudget",
         "PodMonitor",
         "PrometheusRule",
+        "RayCluster",
         "Service",
     }
+
+
+def test_the_pod_that_holds_a_claim() -> None:
+    """It fits its schemas, and with a claim in the name's place the rules."""
+    text = (DEPLOY / "kubernetes/claim-pod.yaml").read_text()
+    [pod] = objects_of(text.replace("CLAIM", "knapsack-sidecar-store"))
+    for version in KUBERNETES:
+        check_schema(pod, version)
+    claims = [t for t in kustomized("sidecar-pvc") if t["kind"] == "PersistentVolumeClaim"]
+    assert faults([pod, *claims]) == []
 
 
 @both_ways
@@ -134,6 +139,9 @@ def test_the_sidecar_is_a_sidecar(way: str) -> None:
     [sidecar] = job["spec"]["template"]["spec"]["initContainers"]
     assert sidecar["restartPolicy"] == "Always"
     assert "--listen=127.0.0.1:50051" in sidecar["args"]
+    # Nobody reads the figures of runs from elsewhere, unless asked: its default is the loopback.
+    assert "--admin-listen" not in settings_of(sidecar)
+    assert "--insecure" not in settings_of(sidecar)
     assert "service" not in sidecar["startupProbe"]["grpc"]
 
 
@@ -182,6 +190,16 @@ MISTAKES: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
             "--token-file=/etc/knapsack-rl/tokens/tokens"
         ),
         "without TLS and tokens",
+    ),
+    "metrics on the loopback that are scraped": (
+        "Job/knapsack-trainer",
+        lambda o: o["spec"]["template"]["spec"]["initContainers"][0]["env"].pop(0),
+        "--admin-listen is not given, which neither kubelet nor Prometheus reaches",
+    ),
+    "metrics for others that nobody said were for them": (
+        "Job/knapsack-trainer",
+        lambda o: o["spec"]["template"]["spec"]["initContainers"][0]["env"].pop(1),
+        "without a token, which it would refuse to",
     ),
     "an init container that never ends": (
         "Job/knapsack-trainer",

@@ -60,8 +60,9 @@ class Generator:
         self._log = log
         with log.open("a") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "knapsack_genserver.cli", "serve", *flags]
-                + [f"--{name}=127.0.0.1:0" for name in ("listen", "admin-listen", "health-listen")],
+                [sys.executable, "-m", "knapsack_genserver.cli", "serve"]
+                + [f"--{name}=127.0.0.1:0" for name in ("listen", "admin-listen", "health-listen")]
+                + list(flags),
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,

@@ -13,22 +13,32 @@ VOCABULARY = 23
 END = 22
 
 
-def small_model(seed: int = 0, tied: bool = False, vocabulary: int = VOCABULARY) -> Any:
-    """Return a model with random weights, large enough that its tokens are not uniform."""
+_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,
+}
+
+
+def small_model(
+    seed: int = 0, tied: bool = False, vocabulary: int = VOCABULARY, **sizes: float
+) -> Any:
+    """Return a model with random weights, large enough that its tokens are not uniform.
+
+    The sizes are fields of its configuration, where others than the usual ones are wanted.
+    """
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocabulary,
-        hidden_size=16,
-        intermediate_size=32,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
         tie_word_embeddings=tied,
-        initializer_range=0.5,
         bos_token_id=None,
         eos_token_id=END,
         pad_token_id=None,
+        **{**_SIZES, **sizes},
     )
     return Qwen2ForCausalLM(config).eval()
 

@@ -15,9 +15,7 @@ def test_a_step_in_waves(start_generator: Any, tmp_path: Path) -> None:
     """The budget is spent to the last rollout, and each prompt's group is whole and in order."""
     section = README.read_text().split("## A step in waves")[1].split("\n## ")[0]
     (code,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    scheduler = SchedulerProcess(tmp_path / "stats.db")
-    scheduler.start()
-    try:
+    with SchedulerProcess(tmp_path / "stats.db") as scheduler:
         generator = start_generator("--engine=fake")
         for address, real in (
             ("localhost:50051", scheduler.address),
@@ -40,5 +38,3 @@ def test_a_step_in_waves(start_generator: Any, tmp_path: Path) -> None:
             assert [rollout.rollout_index for rollout in group] == list(range(len(group)))
         names["rollouts"].close()
         names["budget"].close()
-    finally:
-        scheduler.kill()

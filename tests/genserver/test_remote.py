@@ -33,7 +33,7 @@ GROUPS = [group([k + 1], n, seed=k) for k, n in enumerate([2, 60, 7, 20, 3])]
 
 async def until(holds: Callable[[], bool]) -> None:
     """Return when something holds."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not holds():  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 

@@ -317,7 +317,7 @@ async def test_a_client_that_reads_no_answers_is_not_read_any_more() -> None:
 async def test_a_session_that_asks_for_nothing_is_ended() -> None:
     """Others may have its place; one with rollouts under way is waited for."""
     engine = ManualEngine()
-    patience = Patience(opening_seconds=0.05, idle_seconds=0.05)
+    patience = Patience(opening_seconds=0.3, idle_seconds=0.3)
     service = GeneratorService(engine, Events(), patience=patience)
     busy = Client(service)
     busy.requests.put_nowait(opening())

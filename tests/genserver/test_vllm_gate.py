@@ -49,6 +49,7 @@ class Core:
         calls: of workers, in order, with whether generation ran.
         held: calls of workers that wait for their event.
         failing: calls of workers that fail, and why.
+        refusal: why a folder cannot be served, if it cannot.
     """
 
     def __init__(self) -> None:
@@ -57,20 +58,26 @@ class Core:
         self.calls: list[tuple[str, bool]] = []
         self.held: dict[str, asyncio.Event] = {}
         self.failing: dict[str, Exception] = {}
+        self.refusal = ""
 
     def hold(self, method: str) -> asyncio.Event:
         """Let a call of workers wait until the event is set."""
         return self.held.setdefault(method, asyncio.Event())
 
-    async def collective_rpc_async(self, method: str, *_: Any) -> list[dict[str, Any]]:
+    async def collective_rpc_async(self, method: str, *_: Any) -> list[Any]:
         """Call the workers."""
         self.calls.append((method, self.running))
         if method in self.held:
             await self.held[method].wait()
         if method in self.failing:
             raise self.failing[method]
+        if method == "knapsack_check_weights":
+            # One of two workers may see another disk.
+            return ["", self.refusal]
         if method in ("knapsack_take_weights", "update_weights"):
             self.weights = "new"
+        if method == "knapsack_restore_weights":
+            self.weights = "old"
         return [{"fingerprint": "f", "proven": 1, "unproven": []}]
 
 
@@ -363,12 +370,57 @@ async def test_a_failed_update_says_whether_any_weights_serve(gate: Any, tmp_pat
         await engine.load_weights(tmp_path, 1)
     with pytest.raises(Unavailable, match="no weights serve until"):
         engine.generate(group())
-    failing["knapsack_check_weights"] = RuntimeError("not a folder")
+    failing.clear()
+    llm.engine_core.refusal = "not a folder"
     with pytest.raises(Unavailable, match="not a folder; no weights serve until"):
         await engine.load_weights(tmp_path, 1)
-    failing.clear()
+    llm.engine_core.refusal = ""
     await engine.load_weights(tmp_path, 2)
     assert (engine.broken, llm.version, llm.engine_core.running) == ("", 2, True)
+
+
+@pytest.mark.parametrize("failing", ["check", "take", "restore"])
+async def test_who_is_at_fault_is_in_the_status(gate: Any, tmp_path: Path, failing: str) -> None:
+    """400 for a folder that was refused; 500 where this side failed, whatever serves then."""
+    llm = await llm_of(gate, tmp_path)
+    llm.engine_core.refusal = "it is not whole"
+    await llm.start_weight_update()
+    with pytest.raises(gate.UpdateFailed, match="it is not whole; the old weights") as refused:
+        await llm.update_weights(part(tmp_path))
+    assert refused.value.status == 400
+    llm.engine_core.refusal = ""
+    for method in {failing, "take" if failing == "restore" else failing}:
+        llm.engine_core.failing[f"knapsack_{method}_weights"] = RuntimeError("no memory")
+    await llm.start_weight_update()
+    serving = "no weights serve" if failing == "restore" else "no memory; the old weights"
+    with pytest.raises(gate.UpdateFailed, match=serving) as failed:
+        await llm.update_weights(part(tmp_path))
+    assert failed.value.status == 500
+    assert llm.engine_core.cached == llm.engine_core.weights
+
+
+@pytest.mark.parametrize("what", ["left alone", "refused"])
+async def test_an_update_that_is_not_finished_is_undone(
+    gate: Any, tmp_path: Path, what: str
+) -> None:
+    """Also after it has taken a folder: the old weights serve, under their version."""
+    llm = await llm_of(gate, tmp_path, patience=0.0 if what == "left alone" else 600.0)
+    core = llm.engine_core
+    await llm.start_weight_update()
+    await llm.update_weights(part(tmp_path))
+    assert core.weights == "new"
+    if what == "left alone":
+        await settled()
+    else:
+        core.refusal = "not whole"
+        with pytest.raises(gate.UpdateFailed, match="the old weights serve on"):
+            await llm.update_weights(part(tmp_path))
+        core.refusal = ""
+    assert (core.weights, core.cached, llm.version, core.running) == ("old", "old", 0, True)
+    assert ("knapsack_release_weights", False) not in core.calls
+    await llm.serve_folder(tmp_path, 3)
+    assert (core.weights, llm.version) == ("new", 3)
+    assert core.calls[-1] == ("knapsack_release_weights", False)
 
 
 async def test_updates_over_http_are_told_of(gate: Any, tmp_path: Path) -> None:
@@ -384,7 +436,7 @@ async def test_updates_over_http_are_told_of(gate: Any, tmp_path: Path) -> None:
     reload = {"kwargs": {"weights_path": str(tmp_path)}}
     await llm.collective_rpc("reload_weights", **reload)
     assert told == [(2, False), (3, False)]
-    llm.engine_core.failing["knapsack_check_weights"] = RuntimeError("not a folder")
+    llm.engine_core.refusal = "not a folder"
     await llm.start_weight_update()
     with pytest.raises(gate.UpdateFailed):
         await llm.update_weights(part(tmp_path))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from real_scheduler import PATIENCE
 from tiny_trl import config, new_model, new_tokenizer, reward, rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +44,8 @@ def test_the_training_runs_as_it_is_written(
 
     trainer: Any = names["trainer"]
     assert trainer.state.global_step == 3
+    # A step whose allocation came too late counts as well.
+    assert trainer._budget.flush(PATIENCE)
     assert trainer._budget.run().total_rollouts == 3 * 8
     assert {s.prompt_id for s in trainer._budget.prompt_stats()} <= {r["id"] for r in rows()}
 

@@ -15,8 +15,9 @@ import torch
 from datasets import Dataset
 
 from knapsack_trainer_client import BudgetClient
-from knapsack_trainer_client.integrations.trl import LOSS_TYPES
+from knapsack_trainer_client.integrations.trl_checks import LOSS_TYPES
 
+from real_scheduler import PATIENCE
 from tiny_trl import (
     GROUP,
     Recording,
@@ -65,7 +66,7 @@ def test_every_loss_trains_on_the_groups_advantages(
     made = [a for batch in trainer.batches for a in batch["advantages"]]
     assert sorted(trainer.trained) == sorted(made)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    with BudgetClient(shared_scheduler.address, loss_type) as client:
+    with BudgetClient(shared_scheduler.address, loss_type, timeout=PATIENCE) as client:
         known = {s.prompt_id: s for s in client.prompt_stats()}
     for name in known:
         scores = [
@@ -227,7 +228,7 @@ def run_script(asked: dict[str, Any], launcher: list[str] | None = None) -> int:
             command,
             stdout=log,
             stderr=log,
-            timeout=300,
+            timeout=500,
             check=False,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
@@ -242,7 +243,6 @@ def seen(folder: Path, rank: int = 0) -> dict[str, Any]:
     return answer
 
 
-@pytest.mark.timeout(300)
 def test_two_processes_share_the_groups(shared_scheduler: Any, tmp_path: Path) -> None:
     """With DDP a group may lie in two processes; each has its own rows' advantages by hand."""
     folder = tmp_path / "ddp"
@@ -272,11 +272,10 @@ def test_two_processes_share_the_groups(shared_scheduler: Any, tmp_path: Path) -
         made = [a for batch in rank["batches"] for a in batch["advantages"]]
         assert sorted(rank["trained"]) == sorted(made)
     assert ranks[0]["log"][-2]["knapsack/largest_group"] > GROUP
-    with BudgetClient(shared_scheduler.address, "ddp") as client:
+    with BudgetClient(shared_scheduler.address, "ddp", timeout=PATIENCE) as client:
         assert client.run().total_rollouts == 5 * 12
 
 
-@pytest.mark.timeout(400)
 def test_resumed_is_the_same_as_uninterrupted(shared_scheduler: Any, tmp_path: Path) -> None:
     """Killed after the checkpoint and resumed from it, it allocates as if nothing had been."""
     # Across epochs TRL resumes with another order of prompts unless it does not shuffle.
@@ -293,7 +292,7 @@ def test_resumed_is_the_same_as_uninterrupted(shared_scheduler: Any, tmp_path: P
     again = asked | {"options": options | {"run_name": "broken"}}
 
     assert run_script(again | {"kill_at": 6}) == -9
-    with BudgetClient(shared_scheduler.address, "broken") as client:
+    with BudgetClient(shared_scheduler.address, "broken", timeout=PATIENCE) as client:
         assert client.run().last_step == 5
     run_script(again | {"resume": True})
 
@@ -303,8 +302,8 @@ def test_resumed_is_the_same_as_uninterrupted(shared_scheduler: Any, tmp_path: P
     assert [batch["advantages"] for batch in resumed] == [b["advantages"] for b in whole[4:]]
     assert any(len(set(map(len, groups_of(batch["ids"])))) > 1 for batch in resumed)
     with (
-        BudgetClient(shared_scheduler.address, "broken") as client,
-        BudgetClient(shared_scheduler.address, "straight") as other,
+        BudgetClient(shared_scheduler.address, "broken", timeout=PATIENCE) as client,
+        BudgetClient(shared_scheduler.address, "straight", timeout=PATIENCE) as other,
     ):
         assert client.run().rewinds == 2
         assert client.prompt_stats() == other.prompt_stats()
@@ -320,10 +319,11 @@ def test_training_outlives_the_scheduler(scheduler: Any, tmp_path: Path) -> None
                 scheduler.kill()
             if self.model.training and step == 8:
                 scheduler.start()
-                assert self._budget.flush(30)
+                assert self._budget.flush(PATIENCE)
             return super()._generate_and_score_completions(inputs)
 
-    trainer = new_trainer(tmp_path, scheduler.address, trainer=Outage, max_steps=14)
+    # The first call after the kill waits for all of the timeout, the later ones do not.
+    trainer = new_trainer(tmp_path, scheduler.address, trainer=Outage, timeout=5.0, max_steps=14)
 
     trainer.train()
 
@@ -332,5 +332,5 @@ def test_training_outlives_the_scheduler(scheduler: Any, tmp_path: Path) -> None
     assert fallback == [0.0] * 4 + [1.0] * 4 + [0.0] * 6
     assert sizes[4:8] == [[GROUP, GROUP]] * 4
     assert any(len(set(groups)) > 1 for groups in sizes[8:])
-    assert trainer._budget.flush(30)
+    assert trainer._budget.flush(PATIENCE)
     assert trainer._budget.run().total_rollouts == 14 * 8

@@ -24,6 +24,8 @@ from trl import GRPOConfig
 
 from knapsack_trainer_client.integrations.trl import BudgetedGRPOTrainer
 
+from real_scheduler import PATIENCE
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 GROUP = 4
 PROMPTS = 4
@@ -145,11 +147,15 @@ def new_trainer(
     data: Any = None,
     reward_funcs: Any = reward,
     more: dict[str, Any] | None = None,
+    timeout: float = PATIENCE,
     **options: Any,
 ) -> Any:
-    """Return a trainer; ``more`` are arguments of the trainer, ``options`` of the config."""
+    """Return a trainer; ``more`` are arguments of the trainer, ``options`` of the config.
+
+    The timeout is that of the client that it makes, so that a busy machine is no outage.
+    """
     chosen = {"scheduler": address, "prompt_id_column": "id", "max_rollouts": 64} | (more or {})
-    return trainer(
+    made = trainer(
         model=new_model(),
         reward_funcs=reward_funcs,
         args=config(folder, **options),
@@ -157,6 +163,9 @@ def new_trainer(
         processing_class=new_tokenizer(),
         **chosen,
     )
+    if made._budget is not None:
+        made._budget._client._timeout = timeout
+    return made
 
 
 def groups_of(ids: list[str]) -> list[list[int]]:

@@ -17,7 +17,7 @@ from knapsack_trainer_client import BudgetClient
 def test_an_export_is_a_log(tmp_path: Path) -> None:
     """Rewards of all waves come back by prompt and step; what a rewind forgot does not."""
     store = f"sqlite:///{tmp_path / 'stats.db'}"
-    with BudgetClient.embedded(tmp_path / "stats.db", run_id="mine") as client:
+    with BudgetClient.embedded(tmp_path / "stats.db", run_id="mine", timeout=60) as client:
         first = client.allocate(["a", "b"], 8, step=0, wave_fraction=0.5)
         client.report(first, [[1.0, 0.0], [0.0, 0.0]], completion_tokens=[[3, 4], [5, 6]])
         rest = client.extend(first)

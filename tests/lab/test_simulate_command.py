@@ -141,11 +141,11 @@ def test_a_report_needs_its_packages_and_a_table_does_not(small: str, tmp_path: 
         "sys.exit(main(['simulate', *sys.argv[1:]]))\n"
     )
     command = [sys.executable, "-c", code, "--scenario", small, "--seeds", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "one seed, so no interval" in " ".join(done.stdout.split())
     command += ["--report", str(tmp_path / "a.html")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
     assert "pip install 'knapsack-rl[lab]'" in done.stderr
     assert done.stdout == ""
@@ -154,7 +154,7 @@ def test_a_report_needs_its_packages_and_a_table_does_not(small: str, tmp_path: 
 def test_help_is_the_command_s_own() -> None:
     """``knapsack-rl simulate --help`` is not that of ``knapsack-rl``."""
     command = [str(Path(sys.executable).with_name("knapsack-rl")), "simulate", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert "--random-seed" in done.stdout
     assert "usage: knapsack-rl simulate" in done.stdout
 
@@ -167,4 +167,4 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0

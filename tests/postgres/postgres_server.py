@@ -92,7 +92,7 @@ class PostgresServer:
                 stdout=log, stderr=log, cwd=self._folder,
             )  # fmt: skip
         ready = subprocess.run(
-            ["timeout", "60", "sh", "-c", f"until {self._bin}/pg_isready -q -h {self._folder}; "
+            ["timeout", "120", "sh", "-c", f"until {self._bin}/pg_isready -q -h {self._folder}; "
              "do kill -0 $0 && sleep 0.1; done", str(self._process.pid)]
         )  # fmt: skip
         assert ready.returncode == 0, (self._folder / "log").read_text()

@@ -69,9 +69,11 @@ class Nodes:
                 found.append(int(folder.name))
         return found
 
-    def kill_replica(self) -> None:
-        """Kill the process of a replica."""
-        os.kill(self.replicas()[0], signal.SIGKILL)
+    def kill_replica(self) -> int:
+        """Kill the process of a replica; returns its id."""
+        victim = self.replicas()[0]
+        os.kill(victim, signal.SIGKILL)
+        return victim
 
 
 @pytest.fixture(scope="session")

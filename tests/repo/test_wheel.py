@@ -19,7 +19,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out, ROOT],
         check=True,
-        timeout=100,
+        timeout=300,
     )
     (built,) = out.glob("*.whl")
     return built
@@ -46,10 +46,9 @@ def test_wheel_holds_the_four_packages_and_nothing_else(wheel: Path) -> None:
     assert any("journal" in name and "versions" in name for name in names)
 
 
-@pytest.mark.timeout(200)
 def test_base_install_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """In an environment with the wheel alone the client imports and the command answers."""
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, timeout=200)
     python = tmp_path / "venv/bin/python"
     subprocess.run(
         [
@@ -57,7 +56,7 @@ def test_base_install_works_outside_the_checkout(wheel: Path, tmp_path: Path) ->
             "--constraint", ROOT / ".ci/constraints.txt", wheel,
         ],
         check=True,
-        timeout=150,
+        timeout=400,
     )  # fmt: skip
 
     code = (

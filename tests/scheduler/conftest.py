@@ -21,6 +21,8 @@ from knapsack_scheduler.cli import main
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.service import SchedulerService
 
+from held_port import HeldPort
+
 ANY_PORT = "127.0.0.1:0"
 
 
@@ -130,24 +132,24 @@ def command(capsys) -> Callable[..., Done]:
 
 
 class Scheduler:
-    """A real ``knapsack-scheduler serve`` on free ports, with a stub to call it."""
+    """A real ``knapsack-scheduler serve``, at one address however often it is started."""
 
-    def __init__(self, store: str, log: Path, *flags: str) -> None:
-        self._command = [sys.executable, "-m", "knapsack_scheduler.cli", "serve"]
+    def __init__(self, store: str, log: Path, *flags: str, prefix: Sequence[str] = ()) -> None:
+        self._command = [*prefix, sys.executable, "-m", "knapsack_scheduler.cli", "serve"]
         self._command += ["--store", store, *flags]
         self._log = log
+        self._port = HeldPort()
         self.addresses: dict[str, str] = {}
         self.process: subprocess.Popen[str] | None = None
         self._channel: grpc.Channel | None = None
 
     def start(self) -> None:
         """Start it and wait for its first line."""
-        listen = self.addresses.get("listen", ANY_PORT)
         with self._log.open("a") as log:
             self.process = subprocess.Popen(
                 [
                     *self._command,
-                    *("--listen", listen),
+                    *("--listen", self._port.address),
                     *("--admin-listen", ANY_PORT),
                     *("--health-listen", ANY_PORT),
                 ],
@@ -180,16 +182,17 @@ class Scheduler:
         if process is None:
             return 0
         process.send_signal(number)
-        code = process.wait(30)
+        code = process.wait(60)
         assert process.stdout is not None
         process.stdout.close()
         return code
 
     def close(self) -> None:
-        """Let go of the channel and the process."""
+        """Let go of the channel, the process and the port."""
         if self._channel is not None:
             self._channel.close()
         self.end(signal.SIGKILL)
+        self._port.close()
 
 
 @pytest.fixture
@@ -197,9 +200,10 @@ def start_scheduler(tmp_path: Path) -> Iterator[Callable[..., Scheduler]]:
     """A function that starts schedulers with some flags, on a file or on a database's URL."""
     started: list[Scheduler] = []
 
-    def start(*flags: str, store: str = "stats.db") -> Scheduler:
+    def start(*flags: str, store: str = "stats.db", prefix: Sequence[str] = ()) -> Scheduler:
         url = store if "://" in store else f"sqlite:///{tmp_path / store}"
-        scheduler = Scheduler(url, tmp_path / f"scheduler-{len(started)}.log", *flags)
+        log = tmp_path / f"scheduler-{len(started)}.log"
+        scheduler = Scheduler(url, log, *flags, prefix=prefix)
         started.append(scheduler)
         scheduler.start()
         return scheduler

@@ -18,6 +18,8 @@ from google.protobuf.message import DecodeError, Message
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 
+from mutations import changed_bytes, changed_values
+
 SERVICE = pb.DESCRIPTOR.services_by_name["BudgetScheduler"]
 REFUSALS = frozenset(
     {
@@ -79,7 +81,7 @@ class Fuzzer:
         if kind <= 6:
             what = ", ".join(self._odd(message) for _ in range(self.draw.randrange(1, 4)))
             return self._call(method.name, message, REFUSALS, what)
-        data = self._bytes(message.SerializeToString())
+        data = changed_bytes(self.draw, message.SerializeToString())
         try:
             type(message).FromString(data)
         except DecodeError:
@@ -176,39 +178,12 @@ class Fuzzer:
             odd = _ODD_FLOATS if _kind(field) in ("double", "float") else _ODD_INTS
         fitting = [value for value in odd if _fits(field, value)]
         if field.is_repeated:
-            values = list(getattr(message, field.name))
-            action = draw.randrange(5)
-            if action == 0:
-                values = []
-            elif action == 1:
-                values = values * 2
-            elif action == 2 and values:
-                values.pop(draw.randrange(len(values)))
-            elif action == 3 and values:
-                values[draw.randrange(len(values))] = draw.choice(fitting)
-            else:
-                values.append(draw.choice(fitting))
+            values = changed_values(draw, getattr(message, field.name), fitting)
             message.ClearField(field.name)
             getattr(message, field.name).extend(values)
         else:
             setattr(message, field.name, draw.choice(fitting))
         return field.name
-
-    def _bytes(self, data: bytes) -> bytes:
-        changed = bytearray(data or b"\n")
-        for _ in range(self.draw.randrange(1, 4)):
-            at = self.draw.randrange(len(changed))
-            match self.draw.randrange(4):
-                case 0:
-                    changed[at] ^= 1 << self.draw.randrange(8)
-                case 1:
-                    del changed[at:]
-                case 2:
-                    changed[at:at] = self.draw.randbytes(self.draw.randrange(1, 9))
-                case _:
-                    changed += changed[at:]
-            changed = changed or bytearray(b"\xff")
-        return bytes(changed)
 
 
 def _kind(field: Any) -> str:

@@ -31,6 +31,8 @@ from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.transaction import Writing
 from knapsack_scheduler.service import SchedulerService
 
+from held_port import HeldPort
+
 KILLS = int(os.environ.get("CHAOS_KILLS", "200"))
 WORKERS, RUNS = 6, 3
 REPEATED = {
@@ -90,7 +92,8 @@ class WarmScheduler:
         self._flags = ["--store", f"sqlite:///{folder / 'stats.db'}", "--auto-create-runs"]
         self._flags += ["--log-level", "error", "--admin-listen", "127.0.0.1:0"]
         self._flags += ["--health-listen", "127.0.0.1:0"]
-        self.address = "127.0.0.1:0"
+        self._port = HeldPort()
+        self.address = self._port.address
         self.pid = 0
         self._starter = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("warm_start.py"))],
@@ -116,7 +119,7 @@ class WarmScheduler:
 
     def serving(self) -> None:
         """Wait until it serves."""
-        self.address = self._line()["listen"]
+        assert self._line()["listen"] == self.address
 
     def kill(self) -> None:
         """End it at once."""
@@ -128,12 +131,13 @@ class WarmScheduler:
         assert self._starter.stdin is not None
         assert self._starter.stdout is not None
         self._starter.stdin.close()
-        self._starter.wait(30)
+        self._starter.wait(60)
         self._starter.stdout.close()
+        self._port.close()
         self._log.close()
 
 
-@pytest.mark.timeout(60 + KILLS)
+@pytest.mark.timeout(300 + 5 * KILLS)
 def test_every_acknowledged_rollout_is_counted_once_after_many_kills(tmp_path: Path) -> None:
     """kill -9 while it starts, decides, commits or answers; clients only ever repeat."""
     scheduler = WarmScheduler(tmp_path)
@@ -167,7 +171,7 @@ async def chaos(scheduler: WarmScheduler, kills: int, seed: int) -> int:
             for _ in range(kills):
                 # Mostly amid the load; now and then before it has come up.
                 for _ in range(draw.randrange(4)):
-                    await asyncio.wait_for(load.progress.acquire(), 60)
+                    await asyncio.wait_for(load.progress.acquire(), 300)
                 scheduler.kill()
                 scheduler.start()
                 if draw.random() < 0.9:

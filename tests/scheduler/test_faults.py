@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
+from knapsack_scheduler.errors import StoreUnavailable
+from knapsack_scheduler.journal.store import OneWriter
 
 # Root writes to files that are read-only, unless it gives that right up.
 AS_A_USER = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
@@ -123,3 +126,31 @@ def test_a_damaged_page_is_found_by_the_check(store: Path, command) -> None:
     assert done.returncode == 1
     assert "fault: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("how", "which"), [("rm", ""), ("rm", "-wal"), ("mv", "")])
+async def test_a_store_that_is_deleted_under_it_acknowledges_nothing_more(
+    store: Path, calls, how: str, which: str
+) -> None:
+    """SQLite itself would go on writing to files that nobody will find again."""
+    file = Path(f"{store}{which}")
+    async with open_service(f"sqlite:///{store}") as service:
+        await service.report(calls.own_report(["before"], [[1.0]], report_id="before"))
+        if how == "rm":
+            os.unlink(file)
+        else:
+            shutil.copy(file, f"{file}.restored")
+            os.replace(f"{file}.restored", file)
+        with pytest.raises(StoreUnavailable, match=f"{file} was deleted or replaced"):
+            await service.report(calls.own_report(["after"], [[1.0]], report_id="after"))
+        with pytest.raises(StoreUnavailable, match="started again"):
+            await service.create_run(pb.CreateRunRequest(run_id="another"))
+
+
+def test_a_writer_that_waits_too_long_for_another_is_refused() -> None:
+    """Threads are few: those that wait for a disk that hangs are missed elsewhere."""
+    one = OneWriter(0.01)
+    with one, pytest.raises(StoreUnavailable, match="those who write before"), one:
+        pytest.fail("two writers at once")
+    with one:
+        pass

@@ -44,11 +44,17 @@ async def imported(prompt_ids: list[str], rewards: int) -> AsyncIterator[pb.Impo
     )
 
 
-async def settled(service: SchedulerService) -> None:
-    """Wait until no snapshot is under way."""
+async def settled(service: SchedulerService, held: threading.Event | None = None) -> None:
+    """Wait until no snapshot is under way, or the one that is has come to where it is held."""
     busy = service._runs._snapshots._busy
-    await asyncio.to_thread(busy.acquire)
-    busy.release()
+
+    def wait() -> None:
+        while not (held and held.is_set()):
+            if busy.acquire(timeout=0.01):
+                busy.release()
+                return
+
+    await asyncio.to_thread(wait)
 
 
 async def steps(service: SchedulerService, calls: Any, first: int, last: int) -> None:
@@ -97,7 +103,7 @@ async def test_a_rewind_while_the_journal_is_compacted_keeps_what_it_needs(
         result = original(*arguments)
         if held and held.pop():
             reached.set()
-            go.wait(60)
+            assert go.wait(60)
         return result
 
     monkeypatch.setattr(compaction, "checksum", slow)
@@ -111,6 +117,7 @@ async def test_a_rewind_while_the_journal_is_compacted_keeps_what_it_needs(
             made = await service.allocate(calls.allocate(["a", "b"], 8, step))
             rewards = [[1.0] * made.num_rollouts[0], [0.0] * made.num_rollouts[1]]
             await service.report(calls.report(made.allocation_id, rewards))
+            await settled(service, reached)
             step += 1
             assert step < 200
         floor = service._journal.find_run("run")

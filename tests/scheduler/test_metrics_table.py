@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def exposition(start_scheduler) -> str:
     """What a scheduler exposes after a run of two steps, a wave, a fallback and a rewind."""
     scheduler = start_scheduler("--auto-create-runs")
-    with BudgetClient(scheduler.addresses["listen"], "run", outbox=False) as client:
+    address = scheduler.addresses["listen"]
+    with BudgetClient(address, "run", timeout=60, outbox=False) as client:
         for step in range(2):
             first = client.allocate(["a", "b", "c"], 12, step, wave_fraction=0.5)
             client.report(first, [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]], policy_version=step)
@@ -64,7 +65,7 @@ def test_promtool_has_nothing_against_the_exposition(exposition: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=60,
     )
     ours = [line for line in done.stdout.splitlines() + done.stderr.splitlines() if line]
     assert [line for line in ours if not line.startswith(("process_", "python_"))] == []

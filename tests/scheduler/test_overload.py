@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import re
 import resource
 import socket
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import psutil
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
@@ -52,12 +55,14 @@ def health_asked(address: str) -> Iterator[list[bool]]:
     def ask() -> None:
         with grpc.insecure_channel(address, SIZES) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            while not over.wait(0.05):
+            while True:
                 try:
-                    answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=15)
+                    answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
                     answers.append(answer.status == health_pb2.HealthCheckResponse.SERVING)
                 except grpc.RpcError:
                     answers.append(False)
+                if over.wait(0.05):
+                    return
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -68,6 +73,13 @@ def health_asked(address: str) -> Iterator[list[bool]]:
         thread.join()
     assert answers
     assert all(answers)
+
+
+def gauge(address: str, name: str) -> float:
+    """Return the value of a metric of the scheduler's own."""
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=60) as answer:
+        text = answer.read().decode()
+    return float(re.findall(rf"^knapsack_scheduler_{name} (\S+)$", text, re.MULTILINE)[0])
 
 
 class Peak:
@@ -218,15 +230,19 @@ async def test_slow_senders_give_way_to_those_who_wait(
 
         stuck = [asyncio.ensure_future(code_of(allocate(never()))) for _ in range(4)]
         stuck += [asyncio.ensure_future(code_of(imports(never()))) for _ in range(8)]
-        for call in stuck:
-            await asyncio.sleep(0)
-            assert not call.done()
+        admin = scheduler.addresses["admin"]
+        async with asyncio.timeout(60):
+            # Until they hold all the room there is.
+            while await asyncio.to_thread(gauge, admin, "inflight_bytes") < 128 * MIB:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert not any(call.done() for call in stuck)
         with health_asked(scheduler.addresses["listen"]):
             async with grpc.aio.insecure_channel(scheduler.addresses["listen"]) as channel:
                 for _ in range(3):
                     await stub_of(channel).Allocate(calls.allocate(), timeout=30)
-        done = [call.result() for call in stuck if call.done()]
-        assert CODE.RESOURCE_EXHAUSTED in done
+        # Their callers are told after the places were given to others.
+        done, _ = await asyncio.wait(stuck, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+        assert {call.result() for call in done} == {CODE.RESOURCE_EXHAUSTED}
         for call in stuck:
             call.cancel()
         await asyncio.gather(*stuck, return_exceptions=True)
@@ -258,6 +274,30 @@ async def test_thousands_of_connections_leave_the_others_served(
             one.close()
         assert connections < 700
         assert peak.bytes - before < 100 * MIB
+
+
+@pytest.mark.parametrize("limits", ["-S -n 100", "-n 500"])
+async def test_connections_never_take_the_last_open_files(
+    start_scheduler: Callable[..., Any], calls: Any, limits: str
+) -> None:
+    """A limit that may be raised is raised; where it may not, fewer connections are let in."""
+    scheduler = start_scheduler(prefix=("bash", "-c", f'ulimit {limits} && exec "$@"', "bash"))
+    host, port = scheduler.addresses["listen"].rsplit(":", 1)
+    async with grpc.aio.insecure_channel(scheduler.addresses["listen"]) as channel:
+        stub = stub_of(channel)
+        await stub.CreateRun(pb.CreateRunRequest(run_id="run"))
+        with contextlib.ExitStack() as sockets, health_asked(scheduler.addresses["health"]):
+            for number in range(600):
+                one = sockets.enter_context(socket.socket())
+                one.setblocking(False)
+                one.connect_ex((host, int(port)))
+                if number % 100 == 0:
+                    await stub.Allocate(calls.allocate(), timeout=30)
+            # Writes, reads, and what is imported when it is first needed.
+            made = await stub.Allocate(calls.allocate(), timeout=30)
+            await stub.Report(calls.report(made.allocation_id, [[1.0], [0.0]]), timeout=30)
+            await stub.ListPromptStats(pb.ListPromptStatsRequest(run_id="run"), timeout=30)
+    assert ("open files are limited to 500" in scheduler.log()) == (limits == "-n 500")
 
 
 async def test_deadlines_of_a_millisecond_and_huge_metadata_harm_nobody(

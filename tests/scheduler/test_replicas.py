@@ -20,11 +20,13 @@ import pytest
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
+from knapsack_scheduler.errors import Unavailable
 from knapsack_trainer_client import AsyncBudgetClient
 
 REPLICAS = 3
 KILLS = int(os.environ.get("KNAPSACK_TEST_KILLS", "6"))
-STEPS = 12 * KILLS
+STEPS = 4 * KILLS
+TRAINERS, TRAINER_STEPS, TRAINED_RUNS = 64, 2 * KILLS // 3, 16
 SHARED = [f"shared-{i}" for i in range(8)]
 
 
@@ -44,7 +46,7 @@ class Worker:
         for _ in range(400):
             stub = self._random.choice(self.replicas).stub
             try:
-                return getattr(stub, method)(request, timeout=20)
+                return getattr(stub, method)(request, timeout=60)
             except grpc.RpcError as error:
                 if error.code() not in (
                     grpc.StatusCode.UNAVAILABLE,
@@ -95,25 +97,28 @@ class Worker:
                 done()
 
 
-async def train(name: str, address: str, counted: Counter[str], done: Callable[[], object]) -> None:
+async def train(
+    number: int, address: str, counted: dict[str, Counter[str]], done: Callable[[], object]
+) -> None:
     """Do the steps of a trainer with the client, on all replicas as one address."""
-    ids = [f"{name}-a", f"{name}-b", *SHARED]
+    run_id = f"run-{number % TRAINED_RUNS}"
+    ids = [f"{number}-a", f"{number}-b", *SHARED]
     async with AsyncBudgetClient(
-        address, "run", timeout=60, on_unavailable="raise", outbox=False
+        address, run_id, timeout=60, on_unavailable="raise", outbox=False
     ) as client:
-        for step in range(STEPS):
+        for step in range(TRAINER_STEPS):
             allocation = await client.allocate(ids, 4 * len(ids), step)
             assert not allocation.is_fallback
             rewards = [[float(i % 2) for i in range(n)] for n in allocation.num_rollouts]
             await client.report(allocation, rewards, policy_version=step)
-            counted.update(dict(zip(ids, allocation.num_rollouts, strict=True)))
+            counted[run_id].update(dict(zip(ids, allocation.num_rollouts, strict=True)))
             done()
         assert await client.flush(60)
 
 
-@pytest.mark.timeout(120 + 20 * KILLS)
+@pytest.mark.timeout(600 + 60 * KILLS)
 def test_replicas_killed_in_turn_lose_and_double_nothing(postgres, start_scheduler) -> None:
-    """Workers and trainers that retry see no error; afterwards every replica agrees."""
+    """Workers and 64 trainers that retry see no error; afterwards every replica agrees."""
     store = postgres.new_store()
     replicas = [
         start_scheduler("--auto-create-runs", "--rewind-horizon=20", store=store)
@@ -121,50 +126,48 @@ def test_replicas_killed_in_turn_lose_and_double_nothing(postgres, start_schedul
     ]
     workers = [Worker(f"w{i}", replicas) for i in range(2)]
     addresses = "ipv4:" + ",".join(replica.addresses["listen"] for replica in replicas)
-    trained: Counter[str] = Counter()
+    trained = {f"run-{number}": Counter[str]() for number in range(TRAINED_RUNS)}
     wrong: list[BaseException] = []
     finished = threading.Semaphore(0)
 
-    def train_both() -> None:
-        async def both() -> None:
-            await asyncio.gather(
-                *(train(f"t{i}", addresses, trained, finished.release) for i in range(2))
-            )
+    def train_all() -> None:
+        async def together() -> None:
+            async with asyncio.TaskGroup() as group:
+                for number in range(TRAINERS):
+                    group.create_task(train(number, addresses, trained, finished.release))
 
         try:
-            asyncio.run(both())
+            asyncio.run(together())
         except BaseException as error:
             wrong.append(error)
-            for _ in range(2 * STEPS):
+            for _ in range(TRAINERS * TRAINER_STEPS):
                 finished.release()
 
     threads = [threading.Thread(target=w.work, args=(finished.release,)) for w in workers]
-    threads.append(threading.Thread(target=train_both))
+    threads.append(threading.Thread(target=train_all))
     for thread in threads:
         thread.start()
     for victim in itertools.islice(itertools.cycle(replicas), KILLS):
-        for _ in range(4 * STEPS // (KILLS + 1)):
-            assert finished.acquire(timeout=100)
+        for _ in range((2 * STEPS + TRAINERS * TRAINER_STEPS) // (KILLS + 1)):
+            assert finished.acquire(timeout=300)
         assert victim.end(signal.SIGKILL) == -signal.SIGKILL
         victim.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(300)
         assert not thread.is_alive()
 
     assert not wrong, wrong
     assert [worker.wrong for worker in workers] == [[], []]
-    counted = sum((worker.counted for worker in workers), trained)
-    pages = [
-        replica.stub.ListPromptStats(pb.ListPromptStatsRequest(run_id="run"), timeout=20)
-        for replica in replicas
-    ]
-    assert dict(zip(pages[0].prompt_ids, pages[0].total_rollouts, strict=True)) == counted
-    assert pages[0].SerializeToString() == pages[1].SerializeToString()
-    assert pages[0].SerializeToString() == pages[2].SerializeToString()
+    for run_id, counted in {"run": sum((w.counted for w in workers), Counter()), **trained}.items():
+        request = pb.ListPromptStatsRequest(run_id=run_id)
+        pages = [replica.stub.ListPromptStats(request, timeout=60) for replica in replicas]
+        assert dict(zip(pages[0].prompt_ids, pages[0].total_rollouts, strict=True)) == counted
+        assert pages[0].SerializeToString() == pages[1].SerializeToString()
+        assert pages[0].SerializeToString() == pages[2].SerializeToString()
     for worker in workers:
         # The newest ones: what is more than the horizon behind is answered anew.
         for request, answer in worker.allocations[-10:]:
-            again = [replica.stub.Allocate(request, timeout=20) for replica in replicas]
+            again = [replica.stub.Allocate(request, timeout=60) for replica in replicas]
             assert again == [answer] * REPLICAS
 
 
@@ -198,3 +201,63 @@ async def test_one_replica_goes_on_where_another_stopped(postgres, calls) -> Non
                 seen.append(page.SerializeToString())
             answers.append(seen)
     assert answers[0] == answers[1]
+
+
+async def test_rewinds_race_reports_on_other_replicas_while_the_database_restarts(
+    postgres, calls
+) -> None:
+    """No call is half done: every replica has what the journal has, and knows every report."""
+    store = postgres.new_store()
+    reported: list[tuple[Any, Any]] = []
+    reached = [asyncio.Event() for _ in range(61)]
+    rewound = 0
+    async with open_service(store) as one, open_service(store) as two, open_service(store) as three:
+        services = [one, two, three]
+        draw = random.Random(3)
+
+        async def answer(method: str, request: Any) -> Any:
+            while True:
+                try:
+                    return await getattr(draw.choice(services), method)(request)
+                except Unavailable:
+                    await asyncio.sleep(0.05)
+
+        async def work(worker: int) -> None:
+            for step in range(12):
+                ids = [f"{worker}-{step % 3}", *SHARED]
+                request = calls.allocate(ids, 36, step, f"{worker}-{step}")
+                made = await answer("allocate", request)
+                rewards = [[float(draw.randrange(2)) for _ in range(n)] for n in made.num_rollouts]
+                report = calls.report(made.allocation_id, rewards, f"{worker}-{step}")
+                reported.append((report, await answer("report", report)))
+                reached[len(reported)].set()
+
+        async def rewind() -> None:
+            nonlocal rewound
+            for number in range(10):
+                await reached[5 * number + 1].wait()
+                request = calls.rewind(draw.randrange(12), f"rewind-{number}")
+                run = await answer("rewind_run", request)
+                rewound = max(rewound, run.rewinds)
+
+        async def restart() -> None:
+            for number in (1, 2):
+                await reached[18 * number].wait()
+                await asyncio.to_thread(postgres.stop)
+                await asyncio.to_thread(postgres.start)
+
+        await asyncio.gather(*(work(worker) for worker in range(5)), rewind(), restart())
+        assert rewound == 10
+        async with open_service(store) as fresh:
+            seen = []
+            for service in (*services, fresh):
+                page = await service.list_prompt_stats(pb.ListPromptStatsRequest(run_id="run"))
+                run = await service.get_run(pb.GetRunRequest(run_id="run"))
+                seen.append((page.SerializeToString(), run.SerializeToString()))
+            assert seen[1:] == seen[:1] * 3
+            rollouts = sum(page.total_rollouts)
+            for report, before in reported:
+                again = await answer("report", report)
+                assert again == before or again.ignored_rollouts == len(report.rewards)
+            page = await fresh.list_prompt_stats(pb.ListPromptStatsRequest(run_id="run"))
+            assert sum(page.total_rollouts) == rollouts > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -206,6 +207,26 @@ def test_the_admin_port_asks_for_a_token_of_every_run(guarded: Any) -> None:
         assert status(path, "Bearer token-of-all") == 200
         assert status(path, f"Basic {password}") == 200
     assert (status("/healthz"), status("/readyz")) == (200, 200)
+
+
+def test_a_token_in_a_malformed_request_is_in_no_log(guarded: Any) -> None:
+    """As of a token file whose lines end in carriage returns; the refusal itself is there."""
+    host, port = guarded.addresses["admin"].rsplit(":", 1)
+    for line in (
+        "Authorization: Bearer token-of-all\r\x01",
+        "Authorization : Bearer token-of-all",
+        "Authorization: Bearer token-of-all" + 9000 * "a",
+        "token-of-all",
+    ):
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            request = f"GET /metrics HTTP/1.1\r\nHost: here\r\n{line}\r\n\r\n"
+            connection.sendall(request.encode())
+            assert connection.recv(100).startswith(b"HTTP/1.0 400 ")
+            # Said before the connection is closed.
+            while connection.recv(10_000):
+                pass
+    assert guarded.log().count("a malformed HTTP request was refused") == 4
+    assert "token-of-all" not in guarded.log()
 
 
 def test_secrets_are_in_no_log_and_no_message(

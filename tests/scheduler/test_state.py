@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import numpy as np
@@ -167,11 +166,12 @@ async def test_the_report_that_completes_a_wave_has_the_next_decision_prepared(c
         groups = [[1.0] * count for count in answer.num_rollouts]
         part = calls.report(answer.allocation_id, [*groups[:3], []], report_id="part")
         await service.report(part)
-        assert not service._runs._preparing
+        await service.settled()
+        state = service._runs._loaded["run"].state
+        assert (state._prior, state._drift) == (None, None)
         rest = calls.report(answer.allocation_id, [[], [], [], groups[3]], report_id="rest")
         await service.report(rest)
-        await asyncio.gather(*service._runs._preparing)
-        state = service._runs._loaded["run"].state
+        await service.settled()
         prepared = state._prior, state._drift
         assert None not in prepared
         state._prior = state._drift = None
@@ -198,3 +198,16 @@ def test_a_step_that_was_pushed_out_of_the_window_leaves_no_trace() -> None:
         posterior = state.beliefs(ids, 3)[0].posterior
         seen.append((posterior.alpha.tobytes(), posterior.beta.tobytes()))
     assert seen[0] == seen[1]
+
+
+def test_many_prompts_are_found_and_sorted_as_few_are() -> None:
+    """They are handled in slices, here more than two; also when they come from a snapshot."""
+    ids = tuple(f"é{k * 7919 % 40_009:x}" for k in range(40_009))
+    first, rest = ids[:10], ids[10:]
+    state = RunState(RunConfig())
+    for step, some in enumerate((first, rest)):
+        rewards = Rewards(np.arange(len(some)), np.ones(len(some), np.float32), None)
+        state.fold(OutcomesReported("", step, some, 0, rewards, False))
+    for each in (state, RunState.from_columns(state.config, state.columns())):
+        assert each.rows_of(ids[::-1]).tolist() == list(range(len(ids)))[::-1]
+        assert each.sorted_prompts() == sorted((p, row) for row, p in enumerate(ids))

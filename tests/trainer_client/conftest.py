@@ -1,4 +1,4 @@
-"""A scheduler that fails on demand, a real scheduler process, and bounded waiting."""
+"""A scheduler that fails on demand, real schedulers, and bounded waiting."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,7 +15,10 @@ import pytest
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
 
-from real_scheduler import SchedulerProcess
+from held_port import HeldPort
+from real_scheduler import PATIENCE, outbox_folder, scheduler, shared_scheduler
+
+__all__ = ["outbox_folder", "scheduler", "shared_scheduler"]
 
 Step = grpc.StatusCode | threading.Event | None
 """What happens to one call: a status, a hang until an event, or an answer (None)."""
@@ -158,26 +160,27 @@ class ScriptedScheduler(rpc.BudgetSchedulerServicer):
 
 
 class ScriptedServer:
-    """The scripted scheduler on a port of its own; may be stopped and started again."""
+    """The scripted scheduler on a port of its own; may be stopped and started again.
+
+    Attributes:
+        scheduler: that answers.
+        address: where it listens.
+    """
 
     def __init__(self) -> None:
         self.scheduler = ScriptedScheduler()
         self._server: grpc.Server | None = None
-        self.port = 0
+        self._port = HeldPort()
+        self.address = self._port.address
         self.start()
 
-    @property
-    def address(self) -> str:
-        """Where it listens."""
-        return f"127.0.0.1:{self.port}"
-
     def start(self) -> None:
-        """Listen, on the port of the time before."""
+        """Listen, at the same address each time."""
         server = grpc.server(
             ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)], maximum_concurrent_rpcs=16
         )
         rpc.add_BudgetSchedulerServicer_to_server(self.scheduler, server)
-        self.port = server.add_insecure_port(f"127.0.0.1:{self.port}")
+        server.add_insecure_port(self.address)
         server.start()
         self._server = server
 
@@ -187,49 +190,28 @@ class ScriptedServer:
         if server is not None:
             server.stop(0).wait()
 
+    def close(self) -> None:
+        """Stop for good."""
+        self.stop()
+        self._port.close()
+
 
 @pytest.fixture
 def scripted() -> Iterator[ScriptedServer]:
     """A scheduler that fails on demand."""
     server = ScriptedServer()
     yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def shared_scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SchedulerProcess]:
-    """A real scheduler for all tests of a module, each with runs of its own."""
-    process = SchedulerProcess(tmp_path_factory.mktemp("shared") / "stats.db")
-    process.start()
-    yield process
-    process.stop()
-
-
-@pytest.fixture
-def scheduler_process(tmp_path: Path) -> Iterator[SchedulerProcess]:
-    """A real scheduler that serves."""
-    process = SchedulerProcess(tmp_path / "stats.db")
-    process.start()
-    yield process
-    process.stop()
+    server.close()
 
 
 @pytest.fixture
 def until() -> Callable[[Callable[[], object]], None]:
     """A function that waits until a condition holds, or fails."""
 
-    def wait(condition: Callable[[], object], seconds: float = 20.0) -> None:
-        deadline = time.monotonic() + seconds
+    def wait(condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < deadline, "the condition did not come to hold"
             threading.Event().wait(0.01)
 
     return wait
-
-
-@pytest.fixture(autouse=True)
-def outbox_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of default outboxes, apart for every test."""
-    folder = tmp_path / "outboxes"
-    monkeypatch.setenv("KNAPSACK_RL_OUTBOX", str(folder))
-    return folder

@@ -66,7 +66,7 @@ def test_limit_says_what_it_hides(address: str, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["runs", "--address", "127.0.0.1:1", "--timeout", "0.2"], "UNAVAILABLE"),
+        (["runs", "--address", "127.0.0.1:1", "--timeout", "2"], "UNAVAILABLE"),
         (["stats", "--run", "nobody"], "nobody"),
         (["runs", "--token-file", "/nonexistent"], "--token-file /nonexistent"),
         (["runs", "--tls-ca", "/nonexistent"], "/nonexistent"),

@@ -14,10 +14,13 @@ from knapsack_trainer_client import (
     BudgetClient,
     InvalidRequest,
     PromptStream,
+    SchedulerUnavailable,
     WrongGroups,
     budgeted_batches,
     group_advantages,
 )
+
+from real_scheduler import PATIENCE
 
 RATES = {"easy": 1.0, "even": 0.5, "hard": 0.1, "never": 0.0}
 
@@ -30,7 +33,7 @@ def draw(rng: random.Random, name: str) -> float:
 @pytest.fixture
 def client(shared_scheduler: Any, request: Any) -> Iterator[BudgetClient]:
     """A client with a run of its own."""
-    with BudgetClient(shared_scheduler.address, request.node.name, timeout=10.0) as budget:
+    with BudgetClient(shared_scheduler.address, request.node.name, timeout=PATIENCE) as budget:
         yield budget
 
 
@@ -154,3 +157,21 @@ def test_a_stream_resumes_where_it_was(client: BudgetClient) -> None:
         new({"window": 1})
     with pytest.raises(InvalidRequest, match=r"state\['window'\] = -1"):
         new({"window": -1, "prompts_drawn": 0})
+
+
+def test_a_window_that_could_not_be_planned_is_planned_again(scripted: Any, until: Any) -> None:
+    """No prompt is lost where the scheduler does not answer and calls raise."""
+    with BudgetClient(scripted.address, "again", timeout=0.5, on_unavailable="raise") as client:
+        stream = PromptStream(client, "abcd", prompt_id=str, window=2, rollouts_per_prompt=2)
+        taken = [stream.take(), stream.take()]
+        scripted.stop()
+        for _ in range(2):
+            with pytest.raises(SchedulerUnavailable):
+                stream.take()
+        assert stream.state() == {"window": 1, "prompts_drawn": 2}
+        scripted.start()
+        until(lambda: not client.stats().breaker_open)
+        while (planned := stream.take()) is not None:
+            taken.append(planned)
+        assert [p and p.prompt for p in taken] == list("abcd")
+        assert [p and p.allocation.step for p in taken] == [0, 0, 1, 1]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -14,17 +14,11 @@ from prometheus_client import CollectorRegistry
 from knapsack_trainer_client import BudgetClient, InvalidRequest
 from knapsack_trainer_client.metrics import expose_metrics, register_metrics
 
+from held_port import HeldPort
 from metrics_table import documented, exposed
-from real_scheduler import SchedulerProcess
+from real_scheduler import PATIENCE
 
 TABLE = Path(__file__).resolve().parents[2] / "trainer_client/METRICS.md"
-
-
-def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return int(asked.getsockname()[1])
 
 
 def read(url: str) -> str:
@@ -35,14 +29,17 @@ def read(url: str) -> str:
 
 def test_a_client_without_a_scheduler_says_so(tmp_path: Path) -> None:
     """Its fallback and its waiting report are in the exposition, which is the table's."""
-    port = free_port()
-    nobody = f"127.0.0.1:{free_port()}"
-    with BudgetClient(nobody, "run", timeout=0.3, outbox=tmp_path / "outbox.db") as client:
+    outbox = tmp_path / "outbox.db"
+    with (
+        HeldPort() as nobody,
+        HeldPort() as port,
+        BudgetClient(nobody.address, "run", timeout=0.3, outbox=outbox) as client,
+    ):
         allocation = client.allocate(["a", "b"], 8, step=0)
         client.report(allocation, [[1.0], [0.0]])
-        end = expose_metrics(client, f"127.0.0.1:{port}")
+        end = expose_metrics(client, port.address)
         try:
-            text = read(f"http://127.0.0.1:{port}/metrics")
+            text = read(f"http://{port.address}/metrics")
         finally:
             end()
     assert exposed(text, "knapsack_") == documented(TABLE)
@@ -84,21 +81,17 @@ def test_without_prometheus_the_client_says_what_to_install() -> None:
     assert "pip install 'knapsack-rl[metrics]'" in done.stdout
 
 
-def test_the_scheduler_hears_how_many_reports_wait(tmp_path: Path) -> None:
+def test_the_scheduler_hears_how_many_reports_wait(scheduler: Any, tmp_path: Path) -> None:
     """The reports of a queue say that there is one, the call after them that there is none."""
-    scheduler = SchedulerProcess(tmp_path / "stats.db")
-    scheduler.start()
-    try:
-        with BudgetClient(scheduler.address, "run", outbox=tmp_path / "outbox.db") as client:
-            allocation = client.allocate(["a", "b"], 8, step=0)
-            scheduler.kill()
-            for number in range(3):
-                client.report(allocation, [[1.0], [0.0]], report_id=f"r{number}")
-            scheduler.start()
-            assert client.flush(20)
-            name = 'knapsack_scheduler_client_pending_reports{run_id="run"}'
-            assert f"{name} 0.0" not in read(f"http://{scheduler.admin}/metrics")
-            client.allocate(["a", "b"], 8, step=1)
-            assert f"{name} 0.0" in read(f"http://{scheduler.admin}/metrics")
-    finally:
-        scheduler.stop()
+    outbox = tmp_path / "outbox.db"
+    with BudgetClient(scheduler.address, "run", timeout=3.0, outbox=outbox) as client:
+        allocation = client.allocate(["a", "b"], 8, step=0)
+        scheduler.kill()
+        for number in range(3):
+            client.report(allocation, [[1.0], [0.0]], report_id=f"r{number}")
+        scheduler.start()
+        assert client.flush(PATIENCE)
+        name = 'knapsack_scheduler_client_pending_reports{run_id="run"}'
+        assert f"{name} 0.0" not in read(f"http://{scheduler.admin}/metrics")
+        client.allocate(["a", "b"], 8, step=1)
+        assert f"{name} 0.0" in read(f"http://{scheduler.admin}/metrics")

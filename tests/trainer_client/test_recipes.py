@@ -13,6 +13,8 @@ import pytest
 import knapsack_trainer_client
 from knapsack_trainer_client import BudgetClient, group_advantages, repeat_by_allocation
 
+from real_scheduler import PATIENCE
+
 FOLDER = Path(__file__).resolve().parents[2] / "trainer_client"
 RECIPES = (FOLDER / "RECIPES.md").read_text(encoding="utf-8")
 
@@ -31,7 +33,7 @@ def names(**more: Any) -> dict[str, Any]:
 
 def test_a_stream_as_it_is_written(shared_scheduler: Any) -> None:
     """Every prompt is planned, run and reported."""
-    with BudgetClient(shared_scheduler.address, "recipe-stream") as client:
+    with BudgetClient(shared_scheduler.address, "recipe-stream", timeout=PATIENCE) as client:
         more = {
             "client": client,
             "prompts": [f"p{i}" for i in range(20)],
@@ -55,7 +57,7 @@ def test_batches_as_they_are_written(shared_scheduler: Any) -> None:
         sizes = [ids.count(group) for group in dict.fromkeys(ids)]
         return list(group_advantages(rewards, sizes))
 
-    with BudgetClient(shared_scheduler.address, "recipe-batches") as client:
+    with BudgetClient(shared_scheduler.address, "recipe-batches", timeout=PATIENCE) as client:
         more = {
             "client": client,
             "loader": [["a", "b", "c"]] * 4,

@@ -76,7 +76,7 @@ def test_closing_ends_calls_of_other_threads(
     thread.start()
     until(lambda: scripted.scheduler.names())
     client.close()
-    thread.join(20)
+    thread.join(60)
     hang.set()
 
     assert not thread.is_alive()
@@ -85,7 +85,7 @@ def test_closing_ends_calls_of_other_threads(
 
 def test_closed_client_says_so(scripted: Any) -> None:
     """Calls after close are a mistake; a second close is none."""
-    client = BudgetClient(scripted.address, "run")
+    client = BudgetClient(scripted.address, "run", timeout=20)
     client.allocate(IDS, 8, 0)
     client.close()
     client.close()
@@ -120,7 +120,7 @@ def test_hook_may_not_call_the_client(scripted: Any) -> None:
         except ClientMisuse as error:
             refused.append(error)
 
-    client = BudgetClient(scripted.address, "run", on_event=hook)
+    client = BudgetClient(scripted.address, "run", timeout=20, on_event=hook)
     client.allocate(IDS, 8, 0)
     client.close()
     assert len(refused) == 1

@@ -29,7 +29,7 @@ def finished(uid: str, rewards: list[float], version: int = 3, **more: Any) -> F
 
 def client(tmp_path: Any) -> BudgetClient:
     """Return a client with a scheduler of its own."""
-    return BudgetClient.embedded(tmp_path / "stats.db", "verl", outbox=False)
+    return BudgetClient.embedded(tmp_path / "stats.db", "verl", timeout=60, outbox=False)
 
 
 def test_groups_of_one_allocation_are_one_report(tmp_path: Any) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from real_scheduler import SchedulerProcess
+from real_scheduler import outbox_folder, scheduler
+
+__all__ = ["outbox_folder", "scheduler"]
 
 os.environ.update(
     CUDA_VISIBLE_DEVICES="",
@@ -72,7 +74,8 @@ def start_ray() -> None:
 
     for last in (False, False, True):
         try:
-            ray.init(num_cpus=8, include_dashboard=False, object_store_memory=200_000_000)
+            # Not the cluster of somebody else on this machine, which Ray would join.
+            ray.init("local", num_cpus=8, include_dashboard=False, object_store_memory=200_000_000)
             return
         except Exception as error:
             ray.shutdown()
@@ -117,7 +120,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture(autouse=True)
 def empty_queue() -> Iterator[None]:
-    """Leave nothing in the queue for the next test."""
+    """Leave nothing in the queue for the next test.
+
+    A test that ends while rollouts are generated waits for them, or they come into the next one.
+    """
     yield
     import ray
 
@@ -127,18 +133,3 @@ def empty_queue() -> Iterator[None]:
         for partition, items in (transfer_queue.kv_list() or {}).items():
             if items:
                 transfer_queue.kv_clear(keys=list(items), partition_id=partition)
-
-
-@pytest.fixture
-def scheduler(tmp_path: Path) -> Iterator[SchedulerProcess]:
-    """A real scheduler that serves."""
-    process = SchedulerProcess(tmp_path / "stats.db")
-    process.start()
-    yield process
-    process.stop()
-
-
-@pytest.fixture(autouse=True)
-def outbox_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep default outboxes apart for every test."""
-    monkeypatch.setenv("KNAPSACK_RL_OUTBOX", str(tmp_path / "outboxes"))

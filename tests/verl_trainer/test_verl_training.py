@@ -13,10 +13,20 @@ import transfer_queue
 from verl.trainer.ppo import core_algos
 
 from knapsack_trainer_client import InvalidRequest, WrongGroups, verify_groups
+from knapsack_trainer_client.integrations.verl_rewards import split_key
 from knapsack_trainer_client.integrations.verl_settings import ESTIMATORS
 
 import tiny_verl
-from tiny_verl import MEAN, AsyncOnCpu, SyncOnCpu, by_group, make_config, sizes
+from tiny_verl import (
+    MEAN,
+    AsyncOnCpu,
+    SyncOnCpu,
+    await_rollouts,
+    by_group,
+    fit_until,
+    make_config,
+    sizes,
+)
 
 ROWS = 4 * MEAN
 
@@ -147,43 +157,44 @@ def test_each_estimator_takes_the_groups_as_they_are(
                 self.config.algorithm.adv_estimator = core_algos.AdvantageEstimator(name).value
                 super()._compute_advantage(batch, metrics)
                 seen = self.seen[-1]
-                assert len(set(sizes(seen).values())) > 1 or self.global_steps < 3
                 assert seen["advantages"] == pytest.approx(expected(seen, name), abs=1e-6), name
-                compared[name] += any(seen["advantages"])
+                unequal = len(set(sizes(seen).values())) > 1
+                compared[name] += unequal and any(seen["advantages"])
             return batch
 
-    config = make_config(
-        tmp_path, world.folder, scheduler.address, "trainer.total_training_steps=4"
-    )
-    trainer, manager = world.trainer(config, All)
-    trainer.fit(manager)
-
-    assert set(compared) == set(ESTIMATORS)
-    assert min(compared.values()) >= 2
+    trainer, manager = world.trainer(make_config(tmp_path, world.folder, scheduler.address), All)
+    # pass@k has an advantage only in a group with one success exactly.
+    fit_until(trainer, manager, lambda: min(compared[name] for name in ESTIMATORS) >= 2)
 
 
 def test_the_naive_way_is_found(world: Any, scheduler: Any, tmp_path: Path) -> None:
     """Cut into rollout.n rows, as a reshape does, verl's batches are wrong groups."""
-    config = make_config(
-        tmp_path, world.folder, scheduler.address, "trainer.total_training_steps=4"
-    )
-    trainer, manager = world.trainer(config)
-    trainer.fit(manager)
+    trainer, manager = world.trainer(make_config(tmp_path, world.folder, scheduler.address))
+    fit_until(trainer, manager, lambda: any(map(is_cut_wrongly, trainer.seen)))
 
-    for seen in trainer.seen:
-        ordered = sorted(zip(seen["uid"], seen["rewards"], strict=True))
-        rewards = [r for _, r in ordered]
-        naive = [
-            a
-            for start in range(0, ROWS, MEAN)
-            for a in normalised(rewards[start : start + MEAN], [])
-        ]
-        if naive == pytest.approx(normalise_groups(ordered)):
-            continue
-        with pytest.raises(WrongGroups, match=r"reshape\(-1, 4\)"):
-            verify_groups(naive, rewards, group_ids=[uid for uid, _ in ordered])
-        return
-    pytest.fail("all groups of four steps were equal")
+    seen = next(filter(is_cut_wrongly, trainer.seen))
+    ordered = in_order(seen)
+    with pytest.raises(WrongGroups, match=r"reshape\(-1, 4\)"):
+        verify_groups(cut(ordered), [r for _, r in ordered], group_ids=[uid for uid, _ in ordered])
+
+
+def in_order(seen: dict[str, Any]) -> list[tuple[str, float]]:
+    """Return uid and reward of each row of a batch, groups one after the other."""
+    return sorted(zip(seen["uid"], seen["rewards"], strict=True))
+
+
+def cut(ordered: list[tuple[str, float]]) -> list[float]:
+    """Return GRPO's advantages of rows that are taken for groups of ``rollout.n``."""
+    rewards = [r for _, r in ordered]
+    return [
+        a for start in range(0, ROWS, MEAN) for a in normalised(rewards[start : start + MEAN], [])
+    ]
+
+
+def is_cut_wrongly(seen: dict[str, Any]) -> bool:
+    """Whether a batch has other advantages if it is cut so."""
+    ordered = in_order(seen)
+    return cut(ordered) != pytest.approx(normalise_groups(ordered))
 
 
 def normalise_groups(ordered: list[tuple[str, float]]) -> list[float]:
@@ -201,7 +212,8 @@ def test_training_goes_on_without_the_scheduler(world: Any, scheduler: Any, tmp_
         world.folder,
         scheduler.address,
         "trainer.total_training_steps=8",
-        "+trainer.v1.sampler.sampler_kwargs.timeout=1.0",
+        # The first call after the kill waits for so long.
+        timeout=5.0,
     )
     trainer, manager = world.trainer(config)
 
@@ -243,6 +255,7 @@ def crash(trainer: Any, manager: Any, after: int) -> None:
     with pytest.raises(Crash):
         trainer.fit(manager)
     manager.budget.client.close()
+    await_rollouts()
     for partition, items in transfer_queue.kv_list().items():
         if items:
             transfer_queue.kv_clear(keys=list(items), partition_id=partition)
@@ -309,20 +322,16 @@ def test_rollouts_that_fail_are_missing(world: Any, scheduler: Any, tmp_path: Pa
 
 def test_prompts_may_be_skipped(world: Any, scheduler: Any, tmp_path: Path) -> None:
     """With a minimum of 0 the others get what a skipped prompt leaves, and keep it."""
-    options = (
-        "trainer.total_training_steps=8",
-        "+trainer.v1.sampler.sampler_kwargs.min_rollouts=0",
-    )
-    config = make_config(tmp_path, world.folder, scheduler.address, *options)
+    option = "+trainer.v1.sampler.sampler_kwargs.min_rollouts=0"
+    config = make_config(tmp_path, world.folder, scheduler.address, option)
     trainer, manager = world.trainer(config)
-    trainer.fit(manager)
+    fit_until(trainer, manager, lambda: sum(len(sizes(seen)) < 4 for seen in trainer.seen) >= 2)
 
     for seen in trainer.seen:
         assert (len(seen["uid"]), seen["surplus"], seen["padding"]) == (ROWS, 0, 0)
         assert min(sizes(seen).values()) >= 2
         assert seen["advantages"] == pytest.approx(expected(seen, "grpo"), abs=1e-6)
-    assert any(len(sizes(seen)) < 4 for seen in trainer.seen)
-    assert manager.budget.client.run().total_rollouts == 8 * ROWS
+    assert manager.budget.client.run().total_rollouts == len(trainer.seen) * ROWS
 
 
 def test_one_prompt_twice_in_a_batch_is_two_groups(
@@ -408,6 +417,7 @@ def test_an_asynchronous_trainer_is_budgeted_by_call(
     assert manager.budget.client.run().total_rollouts == used
     # Generation is one batch ahead of training.
     assert len(manager.budget.groups) == 4
+    await_rollouts()
 
 
 def test_groups_in_a_checkpoint_are_not_lost(world: Any, scheduler: Any, tmp_path: Path) -> None:
@@ -417,18 +427,28 @@ def test_groups_in_a_checkpoint_are_not_lost(world: Any, scheduler: Any, tmp_pat
         "trainer.total_training_steps=6",
         "trainer.save_freq=3",
     )
+
+    class Ahead(AsyncOnCpu):
+        def _save_checkpoint(self) -> None:
+            await_rollouts()
+            super()._save_checkpoint()
+
     config = make_config(tmp_path, world.folder, scheduler.address, *options)
-    trainer, manager = world.trainer(config, AsyncOnCpu)
+    trainer, manager = world.trainer(config, Ahead)
     crash(trainer, manager, after=3)
+    trained = {uid for seen in trainer.seen for uid in seen["uid"]}
 
     again, manager = world.trainer(config, AsyncOnCpu)
     assert again.global_steps == 3
-    restored = {key for key in transfer_queue.kv_list()["train"] if "_" in key}
+    rows = [key for key in transfer_queue.kv_list()["train"] if "_" in key]
+    restored = {split_key(key)[0] for key in rows} - trained
     again.fit(manager)
+    await_rollouts()
 
     assert [seen["step"] for seen in again.seen] == [4, 5, 6]
     assert all(len(by_group(seen, "rewards")) == 4 for seen in again.seen)
-    assert restored
+    assert len(restored) == 4
+    assert restored <= {uid for seen in again.seen for uid in seen["uid"]}
     used = sum(len(seen["uid"]) + seen["surplus"] for seen in [*trainer.seen, *again.seen])
     client = manager.budget.client
     assert client.run().total_rollouts == used

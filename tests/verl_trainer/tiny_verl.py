@@ -9,6 +9,7 @@ checkpoints. In place of vLLM: our generation server. In place of the training e
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ MEAN = 4
 """``rollout.n``."""
 HARDNESS = (1, 2, 8, 1000)
 """A rollout succeeds if its first token is a multiple of it."""
+MOST_STEPS = 150
+"""Of a training that goes on until something has been seen."""
 
 torch.set_num_threads(1)
 
@@ -108,9 +111,17 @@ def flags(address: str | None) -> list[str]:
 
 
 def make_config(
-    folder: Path, model_of: Path, address: str | None, *more: str, budgeted: bool = True
+    folder: Path,
+    model_of: Path,
+    address: str | None,
+    *more: str,
+    budgeted: bool = True,
+    timeout: float = 60.0,
 ) -> Any:
-    """Return verl's configuration with the flags of the documentation, as main_ppo gets it."""
+    """Return verl's configuration with the flags of the documentation, as main_ppo gets it.
+
+    The timeout is the client's; a scheduler that is there has time, however busy the machine.
+    """
     for name, count in (("train", 8), ("val", 3)):
         if not (folder / f"{name}.parquet").exists():
             write_rows(folder / f"{name}.parquet", rows(count))
@@ -147,6 +158,7 @@ def make_config(
         f"trainer.default_local_dir={folder / 'checkpoints'}",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         *(flags(address) if budgeted else ()),
+        *([f"+trainer.v1.sampler.sampler_kwargs.timeout={timeout}"] if budgeted else ()),
         *more,
     ]
     with initialize_config_module("verl.trainer.config", version_base=None):
@@ -298,6 +310,33 @@ class SyncOnCpu(OnCpu, PPOTrainerSync):
 
 class AsyncOnCpu(OnCpu, PPOTrainerColocateAsync):
     """verl's asynchronous trainer with generation beside training."""
+
+
+def fit_until(trainer: Any, manager: Any, seen: Callable[[], object]) -> None:
+    """Train until something holds, which in any one step is a matter of luck.
+
+    What holds in a third of the steps is missed in ``MOST_STEPS`` once in 10^26 trainings.
+    """
+    trainer.total_training_steps = MOST_STEPS
+
+    def look(step: int) -> None:
+        if seen():
+            trainer.total_training_steps = step
+
+    trainer.after_step = look
+    trainer.fit(manager)
+    assert seen(), f"not in {MOST_STEPS} steps"
+
+
+def await_rollouts() -> None:
+    """Wait until no rollout is being generated, of which the queue tells nobody by itself."""
+    end = time.monotonic() + 240
+    while any(
+        tag.get("status") in ("pending", "running")
+        for tag in (transfer_queue.kv_list() or {}).get("train", {}).values()
+    ):
+        assert time.monotonic() < end, transfer_queue.kv_list()
+        time.sleep(0.05)
 
 
 def read_batch(batch: Any) -> dict[str, Any]:

@@ -46,4 +46,4 @@ def _watch(server: Server, model_folder: Path, folder: Path) -> None:
         wait_until(worked, "both were scraped a while", 120)
         assert dashboards.problems(dashboards.load("generation"), prometheus.url) == []
     finally:
-        prometheus.end()
+        prometheus.close()

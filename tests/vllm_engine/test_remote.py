@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -24,6 +23,7 @@ from knapsack_genserver.errors import FailedPrecondition
 from knapsack_genserver.member import PoolOptions
 from knapsack_genserver.replicas import ReplicaPool
 
+from held_port import HeldPort
 from small_engines import all_of, group
 from vllm_models import greedy, tiny_model
 
@@ -35,9 +35,7 @@ POOL = PoolOptions(piece_rollouts=8)
 @pytest.fixture(scope="module")
 def plain_url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A vLLM server with the flags that our documentation asks for."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = HeldPort()
     log = tmp_path_factory.mktemp("plain") / "log"
     environment = {
         **os.environ,
@@ -53,7 +51,7 @@ def plain_url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     flags = [
         f"--model={model_folder}",
         "--served-model-name=tiny",
-        f"--port={port}",
+        f"--port={port.number}",
         "--host=127.0.0.1",
         "--skip-tokenizer-init",
         "--enforce-eager",
@@ -73,7 +71,7 @@ def plain_url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
             stderr=output,
             start_new_session=True,
         )
-    url = f"http://127.0.0.1:{port}"
+    url = f"http://{port.address}"
     try:
         while not _answers(url):
             with suppress(subprocess.TimeoutExpired):
@@ -82,7 +80,8 @@ def plain_url(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield url
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+        process.wait(60)
+        port.close()
 
 
 def _answers(url: str) -> bool:
@@ -165,11 +164,9 @@ async def test_closing_an_iterator_frees_the_server(pool: ReplicaPool, plain_url
     await anext(aiter(stream))
     assert await asyncio.to_thread(unfinished) > 0
     await stream.aclose()
-    for _ in range(100):
-        if not await asyncio.to_thread(unfinished):
-            break
-        await asyncio.sleep(0.05)
-    assert await asyncio.to_thread(unfinished) == 0
+    async with asyncio.timeout(60):
+        while await asyncio.to_thread(unfinished):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
     assert len((await all_of(pool, group(num_rollouts=5)))[0]) == 5
 
 

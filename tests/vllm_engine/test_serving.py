@@ -19,23 +19,11 @@ from knapsack_genserver.server import Server
 from knapsack_trainer_client.errors import GeneratorUnavailable, InvalidRequest
 from knapsack_trainer_client.rollouts import AsyncRolloutClient, RolloutGroups
 
-from small_engines import group
+from small_engines import END, VOCABULARY, group
 from vllm_http import Http
-from vllm_models import END, VOCABULARY, idle, tiny_model
+from vllm_models import idle, tiny_model, unequal
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
-
-
-def unequal(prompts: int = 256, total: int = 2048) -> list[int]:
-    """Return numbers from 2 to 128 that sum to the total, most of them small."""
-    draw = random.Random(7)
-    sizes = [2] * prompts
-    while sum(sizes) < total:
-        at = min(int(draw.expovariate(1 / 12)), prompts - 1)
-        sizes[at] = min(sizes[at] + draw.randint(1, 16), 128, sizes[at] + total - sum(sizes))
-    draw.shuffle(sizes)
-    assert (min(sizes), max(sizes), sum(sizes)) == (2, 128, total)
-    return sizes
 
 
 def prompts_of(count: int) -> list[list[int]]:
@@ -128,14 +116,63 @@ async def test_one_call_of_10000_rollouts_of_one_prompt_harms_nobody(
         await begun.wait()
         check(await few.generate([[5], [6]], [4, 2], max_tokens=8), [4, 2], 8)
         assert came < 5_000
+        # The rest is one entry of a queue, not so many requests in vLLM.
+        assert engine.llm.get_num_unfinished_requests() <= engine.status().capacity + 32
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
         assert await idle(engine)
 
 
+async def test_what_waits_in_vllm_holds_up_no_other_call(engine) -> None:
+    """A call that comes while another's rollouts wait there has the next free places."""
+    places = engine.llm.vllm_config.scheduler_config.max_num_seqs
+    # So that all are there before any begins.
+    await engine.llm.pause_generation(mode="keep", clear_cache=False)
+    order: list[int] = []
+
+    async def read(request: int, stream: Any) -> None:
+        async for _ in stream:
+            order.append(request)
+
+    calls = [(1, 4 * places), (2, 4)]
+    streams = [(r, engine.generate(group(num_rollouts=n, request=r, seed=r))) for r, n in calls]
+    readers = [asyncio.ensure_future(read(*each)) for each in streams]
+    await engine.llm.resume_generation()
+    await asyncio.gather(*readers)
+    assert sorted(order) == [1] * 4 * places + [2] * 4
+    last = max(at for at, request in enumerate(order) if request == 2)
+    assert last < 2 * places
+
+
+async def test_waves_share_a_prefix_and_a_stopped_group_leaves_the_engine(
+    engine, server: Server
+) -> None:
+    """The second wave computes no whole block of its prompts anew; what is stopped is named."""
+    prompts = prompts_of(3)
+    async with AsyncRolloutClient(server.addresses["listen"]) as client:
+        whole = await client.generate(prompts, [9, 5, 6], max_tokens=12, seed=3)
+        assert await engine.llm.reset_prefix_cache()
+        async with await client.session(max_tokens=12, seed=3) as session:
+            await session.add([4, 2, 6], prompts)
+            assert [len(g) for g in await session.collect()] == [4, 2, 6]
+            before = engine.status().prefix_hit_tokens
+            await session.add([5, 3, 0])
+            assert [len(g) for g in await session.collect()] == [5, 3, 0]
+            # A block is 32 tokens, and a prompt 40.
+            assert engine.status().prefix_hit_tokens - before >= 8 * 32
+            tokens = [[r.token_ids for r in rollouts] for rollouts in session.groups]
+            assert tokens == [[r.token_ids for r in rollouts] for rollouts in whole]
+            await session.add([0, 0, 5_000])
+            stopped = await session.stop([2])
+            assert await idle(engine)
+            came = [r async for r in session]
+            assert stopped == len(session.groups.stopped) > 1_000
+            assert len(came) == 5_000 - stopped
+
+
 async def test_deadline_and_death_of_a_client_free_the_engine(engine, server: Server) -> None:
-    """Within a second nothing is left to do for it."""
+    """Nothing is left to do for it, though it had asked for minutes of work."""
     address = server.addresses["listen"]
     async with AsyncRolloutClient(address) as client:
         with pytest.raises(GeneratorUnavailable, match="DEADLINE_EXCEEDED"):

@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from knapsack_genserver.errors import ConfigError
 from knapsack_trainer_client.errors import WeightUpdateFailed
 from knapsack_trainer_client.rollouts import RolloutClient
 
+from held_port import HeldPort
 from smollm2 import convert
-from vllm_models import greedy
+from vllm_models import greedy, unequal
 
 COMMAND = [sys.executable, "-m", "knapsack_genserver.cli", "serve", "--engine=vllm"]
 FLAGS = ["--dtype=float32", "--max-model-len=512", "--max-num-seqs", "64"]
@@ -46,7 +49,8 @@ def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """The addresses of a served model, its process, and how ready it was while it loaded."""
     log = tmp_path_factory.mktemp("log") / "genserver.log"
     ports = [f"--{name}=127.0.0.1:0" for name in ("listen", "health-listen", "http-listen")]
-    admin = "127.0.0.1:39465"
+    port = HeldPort()
+    admin = port.address
     with log.open("w") as stderr:
         process = subprocess.Popen(
             [*COMMAND, f"--model={folder}", f"--admin-listen={admin}", *ports, *FLAGS],
@@ -71,6 +75,7 @@ def serving(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         _, alive = psutil.wait_procs(children, timeout=60)
         for child in alive:
             child.kill()
+        port.close()
         assert not alive
 
 
@@ -87,8 +92,10 @@ def _until_it_answers(url: str, process: subprocess.Popen[str]) -> int:
     raise AssertionError("the server ended")
 
 
-def noisy(folder: Path, to: Path) -> Path:
-    """Return a copy of a model whose embeddings, and so its output matrix, differ."""
+@pytest.fixture(scope="module")
+def noisy(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the model whose embeddings, and so its output matrix, differ."""
+    to = tmp_path_factory.mktemp("weights") / "noisy"
     shutil.copytree(folder, to)
     tensors = load_file(to / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
@@ -100,7 +107,7 @@ def noisy(folder: Path, to: Path) -> Path:
     return to
 
 
-def test_a_trained_model_and_its_update(serving, folder: Path, tmp_path: Path) -> None:
+def test_a_trained_model_and_its_update(serving, folder: Path, noisy: Path, tmp_path: Path) -> None:
     """Greedy tokens are Hugging Face's, on the old weights, the new ones and back."""
     assert serving["ready"] == 503
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -118,17 +125,15 @@ def test_a_trained_model_and_its_update(serving, folder: Path, tmp_path: Path) -
         before = generated(client)
         assert before == greedy(folder, prompts, 16)
 
-        new = noisy(folder, tmp_path / "new")
-        client.update_weights(new, 1)
+        client.update_weights(noisy, 1)
         after = generated(client)
-        assert after == greedy(new, prompts, 16)
+        assert after == greedy(noisy, prompts, 16)
         assert after != before
         groups = client.generate(["1 + 1 ="], [6], max_tokens=4, seed=2)
         assert [r.weight_version for r in groups[0]] == [1] * 6
 
-        (new / "model.safetensors").unlink()
         with pytest.raises(WeightUpdateFailed, match="the old weights serve on"):
-            client.update_weights(new, 2)
+            client.update_weights(tmp_path, 2)
         assert generated(client) == after
         client.update_weights(folder, 3)
         assert generated(client) == before
@@ -136,6 +141,37 @@ def test_a_trained_model_and_its_update(serving, folder: Path, tmp_path: Path) -
     assert "weights compared with their source" in log
     assert '"unproven": 0' in log
     assert "not all compared" not in log
+
+
+def test_2048_unequal_rollouts_while_weights_change(serving, folder: Path, noisy: Path) -> None:
+    """All of them, once each, and each says which weights made it: old, new or both."""
+    sizes = unequal()
+    half = threading.Event()
+    came = 0
+
+    def count(_rollout: Any) -> None:
+        nonlocal came
+        came += 1
+        if came == 1_000:
+            half.set()
+
+    with RolloutClient(serving["listen"]) as client, ThreadPoolExecutor(1) as beside:
+        # Prompts of one token and rollouts of two: a processor makes some 150 a second.
+        call = beside.submit(
+            client.generate, [[5 + k] for k in range(256)], sizes, max_tokens=2, on_rollout=count
+        )
+        assert half.wait(300)
+        client.update_weights(noisy, 8)
+        groups = call.result()
+        client.update_weights(folder, 9)
+    assert not groups.failed
+    assert [len(rollouts) for rollouts in groups] == sizes
+    for rollouts, size in zip(groups, sizes, strict=True):
+        assert [r.rollout_index for r in rollouts] == list(range(size))
+    ways = {tuple(v for v, _, _ in r.weight_versions) for rollouts in groups for r in rollouts}
+    old = {version for way in ways for version in way} - {8}
+    assert len(old) == 1
+    assert ways >= {(old.pop(),), (8,)}
 
 
 def test_it_ends_when_told_to(serving) -> None:

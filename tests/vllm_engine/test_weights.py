@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from knapsack_genserver.engine import FinishReason
 from knapsack_genserver.errors import FailedPrecondition, Unavailable
 from knapsack_genserver.events import WeightsUpdated
 
@@ -152,6 +155,104 @@ async def test_rollouts_in_flight_go_on_with_the_new_weights(engine, other_folde
     assert {s.version for c in after for s in c.weights} == {1}
 
 
+@pytest.mark.parametrize("mode", ["wait", "abort"])
+async def test_an_update_may_wait_for_rollouts_or_give_them_up(
+    engine, other_folder, tmp_path, monkeypatch, mode: str
+) -> None:
+    """With wait all are of the old weights alone; with abort those begun say so and are short."""
+    monkeypatch.setattr(engine.llm, "_mode", mode)
+    (whole,) = await all_of(engine, group([4, 2], 200, seed=1, max_tokens=200))
+    stream = engine.generate(group([4, 2], 200, seed=1, max_tokens=200))
+    first = await anext(aiter(stream))
+    # A folder that cannot be served costs nobody anything.
+    with pytest.raises(FailedPrecondition, match="the old weights serve on"):
+        await engine.load_weights(tmp_path, 1)
+    await engine.load_weights(other_folder, 2)
+    # What begins now is of the new weights.
+    (after,) = await all_of(engine, group([4, 2], 200, seed=1, max_tokens=200))
+    assert {s.version for c in after for s in c.weights} == {2}
+    found = sorted([first, *[c async for c in stream]], key=lambda c: c.index)
+    assert [c.index for c in found] == list(range(200))
+    given_up = [c for c in found if c.reason is FinishReason.ABORT]
+    assert bool(given_up) == (mode == "abort")
+    for c, old in zip(found, whole, strict=True):
+        assert {s.version for s in c.weights} <= {0}
+        assert c.error == ""
+        assert len(c.logprobs) == len(c.token_ids)
+        if c in given_up:
+            assert len(c.token_ids) < len(old.token_ids)
+        assert c.token_ids == old.token_ids[: len(c.token_ids)]
+        assert c in given_up or len(c.token_ids) == len(old.token_ids)
+
+
+async def test_deleted_folders_take_up_no_disk(engine, other_folder, tmp_path) -> None:
+    """Only the weights that serve are held; those before them go when the next ones serve."""
+
+    def held() -> set[str]:
+        found = set()
+        for process in psutil.Process().children(recursive=True):
+            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found.add(str(descriptor.readlink()))
+        return {path.removesuffix(" (deleted)") for path in found if str(tmp_path) in path}
+
+    for version in (1, 2):
+        folder = Path(shutil.copytree(other_folder, tmp_path / str(version)))
+        await engine.load_weights(folder, version)
+        shutil.rmtree(folder)
+        assert held() == {str(folder / "model.safetensors")}
+    with pytest.raises(FailedPrecondition):
+        await engine.load_weights(tmp_path / "none", 3)
+    assert held() == {str(tmp_path / "2" / "model.safetensors")}
+
+
+async def test_a_broken_update_over_http(engine, http: Http, other_folder, tmp_path) -> None:
+    """400 where the folder is at fault and 500 where the server is; the old weights serve on."""
+    before = await greedy_of(engine)
+    half = Path(shutil.copytree(other_folder, tmp_path / "half"))
+    whole = (half / "model.safetensors").read_bytes()
+    (half / "model.safetensors").write_bytes(whole[:-1000])
+
+    async def update(folder: Path) -> tuple[int, str]:
+        assert (await http.post("/start_weight_update"))[0] == 200
+        status, answer = await http.post("/update_weights", update_info={"path": str(folder)})
+        assert (await http.post("/finish_weight_update"))[0] == 409
+        assert await greedy_of(engine) == before
+        return status, str(answer)
+
+    status, answer = await update(half)
+    assert (status, "the old weights serve on" in answer) == (400, True), answer
+    assert "cannot be read" in answer
+    status, answer = await http.post(
+        "/collective_rpc", method="reload_weights", kwargs={"weights_path": str(half)}
+    )
+    assert (status, "cannot be read" in str(answer)) == (400, True)
+    assert (await http.post("/start_weight_update"))[0] == 200
+    status, answer = await http.post("/update_weights", update_info={"folder": "x"})
+    assert (status, "path = None" in str(answer)) == (400, True)
+
+    async def fail(method: str, *args: Any) -> Any:
+        if method == "knapsack_take_weights":
+            await workers(method, *args)
+            raise RuntimeError("out of memory")
+        return await workers(method, *args)
+
+    workers = engine.llm._workers
+    engine.llm._workers = fail
+    try:
+        status, answer = await update(other_folder)
+    finally:
+        del engine.llm._workers
+    assert (status, "out of memory; the old weights serve on" in answer) == (500, True), answer
+    assert engine.status().weight_version == 0
+    # Begun and taken, but never finished: the patience ends, and it is as if it had not been.
+    assert (await http.post("/start_weight_update"))[0] == 200
+    assert (await http.post("/update_weights", update_info={"path": str(other_folder)}))[0] == 200
+    assert await asyncio.wait_for(greedy_of(engine), 60) == before
+    assert (await http.post("/finish_weight_update"))[0] == 409
+    assert engine.status().weight_version == 0
+
+
 async def test_an_update_over_http_is_the_same_update(
     server, engine, http: Http, model_folder, other_folder, tmp_path
 ) -> None:
@@ -222,16 +323,6 @@ async def test_nothing_is_generated_between_start_and_finish(
     (found,) = await asked
     assert {s.version for c in found for s in c.weights} == {2}
     assert (await over_http)[0] == 200
-
-
-async def test_an_update_that_is_left_alone_ends(engine, http: Http) -> None:
-    """The old weights serve those who waited."""
-    before = await greedy_of(engine)
-    assert (await http.post("/start_weight_update"))[0] == 200
-    # As long as the server's patience.
-    assert await asyncio.wait_for(greedy_of(engine), 60) == before
-    assert (await http.post("/finish_weight_update"))[0] == 409
-    assert engine.status().weight_version == 0
 
 
 async def test_weights_that_nobody_knows_are_not_served(engine, http: Http, model_folder) -> None:

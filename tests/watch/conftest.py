@@ -21,4 +21,4 @@ def begin() -> Iterator[Callable[[Program], Program]]:
 
     yield start
     for program in reversed(begun):
-        program.end()
+        program.close()

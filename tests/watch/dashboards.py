@@ -16,7 +16,11 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
+
+# As a command it has no path but its own folder's.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from programs import ROOT, get_json
 

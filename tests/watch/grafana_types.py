@@ -31,13 +31,13 @@ def complaints(dashboards: Mapping[str, Mapping[str, Any]], folder: Path) -> str
     for name in ("package.json", "package-lock.json"):
         shutil.copy(HERE / name, folder)
     install = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
-    subprocess.run(install, cwd=folder, check=True, timeout=120)
+    subprocess.run(install, cwd=folder, check=True, timeout=500)
     for name, dashboard in dashboards.items():
         (folder / f"{name}.ts").write_text(_program(dashboard))
     files = [f"{name}.ts" for name in dashboards]
     command = ["npx", "tsc", "--noEmit", "--strict", "--skipLibCheck", "--module", "nodenext"]
     done = subprocess.run(
-        [*command, *files], cwd=folder, capture_output=True, text=True, check=False, timeout=120
+        [*command, *files], cwd=folder, capture_output=True, text=True, check=False, timeout=500
     )
     return done.stdout + done.stderr
 

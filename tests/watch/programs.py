@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from held_port import HeldPort
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,14 +32,7 @@ def tool(*names: str) -> str:
     raise FileNotFoundError(f"{names[0]} is not installed; .ci/packages installs it")
 
 
-def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return int(asked.getsockname()[1])
-
-
-def wait_until(happened: Callable[[], object], what: str, seconds: float = 60.0) -> None:
+def wait_until(happened: Callable[[], object], what: str, seconds: float = 120.0) -> None:
     """Return when something has happened; AssertionError if it does not in time."""
     end = time.monotonic() + seconds
     while not happened():
@@ -58,10 +52,22 @@ def get_json(url: str, **query: str | Sequence[str]) -> Any:
 
 
 class Program:
-    """A process that says nothing on stdout, or one line of JSON once it serves."""
+    """A process that says nothing on stdout, or one line of JSON once it serves.
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, *, speaks: bool) -> None:
+    Its ports are its own until it is closed, also while it is not running.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        *,
+        speaks: bool,
+        ports: Sequence[HeldPort] = (),
+    ) -> None:
         self.name = name
+        self._ports = ports
         self._command = list(command)
         self._log = log
         self._speaks = speaks
@@ -97,9 +103,15 @@ class Program:
             # What was stopped has to go on to die.
             os.kill(process.pid, signal.SIGCONT)
             process.send_signal(number)
-        process.wait(30)
+        process.wait(60)
         if process.stdout:
             process.stdout.close()
+
+    def close(self) -> None:
+        """End it for good."""
+        self.end()
+        for port in self._ports:
+            port.close()
 
 
 class Prometheus(Program):
@@ -145,8 +157,8 @@ class Prometheus(Program):
             }
         file = folder / "prometheus.json"
         file.write_text(json.dumps(config))
-        address = f"127.0.0.1:{free_port()}"
-        self.url = f"http://{address}"
+        port = HeldPort()
+        self.url = f"http://{port.address}"
         super().__init__(
             "prometheus",
             [
@@ -155,11 +167,12 @@ class Prometheus(Program):
                 f"--storage.tsdb.path={folder / 'data'}",
                 f"--storage.tsdb.retention.time={retention}",
                 "--web.cors.origin=.*",
-                f"--web.listen-address={address}",
+                f"--web.listen-address={port.address}",
                 "--log.level=warn",
             ],
             folder / "prometheus.log",
             speaks=False,
+            ports=[port],
         )
 
     def start(self) -> None:
@@ -182,7 +195,8 @@ class Alertmanager(Program):
 
     def __init__(self, folder: Path, config: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.address = f"127.0.0.1:{free_port()}"
+        port = HeldPort()
+        self.address = port.address
         super().__init__(
             "alertmanager",
             [
@@ -195,6 +209,7 @@ class Alertmanager(Program):
             ],
             folder / "alertmanager.log",
             speaks=False,
+            ports=[port],
         )
 
 
@@ -228,15 +243,15 @@ class Webhook:
 
 def scheduler(name: str, folder: Path, *flags: str) -> Program:
     """Return a scheduler that keeps its ports when it is started again."""
-    ports = [
-        f"--{which}-listen=127.0.0.1:{free_port()}"
-        if which
-        else f"--listen=127.0.0.1:{free_port()}"
-        for which in ("", "admin", "health")
+    ports = [HeldPort() for _ in range(3)]
+    listen = [
+        f"--{which}={port.address}"
+        for which, port in zip(("listen", "admin-listen", "health-listen"), ports, strict=True)
     ]
     command = [sys.executable, "-m", "knapsack_scheduler.cli", "serve", "--auto-create-runs"]
     store = f"--store=sqlite:///{folder / name}.db"
-    return Program(name, [*command, store, *ports, *flags], folder / f"{name}.log", speaks=True)
+    log = folder / f"{name}.log"
+    return Program(name, [*command, store, *listen, *flags], log, speaks=True, ports=ports)
 
 
 def generator(name: str, folder: Path, *flags: str) -> Program:

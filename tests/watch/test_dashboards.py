@@ -13,12 +13,10 @@ from typing import Any
 
 import pytest
 
-from knapsack_trainer_client import BudgetClient, GeneratorUnavailable, RolloutClient
-
 import dashboards
 from grafana_types import complaints
 from programs import ROOT, Program, Prometheus, generator, get_json, scheduler, wait_until
-from workload import learning_run
+from workload import generate_until, train_until
 
 NAMES = ("run", "service", "generation")
 
@@ -44,8 +42,8 @@ def prometheus(
     threads = [
         threading.Thread(target=_kept, args=(work, failures, stop), daemon=True)
         for work in (
-            lambda: _train(served.addresses["listen"], folder, stop),
-            lambda: _generate(generating.addresses["listen"], folder, stop),
+            lambda: train_until(served.addresses["listen"], folder, stop),
+            lambda: generate_until(generating.addresses["listen"], folder, stop),
         )
     ]
     for thread in threads:
@@ -64,12 +62,12 @@ def prometheus(
             and seen("increase(knapsack_genserver_weight_update_seconds_count[1m]) > 1")
         ),
         "the workload has been scraped",
-        90,
+        300,
     )
     yield url
     stop.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert not failures, failures
 
 
@@ -79,29 +77,6 @@ def _kept(work: Callable[[], None], failures: list[BaseException], stop: threadi
     except BaseException as error:
         if not stop.is_set():
             failures.append(error)
-
-
-def _train(address: str, folder: Path, stop: threading.Event) -> None:
-    with BudgetClient(address, "exp1", outbox=folder / "outbox.db", timeout=20) as client:
-        for step in learning_run(client, 100_000, prompts=300):
-            if step == 10:
-                client.rewind(10)
-            if stop.wait(0.15):
-                return
-
-
-def _generate(address: str, folder: Path, stop: threading.Event) -> None:
-    client = RolloutClient(address)
-    step = 0
-    while not stop.wait(0.2):
-        step += 1
-        try:
-            client.generate([[1, 2, 3]] * 8, [2, 2, 2, 4, 4, 8, 16, 32], max_tokens=32, seed=step)
-            if step % 5 == 0:
-                client.update_weights(folder, step)
-        except GeneratorUnavailable:
-            if not stop.is_set():
-                raise
 
 
 def test_the_committed_dashboards_are_what_their_source_makes() -> None:

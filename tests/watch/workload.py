@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
-from knapsack_trainer_client import BudgetClient
+from knapsack_trainer_client import BudgetClient, GeneratorUnavailable, RolloutClient
 
 ROLLOUTS = 8
 """Per prompt, on average."""
@@ -59,3 +61,28 @@ def learning_run(
         skill += 0.004 * speed
         skill[rows] += 0.1 * speed * random.random(batch)
         yield step
+
+
+def train_until(address: str, folder: Path, stop: threading.Event) -> None:
+    """Train at a scheduler, some six steps a second, with one rewind; outbox in the folder."""
+    with BudgetClient(address, "exp1", outbox=folder / "outbox.db", timeout=60) as client:
+        for step in learning_run(client, 100_000, prompts=300):
+            if step == 10:
+                client.rewind(10)
+            if stop.wait(0.15):
+                return
+
+
+def generate_until(address: str, folder: Path, stop: threading.Event) -> None:
+    """Generate unequal groups at a generation server, and hand over weights every fifth time."""
+    client = RolloutClient(address)
+    step = 0
+    while not stop.wait(0.2):
+        step += 1
+        try:
+            client.generate([[1, 2, 3]] * 8, [2, 2, 2, 4, 4, 8, 16, 32], max_tokens=32, seed=step)
+            if step % 5 == 0:
+                client.update_weights(folder, step)
+        except GeneratorUnavailable:
+            if not stop.is_set():
+                raise

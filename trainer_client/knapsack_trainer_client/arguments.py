@@ -17,6 +17,9 @@ from knapsack_trainer_client.nouns import RunConfig
 
 LARGEST = 2**63 - 1
 LARGEST_GROUP = 2**31 - 1
+LONGEST_PROMPT_ID = 1024
+"""Characters of a prompt id that a scheduler takes."""
+
 LARGEST_REWARD = 3.4028234663852886e38
 """Largest finite float32, the type of a reward on the wire."""
 
@@ -83,7 +86,7 @@ def check_ask(
 
 
 def check_prompt_ids(prompt_ids: Iterable[str]) -> tuple[str, ...]:
-    """Return the prompt ids as a tuple of non-empty strings, at least one."""
+    """Return the prompt ids as a tuple of strings of 1 to 1,024 characters, at least one."""
     if isinstance(prompt_ids, str | bytes):
         raise refused("prompt_ids", prompt_ids, "must be a sequence of strings, one per prompt")
     ids = tuple(prompt_ids)
@@ -95,6 +98,12 @@ def check_prompt_ids(prompt_ids: Iterable[str]) -> tuple[str, ...]:
                 f"prompt_ids[{position}]",
                 prompt_id,
                 "must be a non-empty string that names the prompt in every epoch",
+            )
+        if len(prompt_id) > LONGEST_PROMPT_ID:
+            raise refused(
+                f"prompt_ids[{position}]",
+                prompt_id,
+                f"must have at most {LONGEST_PROMPT_ID:,} characters; it has {len(prompt_id):,}",
             )
         if not prompt_id.isascii():
             _check_unicode(f"prompt_ids[{position}]", prompt_id)

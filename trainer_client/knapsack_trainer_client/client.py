@@ -15,7 +15,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
 
 import grpc
@@ -32,6 +31,7 @@ from knapsack_trainer_client.arguments import (
     check_timeout,
 )
 from knapsack_trainer_client.calls import Caller, Deadline, NotFound, Refused, Unanswered
+from knapsack_trainer_client.closing import AsyncClosing
 from knapsack_trainer_client.courier import Courier
 from knapsack_trainer_client.errors import (
     ClientMisuse,
@@ -48,6 +48,7 @@ from knapsack_trainer_client.events import (
     OutboxFailed,
     ReportsDropped,
     ReportSent,
+    RewoundElsewhere,
     RunCreated,
     StepsBehind,
 )
@@ -76,7 +77,7 @@ from knapsack_trainer_client.transport import (
 OnUnavailable = Literal["uniform", "raise"]
 
 
-class AsyncBudgetClient:
+class AsyncBudgetClient(AsyncClosing):
     """Asks a budget scheduler how many rollouts each prompt should get.
 
     Belongs to the event loop that first uses it and to the process that made it: after a
@@ -221,6 +222,8 @@ class AsyncBudgetClient:
         self._tokens_reported = 0
         self._lengths_reported = 0
         self._reported_nothing: deque[str] = deque(maxlen=64)
+        # Those that no rewind of this client forgot.
+        self._allocations: deque[str] = deque(maxlen=1024)
 
     @property
     def run_id(self) -> str:
@@ -394,6 +397,8 @@ class AsyncBudgetClient:
             await self._courier.keep(parcel)
             return ReportReceipt(report_id, delivered=False)
         self._emit(ReportSent(report_id, parcel.step, parcel.rollouts))
+        if receipt.ignored_rollouts and allocation.allocation_id in self._allocations:
+            self._emit(RewoundElsewhere(self._run_id, parcel.step, receipt.ignored_rollouts))
         return receipt
 
     async def rewind(self, step: int) -> Run | None:
@@ -410,6 +415,7 @@ class AsyncBudgetClient:
         """
         step = check_int("step", step, -1, LARGEST)
         await self._ready()
+        self._allocations.clear()
         await self._courier.drop_after(step)
         rewind = WaitingRewind(step, _new_id())
         deadline = Deadline.after(self._timeout)
@@ -488,14 +494,6 @@ class AsyncBudgetClient:
         await self._ready()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
-
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled: a connection belongs to one process."""
         raise ClientMisuse("a client cannot be pickled; make one in the process that uses it")
@@ -536,6 +534,7 @@ class AsyncBudgetClient:
             raise Unanswered(f"NOT_FOUND: {error}", unreachable=False) from None
         except wire.MalformedAnswer as error:
             raise Unanswered(str(error), unreachable=False) from None
+        self._allocations.append(allocation.allocation_id)
         if not self._looked_behind:
             self._looked_behind = True
             await self._look_behind(ask.step, deadline)

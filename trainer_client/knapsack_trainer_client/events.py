@@ -88,6 +88,21 @@ class StepsBehind:
 
 
 @dataclass(frozen=True, slots=True)
+class RewoundElsewhere:
+    """A report was ignored: another client rewound the run since the allocation.
+
+    Attributes:
+        run_id: the run.
+        step: of the allocation.
+        rollouts: reported and not counted.
+    """
+
+    run_id: str
+    step: int
+    rollouts: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReportSent:
     """A report was delivered at once."""
 
@@ -163,6 +178,7 @@ Event: TypeAlias = (
     | SchedulerBack
     | RunCreated
     | StepsBehind
+    | RewoundElsewhere
     | ReportSent
     | ReportQueued
     | ReportDelivered

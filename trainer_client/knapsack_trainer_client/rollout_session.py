@@ -19,13 +19,13 @@ import asyncio
 import queue
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import grpc
 
 from knapsack_proto.v1 import generation_pb2 as pb
 from knapsack_proto.v1 import generation_pb2_grpc as rpc
+from knapsack_trainer_client.closing import AsyncClosing, Closing
 from knapsack_trainer_client.errors import (
     ClientMisuse,
     GeneratorBusy,
@@ -46,7 +46,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class RolloutSession:
+class RolloutSession(Closing):
     """See the module; ``RolloutClient.session`` opens one.
 
     Iterate over it for each rollout as it finishes, failed ones too; the iteration ends
@@ -227,7 +227,8 @@ class RolloutSession:
         except grpc.RpcError as error:
             self._over = True
             self._requests.put(None)
-            raise_status(error, self._address)
+            left = self.outstanding - len(self._came)
+            raise_status(error, self._address, f"; {left} rollouts are missing" if left else "")
         self._came.extend(map(rollout_of, response.rollouts))
         self._answers.extend(response.answers)
 
@@ -235,19 +236,8 @@ class RolloutSession:
         self.groups.put(rollout)
         self._wave.put(rollout)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class AsyncRolloutSession:
+class AsyncRolloutSession(AsyncClosing):
     """``RolloutSession`` for code that is asynchronous; the same promises and errors.
 
     Cancelling a call ends the session and its work on the server.
@@ -305,14 +295,3 @@ class AsyncRolloutSession:
         except asyncio.CancelledError:
             self._session.cancel()
             raise
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()

@@ -122,8 +122,14 @@ def rollout_of(message: pb.Rollout) -> Rollout:
     )
 
 
-def raise_status(error: grpc.RpcError, address: str) -> NoReturn:
-    """Raise what a status of the generation server means to a caller."""
+def raise_status(error: grpc.RpcError, address: str, missing: str = "") -> NoReturn:
+    """Raise what a status of the generation server means to a caller.
+
+    Args:
+        error: the status.
+        address: of the server.
+        missing: what the caller has not got of it, for a server that has gone.
+    """
     code, details = error.code(), error.details() or ""
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         raise InvalidRequest(details) from None
@@ -131,4 +137,9 @@ def raise_status(error: grpc.RpcError, address: str) -> NoReturn:
         raise WeightUpdateFailed(details) from None
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         raise GeneratorBusy(details) from None
-    raise GeneratorUnavailable(f"{address}: {code.name}: {details}") from error
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        raise GeneratorUnavailable(
+            f"{address}: what answers there does not know this call ({details}): it is no "
+            "generation server, or one that is older than this client"
+        ) from None
+    raise GeneratorUnavailable(f"{address}: {code.name}: {details}{missing}") from error

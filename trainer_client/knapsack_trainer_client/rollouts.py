@@ -16,14 +16,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grpc
 
 from knapsack_proto.v1 import generation_pb2 as pb
 from knapsack_proto.v1 import generation_pb2_grpc as rpc
 from knapsack_trainer_client.arguments import check_address
+from knapsack_trainer_client.closing import AsyncClosing, Closing
 from knapsack_trainer_client.errors import GeneratorUnavailable
 from knapsack_trainer_client.rollout_session import AsyncRolloutSession, RolloutSession
 from knapsack_trainer_client.rollout_wire import (
@@ -74,7 +74,7 @@ class GeneratorStatus:
     vocabulary_size: int
 
 
-class RolloutClient:
+class RolloutClient(Closing):
     """Asks a generation server for rollouts. May be used from several threads.
 
     Args:
@@ -289,19 +289,8 @@ class RolloutClient:
         """Close the connection; calls under way are cancelled."""
         self._channel.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-class AsyncRolloutClient:
+class AsyncRolloutClient(AsyncClosing):
     """``RolloutClient`` for code that is asynchronous; the same promises and errors.
 
     Cancelling a call stops the work on the server.
@@ -354,14 +343,3 @@ class AsyncRolloutClient:
     async def close(self) -> None:
         """Close the connection."""
         await asyncio.to_thread(self._client.close)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()

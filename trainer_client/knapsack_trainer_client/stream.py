@@ -98,6 +98,8 @@ class PromptStream(Generic[PromptT]):
         self._mean = check_int("rollouts_per_prompt", rollouts_per_prompt, 1)
         self._options = options
         self._planned: deque[PlannedPrompt[PromptT]] = deque()
+        # A window whose planning failed is planned again.
+        self._drawn: list[PromptT] = []
         self._lock = threading.Lock()
         self._next: StreamState = {"window": 0, "prompts_drawn": 0}
         # Of the window being handed out; behind _next, which is of the one after it.
@@ -123,7 +125,8 @@ class PromptStream(Generic[PromptT]):
     def take(self) -> PlannedPrompt[PromptT] | None:
         """Return the next prompt, or None when the source has ended.
 
-        Prompts that got no rollouts are passed over.
+        Prompts that got no rollouts are passed over. Where it raises, no prompt is lost: the
+        next call plans the same window.
         """
         with self._lock:
             while not self._planned:
@@ -166,7 +169,9 @@ class PromptStream(Generic[PromptT]):
             return (self._current if self._planned else self._next).copy()
 
     def _plan(self) -> bool:
-        prompts = list(islice(self._source, self._window))
+        if not self._drawn:
+            self._drawn = list(islice(self._source, self._window))
+        prompts = self._drawn
         if not prompts:
             return False
         ids = [self._prompt_id(prompt) for prompt in prompts]
@@ -180,6 +185,7 @@ class PromptStream(Generic[PromptT]):
             )
             if size
         )
+        self._drawn = []
         self._current = self._next
         self._next = {
             "window": self._current["window"] + 1,

@@ -9,10 +9,10 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import CancelledError
-from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from knapsack_trainer_client.client import AsyncBudgetClient, OnUnavailable
+from knapsack_trainer_client.closing import Closing
 from knapsack_trainer_client.errors import ClientMisuse
 from knapsack_trainer_client.events import Event
 from knapsack_trainer_client.nouns import (
@@ -30,7 +30,7 @@ from knapsack_trainer_client.transport import Token
 T = TypeVar("T")
 
 
-class BudgetClient:
+class BudgetClient(Closing):
     """Asks a budget scheduler how many rollouts each prompt should get.
 
     The promises, arguments and errors are those of ``AsyncBudgetClient``, whose calls it
@@ -223,17 +223,6 @@ class BudgetClient:
         does nothing, nor does a call in a forked child.
         """
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled: a connection belongs to one process."""

@@ -19,6 +19,7 @@ from knapsack_trainer_client.events import (
     ReportsDropped,
     ReportSent,
     RewindQueued,
+    RewoundElsewhere,
     RunCreated,
     SchedulerBack,
     SchedulerLost,
@@ -126,6 +127,14 @@ class Telemetry:
                     step,
                     step - 1,
                 )
+            case RewoundElsewhere(run_id, step, rollouts):
+                logger.error(
+                    "run %r was rewound by another client while step %d was generated; its %d "
+                    "rollouts are not counted. Each training needs a run_id of its own",
+                    run_id,
+                    step,
+                    rollouts,
+                )
             case ReportsDropped(reports, reason):
                 logger.error("%d queued reports dropped: %s", reports, reason)
             case ReportRefused(report_id, step, rollouts, reason):
@@ -183,5 +192,5 @@ def counted(stats: ClientStats, event: Event) -> ClientStats:
             return replace(stats, reports_refused=stats.reports_refused + 1, last_error=reason)
         case OutboxFailed(reason=reason):
             return replace(stats, last_error=f"outbox: {reason}")
-        case RunCreated() | StepsBehind() | RewindQueued() | NothingReported():
+        case RunCreated() | StepsBehind() | RewoundElsewhere() | RewindQueued() | NothingReported():
             return stats

@@ -9,6 +9,7 @@ handed over through a folder that both see, and scored here. Nothing is download
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from knapsack_trainer_client.rollouts import RolloutClient
 def main() -> int:
     """Run the command and return the exit code."""
     options = _parser().parse_args()
+    # The first process of a container dies of no signal that it does not handle.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if options.command == "model":
         if not options.folder.exists():
             save(new_model(0), options.folder)

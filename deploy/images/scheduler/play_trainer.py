@@ -10,6 +10,7 @@ The token, if the scheduler asks for one, is read from the file that --token-fil
 import argparse
 import json
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,8 @@ from knapsack_trainer_client.metrics import expose_metrics
 def main() -> int:
     """Run the loop and return the exit code."""
     options = _parser().parse_args()
+    # The first process of a container dies of no signal that it does not handle.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     # A third of the prompts are solved or hopeless, as in a real batch.
     rates = {f"prompt-{i:05d}": [0.0, 0.02, 0.15, 0.5, 0.85, 1.0][i % 6] for i in range(300)}
     dice = random.Random(options.seed)

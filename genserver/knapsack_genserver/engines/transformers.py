@@ -4,7 +4,7 @@ One worker thread owns the model. It takes waiting groups batch by batch, runs e
 prompt through the model once, repeats the cache for the prompt's rollouts, and then
 decodes all rollouts of the batch a token at a time. Rollouts that end are handed out at
 once, and the batch shrinks as they do. Weights change between batches only, so no
-rollout is made by two versions.
+rollout is made by two versions: an update waits for the batch that runs, or gives it up.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class TransformersOptions:
         prefix_tokens: most prompt tokens that are kept for chunks and waves to come,
             besides those of the batch.
         weight_version: of the weights in the folder.
+        update_mode: what a weight update does with the batch that runs: wait lets it end,
+            abort gives it up.
     """
 
     model: Path
@@ -67,6 +69,7 @@ class TransformersOptions:
     max_batch_tokens: int = 65_536
     weight_version: int = 0
     prefix_tokens: int = 16_384
+    update_mode: str = "wait"
 
 
 @dataclass(slots=True, eq=False)
@@ -100,10 +103,11 @@ class TransformersEngine:
         self._thread: threading.Thread | None = None
         self._wake = threading.Condition()
         self._jobs: deque[_Job] = deque()
-        self._updates: deque[tuple[Path, int, asyncio.Future[LoadedWeights]]] = deque()
+        self._updates: deque[tuple[weights.Copies, int, asyncio.Future[LoadedWeights]]] = deque()
         self._prefixes = PrefixCache(options.prefix_tokens)
         self._running = 0
         self._closing = False
+        self._first_fingerprint = ""
 
     async def start(self) -> None:
         """Load the model and start the worker."""
@@ -136,6 +140,7 @@ class TransformersEngine:
         ends = config.eos_token_id if ends is None else ends
         self._end_tokens = frozenset([ends] if isinstance(ends, int) else ends or [])
         self.tokenizer = load_tokenizer(folder)
+        self._first_fingerprint = weights.fingerprint(self._model)
 
     async def close(self) -> None:
         """End all work."""
@@ -163,6 +168,7 @@ class TransformersEngine:
             2 * self._options.max_batch_rollouts,
             self._prefixes.queried_tokens,
             self._prefixes.hit_tokens,
+            self._first_fingerprint,
         )
 
     def generate(self, group: Group) -> Inbox:
@@ -180,17 +186,28 @@ class TransformersEngine:
         return job.inbox
 
     async def load_weights(self, path: Path, version: int) -> LoadedWeights:
-        """Serve other weights from the next batch on."""
+        """Serve other weights from the next batch on; they are read while this one runs."""
         if self._loop is None or self._closing:
             raise Unavailable("the engine is closing")
+        copies = await asyncio.to_thread(self._read, path)
         done: asyncio.Future[LoadedWeights] = self._loop.create_future()
-        self._updates.append((path, version, done))
+        if self._closing:
+            raise Unavailable("the engine is closing")
+        self._updates.append((copies, version, done))
         self._notify()
         return await done
+
+    def _read(self, path: Path) -> weights.Copies:
+        return weights.checked(self._model, weights.read_folder(path))
 
     def _notify(self) -> None:
         with self._wake:
             self._wake.notify()
+
+    @property
+    def gives_up_batch(self) -> bool:
+        """Whether the batch that runs is to be given up."""
+        return self._options.update_mode == "abort" and bool(self._updates)
 
     # The rest runs in the worker thread.
 
@@ -218,12 +235,14 @@ class TransformersEngine:
                 finally:
                     self._running = 0
 
-    def _update(self, path: Path, version: int, done: asyncio.Future[LoadedWeights]) -> None:
+    def _update(
+        self, copies: weights.Copies, version: int, done: asyncio.Future[LoadedWeights]
+    ) -> None:
         start = time.perf_counter()
         self._prefixes.clear()
         try:
             with torch.inference_mode(False):
-                weights.take(self._model, weights.read_folder(path))
+                weights.copy(copies)
             self._version = version
             mark = weights.fingerprint(self._model)
             result = LoadedWeights(version, mark, time.perf_counter() - start)
@@ -342,8 +361,12 @@ class _Batch:
             self._logprobs[rows, t] = logprobs.cpu().numpy()
             stopped = torch.isin(tokens, ends).cpu().numpy()
             over = (stopped | (t + 1 >= self._limit[rows])) & ~ended
-            self._hand_out(rows[over], stopped[over], t + 1)
+            self._hand_out(rows[over], _ends(stopped[over]), t + 1)
             ended |= over | self._unwanted(rows)
+            if self._engine.gives_up_batch:
+                given_up = rows[~ended]
+                self._hand_out(given_up, [FinishReason.ABORT] * given_up.size, t + 1)
+                return
             if ended.all():
                 return
             if 4 * np.count_nonzero(ended) >= ended.size:
@@ -420,7 +443,7 @@ class _Batch:
             for at, (job, _) in enumerate(self._parts)
         ]
 
-    def _hand_out(self, rollouts: np.ndarray, stopped: np.ndarray, length: int) -> None:
+    def _hand_out(self, rollouts: np.ndarray, reasons: Sequence[FinishReason], length: int) -> None:
         if rollouts.size == 0:
             return
         self._waiting[rollouts] = False
@@ -429,11 +452,15 @@ class _Batch:
         tokens = self._tokens[rollouts, :length].tolist()
         logprobs = self._logprobs[rollouts, :length].tolist()
         for at, rollout in enumerate(rollouts.tolist()):
-            reason = FinishReason.STOP if stopped[at] else FinishReason.LENGTH
             finished.setdefault(int(self._part[rollout]), []).append(
-                Completion(int(self._index[rollout]), tokens[at], logprobs[at], reason, span)
+                Completion(int(self._index[rollout]), tokens[at], logprobs[at], reasons[at], span)
             )
         self._engine._running -= rollouts.size
         self._engine.deliver(
             [(self._parts[part][0].inbox, done) for part, done in finished.items()]
         )
+
+
+def _ends(stopped: np.ndarray) -> list[FinishReason]:
+    """Return why rollouts ended that have drawn an end token, or as many tokens as they may."""
+    return [FinishReason.STOP if by_token else FinishReason.LENGTH for by_token in stopped]

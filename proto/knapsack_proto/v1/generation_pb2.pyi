@@ -14,11 +14,22 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_ABORT: _ClassVar[FinishReason]
     FINISH_REASON_ERROR: _ClassVar[FinishReason]
+
+class ReplicaState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REPLICA_STATE_UNSPECIFIED: _ClassVar[ReplicaState]
+    REPLICA_STATE_STARTING: _ClassVar[ReplicaState]
+    REPLICA_STATE_SERVING: _ClassVar[ReplicaState]
+    REPLICA_STATE_DRAINING: _ClassVar[ReplicaState]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_ABORT: FinishReason
 FINISH_REASON_ERROR: FinishReason
+REPLICA_STATE_UNSPECIFIED: ReplicaState
+REPLICA_STATE_STARTING: ReplicaState
+REPLICA_STATE_SERVING: ReplicaState
+REPLICA_STATE_DRAINING: ReplicaState
 
 class Prompt(_message.Message):
     __slots__ = ("prompt_id", "tokens", "text", "chat")
@@ -195,7 +206,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GeneratorStatus(_message.Message):
-    __slots__ = ("model", "engine", "weight_version", "replicas", "running_rollouts", "waiting_rollouts", "max_model_tokens", "vocabulary_size")
+    __slots__ = ("model", "engine", "weight_version", "replicas", "running_rollouts", "waiting_rollouts", "max_model_tokens", "vocabulary_size", "wanted_replicas", "members")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -204,6 +215,8 @@ class GeneratorStatus(_message.Message):
     WAITING_ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_SIZE_FIELD_NUMBER: _ClassVar[int]
+    WANTED_REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     engine: str
     weight_version: int
@@ -212,4 +225,28 @@ class GeneratorStatus(_message.Message):
     waiting_rollouts: int
     max_model_tokens: int
     vocabulary_size: int
-    def __init__(self, model: _Optional[str] = ..., engine: _Optional[str] = ..., weight_version: _Optional[int] = ..., replicas: _Optional[int] = ..., running_rollouts: _Optional[int] = ..., waiting_rollouts: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., vocabulary_size: _Optional[int] = ...) -> None: ...
+    wanted_replicas: int
+    members: _containers.RepeatedCompositeFieldContainer[Replica]
+    def __init__(self, model: _Optional[str] = ..., engine: _Optional[str] = ..., weight_version: _Optional[int] = ..., replicas: _Optional[int] = ..., running_rollouts: _Optional[int] = ..., waiting_rollouts: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., wanted_replicas: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Replica, _Mapping]]] = ...) -> None: ...
+
+class SetReplicasRequest(_message.Message):
+    __slots__ = ("replicas",)
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    replicas: int
+    def __init__(self, replicas: _Optional[int] = ...) -> None: ...
+
+class Replica(_message.Message):
+    __slots__ = ("number", "state", "running_rollouts", "losses", "place", "problem")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_ROLLOUTS_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    state: ReplicaState
+    running_rollouts: int
+    losses: int
+    place: str
+    problem: str
+    def __init__(self, number: _Optional[int] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., running_rollouts: _Optional[int] = ..., losses: _Optional[int] = ..., place: _Optional[str] = ..., problem: _Optional[str] = ...) -> None: ...

@@ -55,6 +55,11 @@ class RolloutGeneratorStub(object):
                 request_serializer=knapsack__proto_dot_v1_dot_generation__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=knapsack__proto_dot_v1_dot_generation__pb2.GeneratorStatus.FromString,
                 _registered_method=True)
+        self.SetReplicas = channel.unary_unary(
+                '/knapsack_proto.v1.RolloutGenerator/SetReplicas',
+                request_serializer=knapsack__proto_dot_v1_dot_generation__pb2.SetReplicasRequest.SerializeToString,
+                response_deserializer=knapsack__proto_dot_v1_dot_generation__pb2.GeneratorStatus.FromString,
+                _registered_method=True)
 
 
 class RolloutGeneratorServicer(object):
@@ -97,6 +102,17 @@ class RolloutGeneratorServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetReplicas(self, request, context):
+        """Changes the number of replicas of a server that starts them itself, on a Ray cluster.
+        Answers at once; GetStatus says how far it has come. New replicas serve once they hold
+        the weights that the others serve; those that are too many finish what they hold. A
+        restarted server begins with the number that it was started with. FAILED_PRECONDITION
+        where the engine is one process, or its replicas are started by somebody else.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RolloutGeneratorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -118,6 +134,11 @@ def add_RolloutGeneratorServicer_to_server(servicer, server):
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
                     request_deserializer=knapsack__proto_dot_v1_dot_generation__pb2.GetStatusRequest.FromString,
+                    response_serializer=knapsack__proto_dot_v1_dot_generation__pb2.GeneratorStatus.SerializeToString,
+            ),
+            'SetReplicas': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetReplicas,
+                    request_deserializer=knapsack__proto_dot_v1_dot_generation__pb2.SetReplicasRequest.FromString,
                     response_serializer=knapsack__proto_dot_v1_dot_generation__pb2.GeneratorStatus.SerializeToString,
             ),
     }
@@ -229,6 +250,33 @@ class RolloutGenerator(object):
             target,
             '/knapsack_proto.v1.RolloutGenerator/GetStatus',
             knapsack__proto_dot_v1_dot_generation__pb2.GetStatusRequest.SerializeToString,
+            knapsack__proto_dot_v1_dot_generation__pb2.GeneratorStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetReplicas(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/knapsack_proto.v1.RolloutGenerator/SetReplicas',
+            knapsack__proto_dot_v1_dot_generation__pb2.SetReplicasRequest.SerializeToString,
             knapsack__proto_dot_v1_dot_generation__pb2.GeneratorStatus.FromString,
             options,
             channel_credentials,

@@ -35,6 +35,8 @@ def bands_of(visits: Visits, rows: IntArray) -> BandArray:
     successes = np.zeros(rows.shape, np.int64)
     for slot in range(visits.rollouts.shape[1]):
         wanted = rollouts < RECENT
+        if not wanted.any():
+            break
         rollouts += visits.rollouts[rows, slot] * wanted
         successes += visits.successes[rows, slot] * wanted
     bands = np.full(rows.shape, BANDS.index("medium"), np.int8)

@@ -165,21 +165,15 @@ def merge_visits(
         rows, counts = rows[some], [(column, added[some]) for column, added in counts]
     if rows.size == 0:
         return
-    steps = visits.step[rows]
-    versions = visits.policy_version[rows]
-    filled = visits.rollouts[rows] > 0
-    newer = filled & ((steps > step) | ((steps == step) & (versions > policy_version)))
-    place = newer.sum(axis=1)  # how many of the row's visits are newer
+    place = _newer(visits, rows, step, policy_version)
     inside = place < WINDOW
     if not inside.all():
         rows, place = rows[inside], place[inside]
-        steps, versions, filled = steps[inside], versions[inside], filled[inside]
         counts = [(column, added[inside]) for column, added in counts]
         if rows.size == 0:
             return
-    at = np.arange(rows.size)
-    same = filled[at, place] & (steps[at, place] == step)
-    same &= versions[at, place] == policy_version
+    same = (visits.rollouts[rows, place] > 0) & (visits.step[rows, place] == step)
+    same &= visits.policy_version[rows, place] == policy_version
 
     hit, hit_place = rows[same], place[same]
     for column, added in counts:
@@ -199,10 +193,7 @@ def merge_visits(
     # Slots behind the place move one back; the last one falls out.
     if not place.any():
         for column, value in values:
-            first = column.take(rows, axis=0)
-            first[:, 1:] = first[:, :-1].copy()
-            first[:, 0] = value
-            column[rows] = first
+            _push(column, rows, value)
         return
     at = np.arange(rows.size)
     slot = np.arange(WINDOW)
@@ -211,6 +202,35 @@ def merge_visits(
         moved = column[rows[:, None], source]
         moved[at, place] = value
         column[rows] = moved
+
+
+def _newer(visits: Visits, rows: IntArray, step: int, policy_version: int) -> IntArray:
+    """Return how many visits of each row are newer than one of this step and version, int64[n]."""
+
+    def are_newer(at: Any) -> npt.NDArray[np.bool_]:
+        steps, versions = visits.step[at], visits.policy_version[at]
+        later = (steps > step) | ((steps == step) & (versions > policy_version))
+        newer: npt.NDArray[np.bool_] = later & (visits.rollouts[at] > 0)
+        return newer
+
+    # The newest comes first. Nearly always nothing is newer than what is reported.
+    if not are_newer((rows, 0)).any():
+        return np.zeros(rows.shape, np.int64)
+    counts: IntArray = np.count_nonzero(are_newer(rows), axis=1)
+    return counts
+
+
+def _push(column: npt.NDArray[Any], rows: IntArray, value: int | npt.NDArray[np.integer]) -> None:
+    """Put a value before the slots of each row; the last one falls out."""
+    slot = column[0, 0].size
+    # The slots of all rows stand behind one that is free. Read from there on they are moved
+    # back by one, and the first of each row is what fell out of the row before.
+    flat = np.empty(slot + rows.size * WINDOW * slot, column.dtype)
+    shape = (rows.size, *column.shape[1:])
+    column.take(rows, axis=0, out=flat[slot:].reshape(shape), mode="clip")
+    moved = flat[: flat.size - slot].reshape(shape)
+    moved[:, 0] = value
+    column[rows] = moved
 
 
 @dataclass(frozen=True, slots=True)

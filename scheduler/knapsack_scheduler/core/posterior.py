@@ -216,8 +216,8 @@ def _weights(
     begins = others.copy()
     begins[1:] &= ~(others[:-1] & (step[1:] == step[:-1]))
     age = np.cumsum(begins, axis=0, dtype=np.int8)
-    # Nothing is younger than the first of the others, whose age is 0.
-    weight: FloatArray = _powers(discounts.visit, WINDOW + 1)[np.maximum(age - 1, 0)]
+    # Counted from 1; of 0 are those that weigh nothing.
+    weight: FloatArray = _by_age(discounts.visit).take(age)
     weight *= others
     if discounts.version != 1.0:
         distance = np.maximum(newest_policy_version - windows.policy_version, 0)
@@ -239,7 +239,7 @@ def _power(base: float, exponents: IntArray) -> FloatArray:
     """Return base ** exponents, float64 of their shape."""
     most = int(exponents.max(initial=0))
     if most < _TABLE:
-        powers: FloatArray = _powers(base, 1 << most.bit_length())[exponents]
+        powers: FloatArray = _powers(base, 1 << most.bit_length()).take(exponents)
         return powers
     return _squared(base, np.minimum(exponents, _MAX_EXPONENT))
 
@@ -248,6 +248,12 @@ def _power(base: float, exponents: IntArray) -> FloatArray:
 def _powers(base: float, count: int) -> FloatArray:
     """Return base ** k for k = 0 .. count - 1, not to be written to."""
     return _squared(base, np.arange(count))
+
+
+@lru_cache(maxsize=64)
+def _by_age(discount: float) -> FloatArray:
+    """Return what a visit weighs by its age, 0 to WINDOW, counted from 1."""
+    return np.concatenate([[1.0], _powers(discount, WINDOW)])
 
 
 def _squared(base: float, exponents: IntArray) -> FloatArray:

@@ -73,7 +73,8 @@ def fit_rates(successes: FloatArray, failures: FloatArray) -> tuple[float, ...]:
     """
     if successes.size == 0:
         return ()
-    likelihood = _likelihood(*_held(successes, failures))
+    passed, failed = _held(successes, failures)
+    likelihood = _likelihood(_units(passed), _units(failed))
     weights = _START
     for _ in range(_ROUNDS):
         found = _folded(likelihood * weights[:, None])
@@ -91,23 +92,47 @@ def believed(
         weights: of the points, from ``fit_rates``; not ().
         successes, failures: discounted evidence of each prompt, float64[M], >= 0.
     """
-    prior = np.array(weights)[:, None]
-    alpha, beta = np.empty_like(successes), np.empty_like(failures)
-    for start in range(0, successes.size, _CHUNK):
+    passed, failed = _held(successes, failures)
+    units = _units(passed), _units(failed)
+    spread = None
+    if successes.size > _CHUNK:
+        # A large batch holds the same evidence many times, in sixteenths of a rollout.
+        units, spread = _different(*units)
+    mean, strength = np.empty(units[0].shape), np.empty(units[0].shape)
+    for start in range(0, mean.size, _CHUNK):
         part = slice(start, start + _CHUNK)
-        passed, failed = _held(successes[part], failures[part])
-        share = _likelihood(passed, failed)
-        share *= prior
-        whole = _folded(share)
-        share *= _RATES[:, None]
-        mean = _folded(share) / whole
-        share *= _RATES[:, None]
-        variance = _folded(share) / whole - mean * mean
-        strength = mean * (1.0 - mean) / np.maximum(variance, _LEAST_VARIANCE) - 1.0
-        strength = np.maximum(strength, _LEAST_STRENGTH)
-        alpha[part] = mean * strength + (successes[part] - passed)
-        beta[part] = (1.0 - mean) * strength + (failures[part] - failed)
-    return alpha, beta
+        mean[part], strength[part] = _moments(weights, units[0][part], units[1][part])
+    alpha, beta = mean * strength, (1.0 - mean) * strength
+    if spread is not None:
+        alpha, beta = alpha.take(spread), beta.take(spread)
+    return alpha + (successes - passed), beta + (failures - failed)
+
+
+def _different(passed: IntArray, failed: IntArray) -> tuple[tuple[IntArray, IntArray], IntArray]:
+    """Return the different pairs of units, and which of them each position has, int64[M]."""
+    width = _MOST * _UNITS + 1
+    pairs = passed * width + failed
+    seen = np.zeros(width * width, np.bool_)
+    seen[pairs] = True
+    different = np.flatnonzero(seen)
+    number = np.empty(seen.shape, np.int64)
+    number[different] = np.arange(different.size)
+    return (different // width, different % width), number.take(pairs)
+
+
+def _moments(
+    weights: tuple[float, ...], passed: IntArray, failed: IntArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return mean and strength (alpha + beta) of the Beta distribution of each pair of units."""
+    share = _likelihood(passed, failed)
+    share *= np.array(weights)[:, None]
+    whole = _folded(share)
+    share *= _RATES[:, None]
+    mean = _folded(share) / whole
+    share *= _RATES[:, None]
+    variance = _folded(share) / whole - mean * mean
+    strength = mean * (1.0 - mean) / np.maximum(variance, _LEAST_VARIANCE) - 1.0
+    return mean, np.maximum(strength, _LEAST_STRENGTH)
 
 
 def _held(successes: FloatArray, failures: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -117,11 +142,15 @@ def _held(successes: FloatArray, failures: FloatArray) -> tuple[FloatArray, Floa
     return successes * factor, failures * factor
 
 
-def _likelihood(successes: FloatArray, failures: FloatArray) -> FloatArray:
-    """Return the likelihood of each point, float64[points, n]: at least exp(-8 * 33)."""
+def _likelihood(passed: IntArray, failed: IntArray) -> FloatArray:
+    """Return the likelihood of each point, float64[points, n]: at least exp(-8 * 33).
+
+    Args:
+        passed, failed: evidence of each prompt in units, int64[n].
+    """
     # Not by indexing, which would keep the points of a prompt together.
-    likelihood = _PASSED.take(_units(successes), axis=1)
-    likelihood *= _FAILED.take(_units(failures), axis=1)
+    likelihood = _PASSED.take(passed, axis=1)
+    likelihood *= _FAILED.take(failed, axis=1)
     return likelihood
 
 

@@ -61,12 +61,10 @@ class RewardLevels:
         """Return the levels after these rewards, finite float32[n], were seen too."""
         if not self.kept or rewards.size == 0:
             return self
-        if self.values.size:
-            level = np.minimum(self.index(rewards), self.values.size - 1)
-            if (self.values[level] == rewards).all():
-                # Nothing new, as nearly always: no need to sort.
-                counts = np.bincount(level, minlength=self.values.size)
-                return replace(self, rollouts=self.rollouts + counts)
+        counts = np.array([np.count_nonzero(rewards == value) for value in self.values], np.int64)
+        if counts.sum() == rewards.size:
+            # Nothing new, as nearly always: no need to sort.
+            return replace(self, rollouts=self.rollouts + counts)
         # 0 and -0 are one level; so they are to a sort, which keeps either.
         new, counts = np.unique(rewards + np.float32(0.0), return_counts=True)
         values = np.union1d(self.values, new)

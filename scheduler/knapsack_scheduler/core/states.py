@@ -34,6 +34,8 @@ _BITS = 16
 _MORE_BITS = 18
 """Of the hash: a table that fits the fastest cache, or one for many states."""
 
+_SLOTS_PER_STATE = 16
+
 _CHUNK = 1 << 15
 _ROUNDS = 8
 
@@ -100,8 +102,9 @@ def find_states(columns: Sequence[FloatArray | IntArray]) -> States | None:
     if different > (_REPEATED if count > _LARGE else _REPEATED_OFTEN) * sample.size:
         return None
     bits = _MORE_BITS if different > sample.size // 2 else _BITS
-    # A table that is larger than the batch would cost more than the batch.
-    bits = min(bits, count.bit_length() + 1)
+    # A table that is larger than the batch would cost more than the batch, and one that is
+    # much larger than its states costs more than trying the few again that share a slot.
+    bits = min(bits, count.bit_length() + 1, (_SLOTS_PER_STATE * different).bit_length())
     of = np.empty(count, np.int32)
     rows = _first_round(numbers, sample, bits, of)
     tables = [rows]

@@ -23,6 +23,10 @@ Columns = Mapping[str, npt.NDArray[Any]]
 PART_BYTES = 2**22
 """About how large a part is: one commit, in which nobody else can write to SQLite."""
 
+TEXTS_AT_ONCE = 16_384
+"""Texts handled by one call of Python's own code, during which no other thread runs: with
+millions of them the event loop would stand still for seconds."""
+
 _MAGIC = b"KNAPCOLS"
 _VERSION = 1
 _HEAD = struct.Struct("<8sHI")
@@ -107,16 +111,26 @@ def _decode(parts: Iterator[bytes]) -> dict[str, npt.NDArray[Any]]:
 
 def encode_text(texts: list[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Return texts as two columns: their UTF-8 bytes, and their lengths in characters."""
-    data = np.frombuffer("".join(texts).encode(), np.uint8)
-    return data, np.fromiter(map(len, texts), np.int64, len(texts))
+    slices = [texts[start : start + TEXTS_AT_ONCE] for start in _starts(len(texts))]
+    data = np.frombuffer(b"".join(["".join(each).encode() for each in slices]), np.uint8)
+    lengths = [np.fromiter(map(len, each), np.int64, len(each)) for each in slices]
+    return data, np.concatenate([np.zeros(0, np.int64), *lengths])
 
 
 def decode_text(data: npt.NDArray[np.uint8], lengths: npt.NDArray[np.int64]) -> list[str]:
     """Return the texts of ``encode_text``."""
     whole = data.tobytes().decode()
-    ends = np.cumsum(lengths).tolist()
-    starts = [0, *ends[:-1]] if ends else []
-    return [whole[start:end] for start, end in zip(starts, ends, strict=True)]
+    ends = np.cumsum(lengths)
+    texts, start = [], 0
+    for first in _starts(ends.size):
+        for end in ends[first : first + TEXTS_AT_ONCE].tolist():
+            texts.append(whole[start:end])
+            start = end
+    return texts
+
+
+def _starts(size: int) -> range:
+    return range(0, size, TEXTS_AT_ONCE)
 
 
 def _narrowest(column: npt.NDArray[Any]) -> np.dtype[Any]:

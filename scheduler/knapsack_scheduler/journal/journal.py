@@ -11,10 +11,10 @@
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import sqlalchemy as sa
 from alembic.util.exc import CommandError
@@ -27,10 +27,13 @@ from knapsack_scheduler.errors import (
     StoreInterrupted,
     StoreUnavailable,
 )
+from knapsack_scheduler.journal.presence import Presence
 from knapsack_scheduler.journal.records import RunRow
 from knapsack_scheduler.journal.schema import entries, runs, snapshot_parts, snapshots
+from knapsack_scheduler.journal.statements import RUN, CallStatements
 from knapsack_scheduler.journal.store import (
     FileLock,
+    OneWriter,
     migrate,
     open_engine,
     reading_engine,
@@ -38,14 +41,7 @@ from knapsack_scheduler.journal.store import (
     safe_url,
     sqlite_file,
 )
-from knapsack_scheduler.journal.transaction import (
-    RUN,
-    RUN_HELD,
-    RUN_OF_NAME,
-    Reading,
-    Writing,
-    columns_of,
-)
+from knapsack_scheduler.journal.transaction import Reading, Writing, columns_of
 
 
 class Journal:
@@ -63,14 +59,15 @@ class Journal:
         self._shown = safe_url(url)
         self._engine = open_engine(url)
         self._sqlite = self._engine.dialect.name == "sqlite"
+        self._driver: Any = self._engine.dialect.loaded_dbapi
+        self._statements = CallStatements(self._engine.dialect)
         self._reading_engine = reading_engine(url, self._engine)
         self._file = sqlite_file(url) if self._sqlite else None
         self._file_lock = FileLock(self._file) if self._file and not read_only else None
         self._read_only = read_only
+        self._presence: Presence | None = None
         # SQLite has one writer; waiting here is fairer than its busy handler.
-        self._one: AbstractContextManager[object] = (
-            threading.Lock() if self._sqlite else nullcontext()
-        )
+        self._one: AbstractContextManager[object] = OneWriter() if self._sqlite else nullcontext()
 
     @property
     def shared(self) -> bool:
@@ -103,6 +100,7 @@ class Journal:
                     # A database that can only be read is found out now, not by a trainer.
                     with self._engine.begin() as connection:
                         connection.execute(sa.update(runs).where(sa.false()).values(last_seq=0))
+                    self._presence = Presence(self._file) if self._file else None
         except (SQLAlchemyError, OSError, CommandError) as error:
             self.close()
             raise ConfigError(
@@ -130,8 +128,12 @@ class Journal:
         Raises:
             StoreUnavailable: nothing was stored, or it is not known whether it was.
         """
-        with self._named_errors(), self._one, self._engine.begin() as connection:
-            yield connection
+        with self._named_errors(), self._one:
+            with self._engine.begin() as connection:
+                yield connection
+            # Not before: what is answered is in a file that will be found again.
+            if self._presence is not None:
+                self._presence.check()
 
     @contextmanager
     def _view(self) -> Iterator[sa.Connection]:
@@ -147,19 +149,20 @@ class Journal:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except IntegrityError:
+        except (IntegrityError, self._driver.IntegrityError):
             raise
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, self._driver.Error) as error:
             kind = StoreInterrupted if self._passing(error) else StoreUnavailable
             raise kind(f"the store cannot be used: {_cause(error)}") from error
 
-    def _passing(self, error: SQLAlchemyError) -> bool:
+    def _passing(self, error: BaseException) -> bool:
         """Return whether the same transaction may well work if begun anew."""
-        if self._sqlite or not isinstance(error, DBAPIError):
+        of_driver = error.orig if isinstance(error, DBAPIError) else error
+        if self._sqlite or not isinstance(of_driver, self._driver.Error):
             return False
-        state = getattr(error.orig, "sqlstate", None) or ""
+        state = getattr(of_driver, "sqlstate", None) or ""
         # Without a state the connection was lost, or could not be made.
-        lost = error.connection_invalidated or not state
+        lost = getattr(error, "connection_invalidated", False) or not state
         return lost or state[:2] in _PASSING_CLASSES or state in _PASSING_STATES
 
     @contextmanager
@@ -213,8 +216,7 @@ class Journal:
     def find_run(self, run_id: str) -> RunRow | None:
         """Return the run of that name, or None."""
         with self._view() as connection:
-            row = connection.execute(RUN_OF_NAME, {"name": run_id}).first()
-        return RunRow(*row) if row else None
+            return self._statements.find(connection, run_id)
 
     def list_runs(self, after: str, count: int) -> list[RunRow]:
         """Return up to ``count`` runs whose names sort after ``after``, in their order."""
@@ -232,10 +234,9 @@ class Journal:
             only_new: do nothing unless the run has this identity and no entry.
         """
         with self.transaction() as connection:
-            row = connection.execute(RUN_HELD, {"name": run_id}).first()
-            if row is None:
+            run = self._statements.hold(connection, run_id)
+            if run is None:
                 raise RunNotFound(f"run {run_id!r} does not exist")
-            run = RunRow(*row)
             if only_new is not None and (run.identity != only_new or run.last_seq):
                 return
             for table in (snapshot_parts, snapshots, entries, runs):
@@ -250,10 +251,10 @@ class Journal:
             StoreUnavailable: nothing was stored.
         """
         with self.transaction() as connection:
-            row = connection.execute(RUN_HELD, {"name": run_id}).first()
-            if row is None:
+            run = self._statements.hold(connection, run_id)
+            if run is None:
                 raise RunNotFound(f"run {run_id!r} does not exist")
-            writing = Writing(connection, RunRow(*row))
+            writing = Writing(connection, run, self._statements)
             yield writing
             writing.finish()
 
@@ -265,10 +266,10 @@ class Journal:
             RunNotFound: no run of that name.
         """
         with self._view() as connection:
-            row = connection.execute(RUN_OF_NAME, {"name": run_id}).first()
-            if row is None:
+            run = self._statements.find(connection, run_id)
+            if run is None:
                 raise RunNotFound(f"run {run_id!r} does not exist")
-            yield Reading(connection, RunRow(*row))
+            yield Reading(connection, run)
 
 
 def insert_run(connection: sa.Connection, run: RunRow) -> RunRow:

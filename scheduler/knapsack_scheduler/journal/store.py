@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +18,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from knapsack_scheduler.errors import ConfigError
+from knapsack_scheduler.errors import ConfigError, StoreUnavailable
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _MIGRATION_LOCK = 0x6B6E6170
@@ -197,6 +198,25 @@ class FileLock:
         if self._handle is not None:
             self._handle.close()
             self._handle = None
+
+
+class OneWriter:
+    """Lets one thread write at a time; as long as the disk is slow the others are refused."""
+
+    def __init__(self, patience: float = 10.0) -> None:
+        self._lock = threading.Lock()
+        self._patience = patience
+
+    def __enter__(self) -> None:
+        """Wait for the writer before; StoreUnavailable if that takes too long."""
+        if not self._lock.acquire(timeout=self._patience):
+            raise StoreUnavailable(
+                f"the store cannot be used: those who write before took {self._patience:g} s"
+            )
+
+    def __exit__(self, *_error: object) -> None:
+        """Let the next one write."""
+        self._lock.release()
 
 
 def _alembic(connection: sa.Connection | None = None) -> AlembicConfig:

@@ -15,7 +15,8 @@ from knapsack_scheduler.journal.records import (
     RunRow,
     SnapshotMark,
 )
-from knapsack_scheduler.journal.schema import entries, runs, snapshot_parts, snapshots
+from knapsack_scheduler.journal.schema import entries, snapshot_parts, snapshots
+from knapsack_scheduler.journal.statements import CallStatements
 
 _BATCH = 200
 """Entries fetched at once: a tail of any length is read in bounded memory."""
@@ -83,8 +84,9 @@ class Reading:
 class Writing(Reading):
     """Holds the run alone: nobody else appends until the transaction ends."""
 
-    def __init__(self, connection: sa.Connection, run: RunRow) -> None:
+    def __init__(self, connection: sa.Connection, run: RunRow, statements: CallStatements) -> None:
         super().__init__(connection, run)
+        self._statements = statements
         self.run_after = run
         self.appended: list[Entry] = []
 
@@ -95,7 +97,7 @@ class Writing(Reading):
         """
         run = self.run_after
         numbered = replace(entry, seq=run.last_seq + 1, branch=run.branch)
-        self._connection.execute(_INSERT_ENTRY, {"run_key": run.run_key, **columns_of(numbered)})
+        self._statements.append(self._connection, run.run_key, numbered)
         rewound = entry.kind == "rewind"
         self.run_after = replace(
             run,
@@ -109,16 +111,7 @@ class Writing(Reading):
     def finish(self) -> None:
         """Move the run's newest number; called by ``Journal.writing``."""
         if self.appended:
-            self._connection.execute(
-                _MOVE_RUN,
-                {
-                    "of_run": self.run.run_key,
-                    "last_seq": self.run_after.last_seq,
-                    "branch": self.run_after.branch,
-                    "closed_step": self.run_after.closed_step,
-                    "update_time": self.run_after.update_time,
-                },
-            )
+            self._statements.move(self._connection, self.run_after)
 
 
 def columns_of(record: Entry | RunRow | SnapshotMark) -> dict[str, object]:
@@ -131,17 +124,6 @@ _COLUMNS = {
     for record in (Entry, RunRow, SnapshotMark)
 }
 
-# Statements of every call are built once: building one takes as long as running it.
-RUN = sa.select(*[runs.c[field.name] for field in fields(RunRow)])
-RUN_OF_NAME = RUN.where(runs.c.run_id == sa.bindparam("name"))
-RUN_HELD = RUN_OF_NAME.with_for_update()
-_INSERT_ENTRY = sa.insert(entries)
-_MOVED = ("last_seq", "branch", "closed_step", "update_time")
-_MOVE_RUN = (
-    sa.update(runs)
-    .where(runs.c.run_key == sa.bindparam("of_run"))
-    .values({name: sa.bindparam(name) for name in _MOVED})
-)
 _ENTRY = sa.select(*[entries.c[field.name] for field in fields(Entry)])
 _OUTLINE = sa.select(*[entries.c[field.name] for field in fields(Outline)])
 _SNAPSHOT = sa.select(*[snapshots.c[field.name] for field in fields(SnapshotMark)])

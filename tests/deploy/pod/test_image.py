@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 
 from deploy_tools import DEPLOY, VERSION
-from podman import BASE, SCHEDULER
+from podman import BASE, SCHEDULER, until
 
 # Two builds of an image, on a busy machine; the first test of all also makes the base.
 pytestmark = pytest.mark.timeout(1800)
@@ -54,6 +56,23 @@ def test_it_runs_without_rights_and_without_writing(built) -> None:
     assert settings["store"] == "sqlite:////var/lib/knapsack-rl/stats.db"
 
 
+@pytest.mark.parametrize("library", ["pydantic_core", "cygrpc"])
+def test_sigterm_amid_its_start_ends_it(built, library: str) -> None:
+    """The first process of a container, which no signal ends by itself, ends while it is loaded."""
+    podman = built.podman
+    podman("run", "--detach", "--name=hasty", *CONFINED[1:], "--tmpfs=/tmp",
+           SCHEDULER, "serve", "--store=sqlite:////tmp/stats.db")  # fmt: skip
+    try:
+        pid = podman.inspect("hasty")["State"]["Pid"]
+        loaded = Path(f"/proc/{pid}/maps")
+        until(f"{library} is loaded", lambda: library in loaded.read_text())
+        os.kill(pid, signal.SIGTERM)
+        # Where the signal is lost, it serves, and this times out.
+        assert int(podman("wait", "hasty", timeout=60)) in (0, 128 + signal.SIGTERM)
+    finally:
+        podman("rm", "--force", "--time=0", "hasty")
+
+
 def test_it_carries_no_more_than_it_needs(built) -> None:
     """No torch and no pip; the wheel is there, for images of trainers to install."""
     python = "/opt/knapsack-rl/bin/python"
@@ -73,6 +92,7 @@ def test_a_trainers_image_takes_the_client_from_it(built, tmp_path: Path) -> Non
     """As the README says: the wheel is copied out of the scheduler's image and installed."""
     readme = (DEPLOY / "README.md").read_text()
     [recipe] = re.findall(r"```dockerfile\n(.*?)```", readme, re.DOTALL)
+    recipe = recipe.replace("REGISTRY/", "")
     assert f"COPY --from={SCHEDULER}" in recipe
     file = tmp_path / "Dockerfile"
     # The base here has no pip outside of an environment.

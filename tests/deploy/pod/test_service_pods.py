@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import shlex
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import pytest
 import yaml
 
 import process_facts
-from deploy_tools import kustomized, tool
+from deploy_tools import DEPLOY, kustomized, tool
 from podman import SCHEDULER, Podman, as_podman_plays
 from postgres_server import PostgresServer, postgres  # noqa: F401
 
@@ -65,14 +67,14 @@ class Service:
 
 
 def _certificate(folder: Path) -> None:
+    """Make the README's certificate, by its command, for the pod's loopback as well."""
     tool("openssl")
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1",
-         "-keyout", str(folder / "tls.key"), "-out", str(folder / "tls.crt"),
-         "-subj", "/CN=knapsack-scheduler", "-addext",
-         "subjectAltName=DNS:knapsack-scheduler.rl.svc,DNS:localhost"],
-        check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
+    readme = (DEPLOY / "README.md").read_text().replace("\\\n", "")
+    [command] = re.findall(r"(?m)^openssl req .*$", readme)
+    words = shlex.split(command)
+    assert words[-1] == "subjectAltName=DNS:knapsack-scheduler.rl.svc"
+    words[-1] += ",DNS:localhost"
+    subprocess.run(words, check=True, capture_output=True, timeout=60, cwd=folder)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import process_facts
-from deploy_tools import kustomized
+from deploy_tools import DEPLOY, kustomized, objects_of
 from podman import Podman, as_podman_plays, until
 
 pytestmark = pytest.mark.timeout(1800)
@@ -165,13 +165,50 @@ def test_it_stays_within_its_memory(story: Story, record_property) -> None:
     assert peak < limit / 2
 
 
-def test_only_health_and_metrics_leave_the_pod(story: Story) -> None:
-    """The API listens on the pod's loopback; what kubelet and Prometheus need does not."""
-    health, scheduler, client = 50052, 9464, 9466
-    assert story.listening == {
-        ("127.0.0.1", 50051),
-        *(("0.0.0.0", port) for port in (health, scheduler, client)),
-    }
+def test_only_health_leaves_the_pod(story: Story) -> None:
+    """API and metrics listen on the pod's loopback; what the kubelet needs does not."""
+    assert story.listening == {("127.0.0.1", 50051), ("127.0.0.1", 9464), ("0.0.0.0", 50052)}
+
+
+def test_metrics_leave_the_pod_when_they_are_monitored(built, tmp_path: Path) -> None:
+    """With what the overlay `monitored` adds, Prometheus reaches them, and still nobody the API."""
+    podman: Podman = built.podman
+    job = next(thing for thing in kustomized("monitored") if thing["kind"] == "Job")
+    file = tmp_path / "pod.yaml"
+    file.write_text(yaml.safe_dump(as_podman_plays(job["spec"]["template"], "monitored")))
+    podman("kube", "play", "--start=false", "--network=none", file)
+    try:
+        podman("start", "monitored-scheduler")
+        podman.await_serving("monitored-scheduler")
+        pid = podman.inspect("monitored-scheduler")["State"]["Pid"]
+        others = {port for host, port in process_facts.listening(pid) if host == "0.0.0.0"}
+        assert others == {50052, 9464}
+    finally:
+        podman("pod", "rm", "--force", "--time=5", "monitored")
+
+
+def test_a_store_is_copied_from_a_claim_that_nobody_holds(built, tmp_path: Path) -> None:
+    """As the README says: the pod that holds a claim copies the store in it, which is whole."""
+    podman: Podman = built.podman
+    [pod] = objects_of((DEPLOY / "kubernetes/claim-pod.yaml").read_text())
+    file = tmp_path / "pod.yaml"
+    file.write_text(yaml.safe_dump(as_podman_plays(pod, "knapsack-claim")))
+    podman("kube", "play", "--network=none", file)
+    try:
+        inside = ("exec", "knapsack-claim-claim")
+        store = "/var/lib/knapsack-rl/stats.db"
+        script = (
+            "from knapsack_trainer_client import BudgetClient\n"
+            f"with BudgetClient.embedded('{store}', 'exp1', timeout=30, outbox=False) as budget:\n"
+            "    given = budget.allocate(['a', 'b'], 8, 0)\n"
+            "    budget.report(given, [[1.0] * n for n in given.num_rollouts])\n"
+        )
+        podman(*inside, "python", "-c", script)
+        podman(*inside, "knapsack-scheduler", "backup", "--to", "/tmp/stats.db")
+        copied = podman(*inside, "knapsack-scheduler", "check", "--store=sqlite:////tmp/stats.db")
+        assert "exp1" in copied
+    finally:
+        podman("pod", "rm", "--force", "--time=1", "knapsack-claim")
 
 
 def test_the_manifest_was_changed_only_as_said(story: Story) -> None:

@@ -1,9 +1,13 @@
 #!/usr/bin/env python3
-"""Draws the Run dashboard of a sped-up run with Grafana's UI library, to a PNG.
+"""Draws a dashboard with Grafana's UI library, to a PNG.
 
-A real scheduler serves a real client whose policy and prompts are imaginary. After every step
-the scheduler's metrics are read and dated two minutes after those of the step before, and a real
-Prometheus answers the dashboard's queries from them: eight hours of a run in a minute.
+*Run* is of a sped-up run: a real scheduler serves a real client whose policy and prompts are
+imaginary. After every step the scheduler's metrics are read and dated two minutes after those of
+the step before, and a real Prometheus answers the dashboard's queries from them: eight hours of a
+run in a minute.
+
+*Service* and *Generation* are of the same kind of run and of a generation server whose engine is
+imaginary, as a real Prometheus scrapes them for two minutes.
 """
 
 from __future__ import annotations
@@ -13,16 +17,22 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 from knapsack_trainer_client import BudgetClient  # noqa: E402
 
-from programs import ROOT, Prometheus, scheduler, tool  # noqa: E402
-from workload import learning_run  # noqa: E402
+import dashboards  # noqa: E402
+from programs import Program, Prometheus, generator, scheduler, tool  # noqa: E402
+from workload import generate_until, learning_run, train_until  # noqa: E402
 
 STEP_SECONDS = 120
 STEPS = 240
@@ -32,6 +42,11 @@ START = 1_750_000_000 - 1_750_000_000 % 86_400 + 9 * 3600
 
 OUTAGE = range(150, 156)
 """Steps during which the scheduler is away."""
+
+LIVE_SECONDS = 120
+"""Of the dashboards that are not sped up."""
+
+Json = dict[str, Any]
 
 
 def record(folder: Path) -> Path:
@@ -52,7 +67,7 @@ def record(folder: Path) -> Path:
                 if step + 1 not in OUTAGE:
                     lines += _dated(served.addresses["admin"], START + step * STEP_SECONDS)
     finally:
-        served.end()
+        served.close()
     # Samples of one series have to follow each other.
     lines.sort(key=lambda line: line.rpartition(" ")[0].rpartition(" ")[0])
     file = folder / "metrics.txt"
@@ -76,6 +91,74 @@ def _dated(address: str, at: int) -> list[str]:
     return dated
 
 
+@contextmanager
+def sped_up(folder: Path) -> Iterator[Json]:
+    """Yield the settings of the page for the recorded run."""
+    blocks = folder / "prometheus/data"
+    command = [tool("promtool"), "tsdb", "create-blocks-from", "openmetrics"]
+    subprocess.run(
+        [*command, str(record(folder)), str(blocks)], check=True, stdout=subprocess.DEVNULL
+    )
+    prometheus = Prometheus(folder / "prometheus", {}, retention="100y")
+    prometheus.start()
+    try:
+        end = START + STEPS * STEP_SECONDS
+        yield _settings(prometheus, START, end - SAMPLE_SECONDS, SAMPLE_SECONDS, "30m")
+    finally:
+        prometheus.close()
+
+
+@contextmanager
+def live(folder: Path) -> Iterator[Json]:
+    """Yield the settings of the page for programs at work, once they have been for a while."""
+    with ExitStack() as stack:
+
+        def begin(program: Program) -> Program:
+            program.start()
+            stack.callback(program.close)
+            return program
+
+        served, generating = scheduler("scheduler", folder), generator("generator", folder)
+        targets = {
+            "knapsack-scheduler": begin(served).addresses["admin"],
+            "knapsack-genserver": begin(generating).addresses["admin"],
+        }
+        prometheus = Prometheus(folder / "prometheus", targets)
+        begin(prometheus)
+        stop = threading.Event()
+        works = [
+            threading.Thread(target=work, args=(program.addresses["listen"], folder, stop))
+            for work, program in ((train_until, served), (generate_until, generating))
+        ]
+        for work in works:
+            work.start()
+        try:
+            start = int(time.time())
+            time.sleep(LIVE_SECONDS)
+        finally:
+            stop.set()
+            for work in works:
+                work.join()
+        yield _settings(prometheus, start, start + LIVE_SECONDS, 1, "1m")
+
+
+def _settings(prometheus: Prometheus, start: int, end: int, step: int, window: str) -> Json:
+    return {
+        "prometheus": prometheus.url,
+        "from": start,
+        "to": end,
+        "step": step,
+        "variables": {
+            "job": ".+",
+            "instance": ".+",
+            "run": "exp1",
+            "window": window,
+            "__range": f"{end - start}s",
+            "__rate_interval": f"{max(4 * step, 15)}s",
+        },
+    }
+
+
 def main() -> None:
     """Draw it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -86,49 +169,19 @@ def main() -> None:
         subprocess.run(
             ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=HERE, check=True
         )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        blocks = folder / "prometheus/data"
-        command = [tool("promtool"), "tsdb", "create-blocks-from", "openmetrics"]
-        subprocess.run(
-            [*command, str(record(folder)), str(blocks)], check=True, stdout=subprocess.DEVNULL
-        )
-        prometheus = Prometheus(folder / "prometheus", {}, retention="100y")
-        prometheus.start()
-        try:
-            end = START + STEPS * STEP_SECONDS
-            settings = {
-                "prometheus": prometheus.url,
-                "dashboard": json.loads(
-                    (ROOT / f"deploy/grafana/dashboards/{options.dashboard}.json").read_text()
-                ),
-                "from": START,
-                "to": end - SAMPLE_SECONDS,
-                "step": SAMPLE_SECONDS,
-                "variables": {
-                    "job": ".+",
-                    "instance": ".+",
-                    "run": "exp1",
-                    "window": "30m",
-                    "__range": f"{end - START}s",
-                    "__rate_interval": f"{4 * SAMPLE_SECONDS}s",
-                },
-                "shown": ["run", "window"],
-            }
-            (folder / "settings.json").write_text(json.dumps(settings))
-            subprocess.run(
-                [
-                    "node",
-                    HERE / "shoot.mjs",
-                    folder / "settings.json",
-                    tool("chromium"),
-                    options.to,
-                ],
-                check=True,
-                timeout=180,
-            )
-        finally:
-            prometheus.end()
+    is_run = options.dashboard == "run"
+    dashboard = dashboards.load(options.dashboard)
+    # There is no vLLM here.
+    dashboard["panels"] = [p for p in dashboard["panels"] if not dashboards.is_vllm(p)]
+    with (
+        tempfile.TemporaryDirectory() as name,
+        (sped_up if is_run else live)(Path(name)) as settings,
+    ):
+        file = Path(name) / "settings.json"
+        shown = ["run", "window"] if is_run else []
+        file.write_text(json.dumps({**settings, "dashboard": dashboard, "shown": shown}))
+        command = ["node", HERE / "shoot.mjs", file, tool("chromium"), options.to]
+        subprocess.run(command, check=True, timeout=180)
 
 
 if __name__ == "__main__":

@@ -150,6 +150,8 @@ def _experiment(size: Size, seeds: int, folder: Path, screen: Screen) -> dict[st
                         scheduler.address,
                         f"{name}-{seed}",
                         config=RunConfig(policy=arm.policy),
+                        # So long that a busy machine makes no wave a fallback.
+                        timeout=20.0,
                         outbox=folder / "outbox.db",
                     ) as budget,
                     screen.bar(label + name, size.schedule.steps) as advance,

@@ -14,23 +14,15 @@ loss's normaliser stay what they are. For TRL 1.0 to 1.16.
 
 from __future__ import annotations
 
-import math
+import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from knapsack_trainer_client.errors import ExtraMissing, WrongGroups, refused
-from knapsack_trainer_client.integrations.prompt_identity import (
-    check_column,
-    check_ids,
-    prompt_id,
-)
-from knapsack_trainer_client.integrations.trl_advantages import (
-    AGGREGATIONS,
-    SCALES,
-    ScoredRollouts,
-)
+from knapsack_trainer_client.integrations.prompt_identity import check_ids, prompt_id
+from knapsack_trainer_client.integrations.trl_advantages import ScoredRollouts
 from knapsack_trainer_client.nouns import Allocation, RunConfig
 from knapsack_trainer_client.sync import BudgetClient
 
@@ -40,16 +32,17 @@ try:
     from accelerate.utils import broadcast_object_list, gather_object
     from transformers import TrainerCallback
     from trl import GRPOTrainer
+
+    from knapsack_trainer_client.integrations.trl_checks import (
+        check_arguments,
+        check_formula,
+        check_options,
+        check_rollouts,
+    )
 except ImportError as error:
     raise ExtraMissing(
         f"the TRL integration needs more packages: pip install 'knapsack-rl[trl]' ({error})"
     ) from error
-
-LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "vespo", "luspo")
-"""Losses that are sums over rows, each with its own advantage."""
-
-_TELLING_SPREAD = 1e-2
-_FORMULA_TOLERANCE = 1e-3
 
 
 @dataclass(slots=True)
@@ -118,18 +111,15 @@ class BudgetedMixin:
     ) -> None:
         if not isinstance(self, GRPOTrainer):
             raise refused("trainer", type(self).__name__, "must be a subclass of trl.GRPOTrainer")
-        if scheduler is not None and not isinstance(scheduler, str | BudgetClient):
-            raise refused("scheduler", scheduler, "must be an address, a BudgetClient or None")
-        if isinstance(scheduler, BudgetClient) and (run_id or run_config):
-            raise refused("scheduler", scheduler, "has a run already; leave out run_id, run_config")
         if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 0):
             raise refused("trl", trl.__version__, "must be at least 1.0")
+        check_arguments(scheduler, max_rollouts, run_id, run_config)
         self._prompt_id_column = prompt_id_column
         self._max_rollouts = max_rollouts
         self._batch: _Batch | None = None
         self._budget: BudgetClient | None = None
         super().__init__(*args, **kwargs)
-        _check_options(self, prompt_id_column, max_rollouts)
+        check_options(self, prompt_id_column, max_rollouts)
         if getattr(self, "use_vllm", False):
             _generate_row_by_row(self)
         if self.accelerator.is_main_process:
@@ -183,7 +173,8 @@ class BudgetedMixin:
         batch = self._allocate(group_ids, len(ids))
         whole = [at for at, n in enumerate(batch.sizes) for _ in range(n)]
         batch.owners = whole[rank * count : (rank + 1) * count]
-        return [dict(uniques[at]) for at in batch.owners], batch
+        # Rows share nothing: TRL appends the messages of a row's tools to its prompt.
+        return [copy.deepcopy(uniques[at]) for at in batch.owners], batch
 
     def _allocate(self: Any, ids: list[str], total: int) -> _Batch:
         allocation, error = None, None
@@ -210,10 +201,10 @@ class BudgetedMixin:
     def _settle(self: Any, batch: _Batch, output: dict[str, Any]) -> None:
         """Put the groups' advantages where TRL's are, and report the rewards."""
         if self.rollout_func is not None:
-            _check_rollouts(self, batch.owners, output)
+            check_rollouts(self, batch.owners, output)
         scored = _score(self, batch.by_function)
         found = self.accelerator.gather(output["advantages"])
-        _check_formula(scored, found, self.num_generations)
+        check_formula(scored, found, self.num_generations)
         advantages = scored.advantages(batch.sizes)
         count, rank = len(output["advantages"]), self.accelerator.process_index
         output["advantages"] = torch.tensor(
@@ -282,29 +273,6 @@ def _client(
     return BudgetClient.embedded(os.path.join(args.output_dir, "knapsack.db"), name, config=config)
 
 
-def _check_options(trainer: Any, column: str | None, max_rollouts: int | None) -> None:
-    """Refuse what unequal groups are not known to be right with."""
-    version = trl.__version__
-    for option, known in (
-        ("loss_type", LOSS_TYPES),
-        ("scale_rewards", SCALES),
-        ("multi_objective_aggregation", AGGREGATIONS),
-    ):
-        value = getattr(trainer, option)
-        if value not in known:
-            raise refused(option, value, f"must be one of {', '.join(known)} (TRL {version})")
-    if max_rollouts is not None and max_rollouts < trainer.num_generations:
-        raise refused(
-            "max_rollouts",
-            max_rollouts,
-            f"must be at least num_generations = {trainer.num_generations}, or the prompts of "
-            "a batch cannot hold its rollouts",
-        )
-    columns = getattr(trainer.train_dataset, "column_names", None)
-    if columns is not None:
-        check_column(columns, column)
-
-
 def _generate_row_by_row(trainer: Any) -> None:
     """Let a vLLM server generate one rollout for each row.
 
@@ -320,27 +288,6 @@ def _generate_row_by_row(trainer: Any) -> None:
     trainer.vllm_generation.generate = for_rows
 
 
-def _check_rollouts(trainer: Any, owners: Sequence[int], output: Mapping[str, Any]) -> None:
-    """Stop where a ``rollout_func`` generated ``num_generations`` rollouts a prompt.
-
-    Raises:
-        WrongGroups: rows of one group have different prompts, and those of equal groups do not.
-    """
-    prompts = [
-        tuple(ids[mask.bool()].tolist())
-        for ids, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)
-    ]
-    first, size = trainer.accelerator.process_index * len(prompts), trainer.num_generations
-    blocks = [(first + row) // size for row in range(len(prompts))]
-    if len(set(zip(blocks, prompts, strict=True))) == len(set(blocks)) and len(
-        set(zip(owners, prompts, strict=True))
-    ) > len(set(owners)):
-        raise WrongGroups(
-            f"rollout_func made {size} rollouts of every {size}-th prompt; it must make one of "
-            "each prompt that it is given, in their order."
-        )
-
-
 def _score(trainer: Any, by_function: Any) -> ScoredRollouts:
     weights = trainer.reward_weights.to(by_function.device)
     rewards = (by_function * weights.unsqueeze(0)).nansum(dim=1)
@@ -352,44 +299,3 @@ def _score(trainer: Any, by_function: Any) -> ScoredRollouts:
         trainer.scale_rewards,
         trainer.multi_objective_aggregation,
     )
-
-
-def _check_formula(scored: ScoredRollouts, found: Any, size: int) -> None:
-    """Stop where TRL's own advantages are not those of its formula in equal groups.
-
-    Left out are groups of which float32 says nothing, their spread being small beside their
-    rewards, and those with rows without a reward, which TRL before 1.8 takes for failures.
-
-    Raises:
-        WrongGroups: says which advantage was not as it should be.
-    """
-    rewards = scored.rewards
-    if found.dim() != 1 or len(found) != len(rewards):
-        raise WrongGroups(
-            f"advantages of shape {tuple(found.shape)} where one per rollout ({len(rewards)}) "
-            "was expected; a subclass that makes others must come before BudgetedMixin."
-        )
-    separate = scored.aggregation == "normalize_then_sum"
-    columns = list(zip(*scored.by_function, strict=True)) if separate else [rewards]
-    groups = range(0, len(rewards), size)
-    telling = [all(_is_telling(c[at : at + size]) for c in columns) for at in groups]
-    # There one group's rounding, or its rows without a reward, reach all the others.
-    if (separate or scored.scale_rewards == "batch") and not all(telling):
-        return
-    expected = scored.advantages([size] * len(groups))
-    for row, (a, b) in enumerate(zip(found.tolist(), expected, strict=True)):
-        if telling[row // size] and not abs(a - b) <= _FORMULA_TOLERANCE * (1.0 + abs(b)):
-            raise WrongGroups(
-                f"TRL {trl.__version__} or a subclass computes advantages by a formula that is "
-                f"not known here: rollout {row} has {a:.6g} where {b:.6g} was expected with "
-                f"scale_rewards={scored.scale_rewards!r} and multi_objective_aggregation="
-                f"{scored.aggregation!r}. A subclass that changes advantages must come before "
-                "BudgetedMixin, so that it changes ours."
-            )
-
-
-def _is_telling(rewards: Sequence[float]) -> bool:
-    if any(map(math.isnan, rewards)):
-        return False
-    largest, spread = max(map(abs, rewards)), max(rewards) - min(rewards)
-    return spread > _TELLING_SPREAD * largest or (spread == 0.0 and largest <= 1.0)

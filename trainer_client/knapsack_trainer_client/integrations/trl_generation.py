@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from knapsack_trainer_client.rollouts import RolloutClient
 
 try:
     from accelerate.utils import broadcast_object_list
+    from transformers.utils import logging as transformers_logging
 except ImportError as error:
     raise ExtraMissing(
         f"the TRL integration needs more packages: pip install 'knapsack-rl[trl]' ({error})"
@@ -94,8 +96,8 @@ class ServedRollouts:
             try:
                 for left in (weights, partial):
                     shutil.rmtree(left, ignore_errors=True)
-                model = trainer.accelerator.unwrap_model(trainer.model)
-                model.save_pretrained(partial)
+                with _no_progress_bar():
+                    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(partial)
                 os.replace(partial, weights)
                 self._client.update_weights(weights.resolve(), step)
             except Exception as raised:
@@ -111,6 +113,18 @@ class ServedRollouts:
         if told[0] is not None:
             raise GeneratorUnavailable(f"the main process could not hand over weights: {told[0]}")
         self._version = step
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep the progress of writing a file out of every step's output."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _check_options(trainer: Any) -> None:

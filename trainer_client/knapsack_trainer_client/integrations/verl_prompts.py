@@ -6,12 +6,11 @@ verl's ``uid`` is new in every step, and its ``index`` is 0 for every row whose
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from knapsack_trainer_client.errors import InvalidRequest, refused
+from knapsack_trainer_client.integrations.prompt_identity import text_digest
 
 REMEMBERED = 100_000
 """Prompt ids whose text is remembered: 10 MB. Of more, the first come are."""
@@ -64,7 +63,7 @@ class PromptNames:
     def _check(self, names: Sequence[str], prompts: Sequence[Any]) -> None:
         batch: dict[str, bytes] = {}
         for name, prompt in zip(names, prompts, strict=True):
-            text = _digest(prompt)
+            text = text_digest(prompt)
             if batch.setdefault(name, text) != text:
                 raise _ambiguous(name, "two prompts of a batch have this name")
             known = self._texts.get(name)
@@ -101,12 +100,6 @@ def _indices(
             )
         found.append(value)
     return found
-
-
-def _digest(prompt: Any) -> bytes:
-    """Return a hash of the text; of pictures and sounds, that they are there."""
-    text = json.dumps(prompt, sort_keys=True, default=lambda part: type(part).__name__)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def _ambiguous(name: str, said: str) -> InvalidRequest:

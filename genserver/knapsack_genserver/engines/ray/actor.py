@@ -7,6 +7,8 @@ is an answer and no exception, since exceptions do not travel whole.
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,6 +49,10 @@ class Replica:
         self._streams: dict[int, AsyncIterator[Completion]] = {}
         self._stopped: set[int] = set()
         self._copy: Copy | None = None
+
+    async def place(self) -> str:
+        """Return where this is, for people."""
+        return f"{socket.gethostname()}, process {os.getpid()}"
 
     async def start(self) -> EngineStatus | Refusal:
         """Start the engine."""

@@ -47,7 +47,11 @@ class RayPool(ReplicaPool):
     ) -> None:
         self._store = None if shared_disk else WeightStore(ray.put)
         options = RayOptions(arguments, resources, self._store)
-        super().__init__("ray", [RayReplica(options) for _ in range(replicas)], pool, tokenizer)
+
+        def make() -> RayReplica:
+            return RayReplica(options)
+
+        super().__init__("ray", [make() for _ in range(replicas)], pool, tokenizer, make)
         self._address = address
 
     async def start(self) -> None:

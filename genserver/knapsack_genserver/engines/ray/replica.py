@@ -45,19 +45,27 @@ class RayOptions:
 
 
 class RayReplica:
-    """An engine for a pool: it raises where rollouts may be made elsewhere."""
+    """An engine for a pool: it raises where rollouts may be made elsewhere.
+
+    Attributes:
+        place: host and process of the actor; empty while there is none.
+        waits_for: what the start waits for; empty if for nothing but the engine.
+    """
 
     name = "ray"
     tokenizer: Tokenizer | None = None
 
     def __init__(self, options: RayOptions) -> None:
         self._options = options
-        self._group: Any = None
+        # What has been taken of the cluster, and what gives it back.
+        self._placing: asyncio.Future[Any] | None = None
         self._actor: Any = None
+        self._freeing: asyncio.Future[None] | None = None
         self._status = EngineStatus("", 0, 0, 0, 0, 0, 0)
         self._held = 0
         self._names = itertools.count()
         self._unwanted: list[int] = []
+        self.place = self.waits_for = ""
 
     async def start(self) -> None:
         """Wait for room on a node, and start the engine there.
@@ -67,44 +75,61 @@ class RayReplica:
             ReplicaLost: the node or the actor died meanwhile.
         """
         resources = {name: amount for name, amount in self._options.resources.items() if amount}
-        # One bundle is on one node, so tensor parallelism stays within it.
-        self._group = placement_group([resources], strategy="STRICT_PACK")
-        await self._until_placed(resources)
+        self.waits_for = f"a node with room for {resources}"
+        try:
+            group = await self._placed(resources)
+        except RayError as error:
+            raise ReplicaLost(_text(error)) from error
+        finally:
+            self.waits_for = ""
         actor = ray.remote(Replica).options(
             num_cpus=resources.get("CPU", 0),
             num_gpus=resources.get("GPU", 0),
             max_concurrency=_AT_ONCE,
             max_restarts=0,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, 0),
         )
         self._actor = actor.remote(list(self._options.arguments))
+        self.place = await self._call(self._actor.place.remote())
         self._status = await self._call(self._actor.start.remote())
 
-    async def _until_placed(self, resources: Mapping[str, float]) -> None:
-        ready = asyncio.ensure_future(_wait(self._group.ready()))
+    async def _placed(self, resources: Mapping[str, float]) -> Any:
+        """Return a placement group once it has its place."""
+        # One bundle is on one node, so tensor parallelism stays within it. Ray asks the head
+        # node and waits for its answer, so beside the event loop; and whatever ends this wait,
+        # the group that comes of it has to be given back.
+        making = asyncio.to_thread(placement_group, [dict(resources)], strategy="STRICT_PACK")
+        self._placing = asyncio.ensure_future(making)
+        group = await asyncio.shield(self._placing)
+        ready = asyncio.ensure_future(_wait(group.ready()))
         try:
             done, _ = await asyncio.wait([ready], timeout=_NOTE_SECONDS)
             if not done:
-                _LOG.warning("a replica waits for a node with room for %s", dict(resources))
+                _LOG.warning("a replica waits for %s", self.waits_for)
             await ready
-        except RayError as error:
-            raise ReplicaLost(_text(error)) from error
         finally:
             ready.cancel()
+        return group
 
     async def close(self) -> None:
-        """End the actor and give its room back."""
-        actor, self._actor = self._actor, None
-        group, self._group = self._group, None
+        """End the actor and give its room back, also if this is cancelled."""
+        if self._freeing is None:
+            self._freeing = asyncio.ensure_future(self._free(self._actor, self._placing))
+            self._actor = self._placing = None
+            self.place = ""
+        await asyncio.shield(self._freeing)
+        self._freeing = None
+
+    async def _free(self, actor: Any, placing: asyncio.Future[Any] | None) -> None:
         if actor is not None:
             with suppress(RayError, TimeoutError):
                 async with asyncio.timeout(_CLOSE_SECONDS):
                     await _wait(actor.close.remote())
             with suppress(RayError):
-                ray.kill(actor)
-        if group is not None:
+                await asyncio.to_thread(ray.kill, actor)
+        if placing is not None:
             with suppress(RayError):
-                await asyncio.to_thread(remove_placement_group, group)
+                await asyncio.to_thread(remove_placement_group, await placing)
 
     async def check(self) -> None:
         """Raise if the actor is gone or its engine has died."""

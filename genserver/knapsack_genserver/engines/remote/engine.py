@@ -86,6 +86,7 @@ class RemoteEngine:
 
     name = "remote"
     tokenizer: Tokenizer | None = None
+    waits_for = ""
 
     def __init__(self, options: RemoteOptions, served: dict[str, str] | None = None) -> None:
         self._options = options
@@ -105,6 +106,11 @@ class RemoteEngine:
         self._requests = itertools.count(1)
         self._unwanted: list[str] = []
         self._aborting: set[asyncio.Task[None]] = set()
+
+    @property
+    def place(self) -> str:
+        """The server's address."""
+        return self._url
 
     async def start(self) -> None:
         """Find out what the server serves and how.

@@ -6,11 +6,13 @@ import argparse
 import asyncio
 import logging
 import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry
@@ -27,6 +29,9 @@ from knapsack_genserver.engines.vllm import flags, platform
 from knapsack_genserver.errors import ConfigError, FailedPrecondition, Unavailable
 from knapsack_genserver.inbox import Inbox
 from knapsack_genserver.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from knapsack_genserver.engines.vllm.rollouts import Gathered
 
 _LOG = logging.getLogger(__name__)
 _PART = 128
@@ -81,7 +86,10 @@ class VllmEngine:
         self._llm: Any = None
         self._http: Any = None
         self._requests = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[str]] = set()
+        # Rollouts that vLLM has been given and has not finished, by call.
+        self._held: Counter[int] = Counter()
+        self._first_fingerprint = ""
         self._watch: asyncio.Task[None] | None = None
         # Why nothing more is generated; empty while something is.
         self._closing = ""
@@ -125,6 +133,7 @@ class VllmEngine:
         except (ValueError, RuntimeError, OSError, TypeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(f"model = {str(options.model)!r}: vLLM: {reason[0]}") from error
+        self._first_fingerprint = loaded.fingerprint
         _LOG.info("weights loaded", extra={"fields": {"fingerprint": loaded.fingerprint}})
         self.tokenizer = (
             None
@@ -149,6 +158,13 @@ class VllmEngine:
     def broken(self) -> str:
         """Why no weights serve until an update succeeds; empty while some do."""
         return "" if self._llm is None else str(self._llm.broken)
+
+    @property
+    def _at_once(self) -> int:
+        """Rollouts that vLLM decodes at once."""
+        config = self._llm.vllm_config
+        most: int = config.scheduler_config.max_num_seqs
+        return most * int(config.parallel_config.data_parallel_size)
 
     async def _watched(self) -> None:
         # vLLM tells nobody.
@@ -183,7 +199,7 @@ class VllmEngine:
             return EngineStatus(model, self._options.weight_version, 0, 0, 0, 0, 0)
         config = self._llm.vllm_config
         replicas = config.parallel_config.data_parallel_size
-        at_once = config.scheduler_config.max_num_seqs * replicas
+        at_once = self._at_once
         unfinished = self._llm.get_num_unfinished_requests()
         queried, hits = _prefix_cache(self.registry)
         return EngineStatus(
@@ -194,10 +210,12 @@ class VllmEngine:
             waiting=max(0, unfinished - at_once),
             max_model_tokens=int(config.model_config.max_model_len),
             vocabulary_size=int(config.model_config.get_vocab_size()),
-            # A few that wait, so that no place stays free between two steps.
-            capacity=at_once + at_once // 4,
+            # As many wait as run: rollouts of one length end in the same step, and until the
+            # next ones have come from here their places would stay free.
+            capacity=2 * at_once,
             prefix_queried_tokens=queried,
             prefix_hit_tokens=hits,
+            first_fingerprint=self._first_fingerprint,
         )
 
     def generate(self, group: Group) -> Inbox:
@@ -206,6 +224,7 @@ class VllmEngine:
             raise Unavailable(self._closing or "the engine has not started")
         if self.broken:
             raise Unavailable(self.broken)
+        from knapsack_genserver.engines.vllm.rollouts import Gathered
 
         def cancel() -> None:
             for task in tasks:
@@ -215,47 +234,67 @@ class VllmEngine:
         greedy = group.sampling.temperature == 0
         size = group.num_rollouts if greedy else _PART
         end = group.first_index + group.num_rollouts
-        tasks = [
-            asyncio.ensure_future(self._part(group, inbox, first, min(size, end - first)))
-            for first in range(group.first_index, end, size)
-        ]
-        for task in tasks:
+        tasks = []
+        for first in range(group.first_index, end, size):
+            part = Gathered(first, min(size, end - first), greedy, self._llm.number_of)
+            task = asyncio.ensure_future(self._part(group, part, inbox, self._priority(group)))
+            self._held[group.request] += len(part.missing)
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(partial(self._ended, group, part, inbox))
+            tasks.append(task)
         return inbox
 
-    async def _part(self, group: Group, inbox: Inbox, first: int, count: int) -> None:
+    def _priority(self, group: Group) -> int:
+        """Return where a request stands among those that wait in vLLM; lower is sooner.
+
+        Behind the others if its call has more than its share of the places already. So what
+        is kept waiting here, lest places stay free, holds up no other call.
+        """
+        if self._llm.scheduler_config.policy != "priority":
+            return 0
+        share = self._at_once // max(len(self._held.keys() | {group.request}), 1)
+        return 2 * group.priority + (self._held[group.request] >= share)
+
+    async def _part(self, group: Group, part: Gathered, inbox: Inbox, priority: int) -> str:
+        """Hand out the rollouts of a request to vLLM; returns why those missing do not come."""
         from vllm.inputs.engine import tokens_input
 
-        from knapsack_genserver.engines.vllm.rollouts import Gathered, sampling_params
+        from knapsack_genserver.engines.vllm.rollouts import sampling_params
 
-        gathered = Gathered(first, count, group.sampling.temperature == 0, self._llm.number_of)
         self._requests += 1
-        by_priority = self._llm.scheduler_config.policy == "priority"
         try:
             outputs = self._llm.generate(
                 tokens_input(list(group.prompt)),
-                sampling_params(group, first, count),
+                sampling_params(group, part.first, part.count),
                 f"rollouts-{self._requests}",
-                priority=group.priority if by_priority else 0,
+                priority=priority,
             )
             async with aclosing(outputs):
                 async for output in outputs:
-                    ended = list(gathered.add(output))
+                    ended = list(part.add(output))
                     if ended:
+                        self._let_go(group.request, len(ended))
                         inbox.put(ended)
-            self._give_up(gathered.missing, inbox, "vLLM ended the request without it")
-        except asyncio.CancelledError:
-            # Either the reader has left, or the engine closes and the reader must be told.
-            self._give_up(gathered.missing, inbox, self._closing)
-            raise
         except Exception as error:
             _LOG.warning("a request failed: %s", error)
-            self._give_up(gathered.missing, inbox, f"{type(error).__name__}: {error}")
+            return f"{type(error).__name__}: {error}"
+        return "vLLM ended the request without it"
 
-    def _give_up(self, missing: set[int], inbox: Inbox, why: str) -> None:
-        if missing:
-            inbox.put([Completion(i, [], [], FinishReason.ERROR, (), why) for i in sorted(missing)])
+    def _ended(self, group: Group, part: Gathered, inbox: Inbox, task: asyncio.Task[str]) -> None:
+        """Account for what a request has not made, also one that was cancelled unbegun."""
+        self._tasks.discard(task)
+        if part.missing:
+            # Either the reader has left, or the engine closes and the reader must be told.
+            why = self._closing if task.cancelled() else task.result()
+            self._let_go(group.request, len(part.missing))
+            inbox.put(
+                [Completion(i, [], [], FinishReason.ERROR, (), why) for i in sorted(part.missing)]
+            )
+
+    def _let_go(self, request: int, rollouts: int) -> None:
+        self._held[request] -= rollouts
+        if not self._held[request]:
+            del self._held[request]
 
     async def load_weights(self, path: Path, version: int) -> LoadedWeights:
         """Serve the safetensors of a folder, compared with what the model computes with.

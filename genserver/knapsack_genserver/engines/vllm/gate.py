@@ -62,10 +62,14 @@ class Refused(GracefulHTTPError):
 
 
 class UpdateFailed(GracefulHTTPError):
-    """An update failed; the message says which weights serve now."""
+    """An update failed; the message says which weights serve now.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, HTTPStatus.BAD_REQUEST)
+    The status is 400 if the folder is at fault, found before anything was touched, and 500
+    if this side is.
+    """
+
+    def __init__(self, message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
+        super().__init__(message, status)
 
 
 @dataclass(slots=True)
@@ -77,6 +81,7 @@ class Session:
         began: on the loop's clock.
         touched: the model has been changed, or may have been.
         complete: what it has been changed to is known and proven.
+        taken: it was changed to a folder; the one from before the update can be put back.
         fingerprint: of the folder it was taken from.
         timer: ends it when nothing comes any more; None while a call of it is under way.
     """
@@ -85,6 +90,7 @@ class Session:
     began: float
     touched: bool = False
     complete: bool = False
+    taken: bool = False
     fingerprint: str = ""
     timer: asyncio.TimerHandle | None = None
 
@@ -131,7 +137,8 @@ class GatedLLM(AsyncLLM):
         self._folders = transfer is not None and transfer.backend == NAME
         fingerprint = ""
         if _holds_weights(folder):
-            fingerprint = self._found(await self._workers("knapsack_hold_weights", str(folder)))
+            found = await self._workers("knapsack_hold_weights", str(folder))
+            fingerprint = self._found(found[0])
         await self.update_weight_version(str(version))
         return LoadedWeights(self.version, fingerprint)
 
@@ -219,7 +226,7 @@ class GatedLLM(AsyncLLM):
             raise self._conflict("cannot connect anew")
         info = request.init_info
         if self._folders and info.get("root") is not None:
-            self._folder(info["root"])
+            await self._folder(info["root"])
         await self._workers("init_weight_transfer_engine", info)
 
     async def shutdown_weight_transfer_engine(self) -> None:
@@ -255,7 +262,7 @@ class GatedLLM(AsyncLLM):
         try:
             if self._folders:
                 path = info.get("path") if isinstance(info, dict) else None
-                await self._take(session, self._folder(path))
+                await self._take(session, await self._folder(path))
             else:
                 session.touched = True
                 await self._workers("update_weights", info)
@@ -284,8 +291,7 @@ class GatedLLM(AsyncLLM):
             raise
         try:
             if session.complete:
-                self.broken = ""
-                await self.update_weight_version(weight_version or str(self.version + 1))
+                await self._commit(session, weight_version or str(self.version + 1))
         finally:
             await asyncio.shield(self._close(session))
         self._tell(session, failed=False)
@@ -317,7 +323,7 @@ class GatedLLM(AsyncLLM):
             )
         if method == "reload_weights":
             path = (kwargs or {}).get("weights_path") or self.model_config.model
-            await self._reload(self._folder(path), self.version + 1)
+            await self._reload(await self._folder(path), self.version + 1)
             return [None]
         if self._session is not None:
             raise self._conflict(f"cannot call {method}")
@@ -332,11 +338,11 @@ class GatedLLM(AsyncLLM):
             Refused: another update is under way.
             UpdateFailed: the old weights serve on, or the message says that none do.
         """
-        session = await self._open("UpdateWeights", self._mode)
+        # Rollouts are given up for a folder that can be served, and not before it is known.
+        session = await self._open("UpdateWeights", "wait" if self._mode == "wait" else "keep")
         try:
-            await self._take(session, folder)
-            self.broken = ""
-            await self.update_weight_version(str(version))
+            await self._take(session, folder, give_up=self._mode == "abort")
+            await self._commit(session, str(version))
         finally:
             await asyncio.shield(self._close(session))
         return LoadedWeights(version, session.fingerprint), time.monotonic() - session.began
@@ -351,25 +357,52 @@ class GatedLLM(AsyncLLM):
             if self.updated is not None:
                 self.updated(version, time.monotonic() - began, paused, paused is None)
 
-    async def _take(self, session: Session, folder: Path) -> None:
+    async def _take(self, session: Session, folder: Path, give_up: bool = False) -> None:
+        """Take a folder; if that fails, what served before the update is put back.
+
+        Args:
+            session: under way.
+            folder: of weights.
+            give_up: rollouts under way, once the folder is found right.
+        """
+        status, cause = HTTPStatus.INTERNAL_SERVER_ERROR, None
         try:
-            await self._workers("knapsack_check_weights", str(folder))
+            refusals = await self._workers("knapsack_check_weights", str(folder))
+            reason = next(filter(None, refusals), "")
+            if reason:
+                status = HTTPStatus.BAD_REQUEST
+            else:
+                if give_up:
+                    await self._abort_all()
+                session.touched = session.taken = True
+                found = await self._workers("knapsack_take_weights")
+                session.complete, session.fingerprint = True, self._found(found[0])
+                return
         except Exception as error:
-            raise UpdateFailed(f"{_reason(error)}; {self._serving()}") from error
-        session.touched = True
+            _LOG.exception("weights of %s were not taken", folder)
+            reason, cause = _reason(error), error
+        await self._put_back(session, reason)
+        # Where that has failed, why they were not taken is in the message already.
+        said = self.broken if reason in self.broken else f"{reason}; {self._serving()}"
+        raise UpdateFailed(said, status) from cause
+
+    async def _put_back(self, session: Session, reason: str) -> None:
+        """Serve what served before the update, if it has taken a folder."""
+        if not session.taken:
+            return
+        session.taken = session.complete = False
         try:
-            found = await self._workers("knapsack_take_weights")
-        except Exception as error:
-            reason = _reason(error)
-            _LOG.exception("weights of %s were not taken; going back", folder)
-            try:
-                await self._workers("knapsack_restore_weights")
-            except Exception as worse:
-                self._break(f"{reason}; and the old ones could not be read: {_reason(worse)}")
-                raise UpdateFailed(self.broken) from worse
-            raise UpdateFailed(f"{reason}; {self._serving()}") from error
-        session.complete = True
-        session.fingerprint = self._found(found)
+            await self._workers("knapsack_restore_weights")
+        except Exception as worse:
+            self._break(f"{reason}; and the old ones could not be read: {_reason(worse)}")
+
+    async def _commit(self, session: Session, label: str) -> None:
+        """Let the new weights serve under a label, and let go of the old ones."""
+        self.broken = ""
+        await self.update_weight_version(label)
+        if session.taken:
+            session.taken = False
+            await self._workers("knapsack_release_weights")
 
     def _serving(self) -> str:
         return self.broken or "the old weights serve on"
@@ -383,10 +416,11 @@ class GatedLLM(AsyncLLM):
             _LOG.info("weights compared with their source", extra={"fields": fields})
         return str(found["fingerprint"])
 
-    def _folder(self, path: object) -> Path:
+    async def _folder(self, path: object) -> Path:
         if not isinstance(path, str) or not path or "\x00" in path:
             raise UpdateFailed(f"path = {path!r}: must be a folder on the server's disk")
-        folder = Path(path).resolve()
+        # A disk that does not answer must not hold up everybody.
+        folder = await asyncio.to_thread(Path(path).resolve)
         if self._root and self._root not in (folder, *folder.parents):
             raise UpdateFailed(
                 f"path = {path!r}: is outside the server's weights root, {str(self._root)!r}"
@@ -404,7 +438,7 @@ class GatedLLM(AsyncLLM):
             raise Refused("the weights are asleep; wake them up first (/wake_up?tags=weights)")
         session = self._session = Session(owner, time.monotonic())
         try:
-            if mode != "keep" and self._paused is None:
+            if mode == "wait" and self._paused is None:
                 await super().pause_generation(mode=mode, clear_cache=False)
                 session.began = time.monotonic()
             await super().pause_generation(mode="keep", clear_cache=False)
@@ -426,6 +460,7 @@ class GatedLLM(AsyncLLM):
 
     async def _close(self, session: Session) -> None:
         """Let generation go on, unless the trainer has paused it or must not be trusted."""
+        await self._put_back(session, "the update was not finished")
         if session.touched:
             await self.reset_prefix_cache(reset_running_requests=True)
             await self.reset_encoder_cache()
@@ -479,8 +514,8 @@ class GatedLLM(AsyncLLM):
             f"{what}: a weight update through {session.owner} is under way since {seconds:.1f} s"
         )
 
-    async def _workers(self, method: str, *args: Any) -> Any:
-        """Call a method of every worker; returns the first one's answer."""
+    async def _workers(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of every worker; returns their answers."""
         call = asyncio.ensure_future(
             self.engine_core.collective_rpc_async(method, None, args, None)
         )
@@ -490,11 +525,10 @@ class GatedLLM(AsyncLLM):
             await asyncio.wait([call, death], return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
                 raise EngineDeadError
-            answers = call.result()
+            return list(call.result())
         finally:
             call.cancel()
             death.cancel()
-        return answers[0] if answers else None
 
 
 def _holds_weights(folder: Path) -> bool:

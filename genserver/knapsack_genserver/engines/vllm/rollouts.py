@@ -20,6 +20,11 @@ _REASONS = {
 }
 
 
+def vllm_seed(group_seed: int, index: int) -> int:
+    """Return vLLM's seed for a rollout of a group."""
+    return group_seed % _SEEDS + index
+
+
 def sampling_params(group: Group, first: int, count: int) -> SamplingParams:
     """Return how vLLM draws rollouts ``first .. first + count - 1`` of a group.
 
@@ -31,7 +36,7 @@ def sampling_params(group: Group, first: int, count: int) -> SamplingParams:
     greedy = sampling.temperature == 0
     return SamplingParams(
         n=1 if greedy else count,
-        seed=group.seed % _SEEDS + first,
+        seed=vllm_seed(group.seed, first),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
@@ -53,12 +58,17 @@ class Gathered:
         first, count: which rollouts of the group the request stands for.
         greedy: the request has one rollout that stands for all of them.
         version_of: the number of a weight version's label.
+
+    Attributes:
+        first, count: as given.
+        missing: indices of the rollouts that have not ended.
     """
 
     def __init__(
         self, first: int, count: int, greedy: bool, version_of: Callable[[str], int]
     ) -> None:
-        self._first = first
+        self.first = first
+        self.count = count
         self._greedy = greedy
         self._version_of = version_of
         self._parts: dict[int, tuple[list[int], list[float]]] = {}
@@ -86,7 +96,7 @@ class Gathered:
         )
         reason = _REASONS.get(part.finish_reason)
         error = "" if reason else f"vLLM ended it with {part.finish_reason!r}"
-        indices = sorted(self.missing) if self._greedy else [self._first + part.index]
+        indices = sorted(self.missing) if self._greedy else [self.first + part.index]
         for index in indices:
             self.missing.discard(index)
             yield Completion(index, tokens, logprobs, reason or FinishReason.ERROR, spans, error)

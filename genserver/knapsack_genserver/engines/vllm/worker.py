@@ -3,8 +3,8 @@
 vLLM mixes ``WorkerExtension`` into its worker class, and the gate calls its methods in
 every worker: ``knapsack_hold_weights`` with the folder that the model was loaded from;
 then, for each update, ``knapsack_check_weights`` in all workers, which touches nothing,
-and ``knapsack_take_weights``; if that fails in any worker, ``knapsack_restore_weights`` in
-all of them.
+and ``knapsack_take_weights``. When all have taken them, ``knapsack_release_weights`` lets go
+of the old ones; if any has not, ``knapsack_restore_weights`` puts them back in all.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if current_platform.is_cpu():
 
 
 class Holder:
-    """The folder that a worker serves, the one it served before, and the next one.
+    """The folder that a worker serves, the next one, and during an update the old one.
 
     Args:
         worker: vLLM's.
@@ -66,16 +66,25 @@ class Holder:
         """Load the next folder and prove that the model computes with it."""
         if self._next is None:
             raise CheckpointError("no folder has been checked")
-        if self._before is not None:
-            self._before.close()
-        self._before, self._served, self._next = self._served, self._next, None
+        if self._before is None:
+            self._before = self._served
+        elif self._served is not None:
+            # The second folder of one update: what served before the update is kept.
+            self._served.close()
+        self._served, self._next = self._next, None
         self._load(self._served)
         found = self._proven(self._served)
         self._shapes = self._shapes or dict(self._served.shapes)
         return found
 
+    def release(self) -> None:
+        """Let go of the folder from before the update; if it was deleted, its disk is free."""
+        if self._before is not None:
+            self._before.close()
+            self._before = None
+
     def restore(self) -> dict[str, Any]:
-        """Load the folder that was served before ``take``."""
+        """Load the folder that was served before the update."""
         self._drop_next()
         if self._before is not None:
             if self._served is not None:
@@ -130,16 +139,27 @@ class WorkerExtension:
         """Return fingerprint and proof of the folder that the model was loaded from."""
         return self._knapsack_holder().hold(Path(folder))
 
-    def knapsack_check_weights(self, folder: str) -> None:
-        """Refuse a folder that cannot be served; touches nothing."""
-        self._knapsack_holder().check(Path(folder))
+    def knapsack_check_weights(self, folder: str) -> str:
+        """Return why a folder cannot be served, empty if it can; touches nothing.
+
+        What is raised instead is a failure of this side.
+        """
+        try:
+            self._knapsack_holder().check(Path(folder))
+        except CheckpointError as error:
+            return str(error)
+        return ""
 
     def knapsack_take_weights(self) -> dict[str, Any]:
         """Serve the folder that was checked; returns its fingerprint and proof."""
         return self._knapsack_holder().take()
 
+    def knapsack_release_weights(self) -> None:
+        """Let go of the folder from before the update."""
+        self._knapsack_holder().release()
+
     def knapsack_restore_weights(self) -> dict[str, Any]:
-        """Serve the folder from before the last take again."""
+        """Serve the folder from before the update again."""
         return self._knapsack_holder().restore()
 
     def _knapsack_holder(self) -> Holder:

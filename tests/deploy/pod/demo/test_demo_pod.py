@@ -1,21 +1,26 @@
 """The services of deploy/compose.yaml that are ours, as compose starts them, in one pod.
 
-Not part of `make test-deploy`: it builds an image with torch.
+Debian's Prometheus, with the configuration of the compose file, watches them there. Not part of
+`make test-deploy`, but of .ci/run: it builds an image with torch.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from deploy_tools import DEPLOY, VERSION, run
+from deploy_tools import DEPLOY, ROOT, VERSION, run, tool
 from podman import Podman, until
 
 pytestmark = pytest.mark.timeout(1800)
@@ -23,6 +28,8 @@ pytestmark = pytest.mark.timeout(1800)
 GENSERVER = f"knapsack-rl/genserver-cpu:{VERSION}"
 STEPS = 4
 OURS = ("scheduler", "model", "genserver", "trainer")
+TARGETS = ("scheduler", "genserver", "trainer")
+PROMETHEUS = "http://127.0.0.1:9090"
 
 
 def as_pod(services: dict[str, Any]) -> dict[str, Any]:
@@ -82,10 +89,47 @@ class Demo:
     trainer_exit: int
     trainer_log: list[dict[str, Any]]
 
+    def in_pod(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
+        """Run a program of this machine on the pod's loopback."""
+        return run("nsenter", *_network(self.podman), *command)
+
+    def ask(self, path: str, query: str = "") -> Any:
+        """Return what Prometheus answers."""
+        script = (
+            "import sys, urllib.parse, urllib.request\n"
+            "url = sys.argv[1] + '?' + urllib.parse.urlencode({'query': sys.argv[2]})\n"
+            "print(urllib.request.urlopen(url, timeout=10).read().decode())\n"
+        )
+        done = self.in_pod(sys.executable, "-c", script, f"{PROMETHEUS}/api/v1/{path}", query)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["data"]
+
     def script(self, container: str, text: str) -> Any:
         """Run a script in a container and return the JSON that it prints."""
         python = "/opt/knapsack-rl/bin/python"
         return json.loads(self.podman("exec", f"demo-{container}", python, "-c", text))
+
+
+def _network(podman: Podman) -> list[str]:
+    pid = podman.inspect("demo-scheduler")["State"]["Pid"]
+    return [f"--target={pid}", "--net"]
+
+
+@contextmanager
+def _watched(podman: Podman, folder: Path) -> Iterator[None]:
+    """Let a Prometheus with the compose file's configuration watch the pod, once a second."""
+    shutil.copytree(DEPLOY / "prometheus", folder)
+    file = folder / "prometheus.yaml"
+    text = re.sub(rf'"({"|".join(TARGETS)}):', '"127.0.0.1:', file.read_text())
+    file.write_text(text.replace("_interval: 15s", "_interval: 1s"))
+    command = ["nsenter", *_network(podman), tool("prometheus"), f"--config.file={file}",
+               f"--storage.tsdb.path={folder / 'data'}", "--web.listen-address=127.0.0.1:9090",
+               "--log.level=error"]  # fmt: skip
+    with subprocess.Popen(command) as prometheus:
+        try:
+            yield
+        finally:
+            prometheus.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +145,8 @@ def demo(built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     dockerfile = DEPLOY / "images/genserver/Dockerfile"
     podman.build(dockerfile, GENSERVER, wheels, "--target=cpu")
     compose = run("docker-compose", "--file", DEPLOY / "compose.yaml", "config", "--format=json")
-    file = tmp_path_factory.mktemp("demo") / "pod.yaml"
+    folder = tmp_path_factory.mktemp("demo")
+    file = folder / "pod.yaml"
     file.write_text(yaml.safe_dump(as_pod(json.loads(compose.stdout)["services"])))
     podman("kube", "play", "--start=false", "--network=none", file)
     try:
@@ -110,10 +155,11 @@ def demo(built, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
         podman("start", "demo-scheduler", "demo-genserver")
         podman.await_serving("demo-scheduler")
         until("genserver serves", lambda: podman.serves("demo-genserver", port=50062))
-        podman("start", "demo-trainer")
-        code = int(podman("wait", "demo-trainer", timeout=900))
-        log = [json.loads(line) for line in podman("logs", "demo-trainer").splitlines()]
-        yield Demo(podman, code, log)
+        with _watched(podman, folder / "prometheus"):
+            podman("start", "demo-trainer")
+            code = int(podman("wait", "demo-trainer", timeout=900))
+            log = [json.loads(line) for line in podman("logs", "demo-trainer").splitlines()]
+            yield Demo(podman, code, log)
     finally:
         podman("pod", "rm", "--force", "--time=5", "demo", check=False)
 
@@ -136,22 +182,25 @@ def test_the_scheduler_divided_every_step(demo: Demo) -> None:
     assert rollouts == STEPS * 1024
 
 
-@pytest.mark.parametrize(
-    ("container", "port", "metric"),
-    [
-        ("scheduler", 9464, "knapsack_scheduler_reported_rollouts_total"),
-        ("genserver", 9465, "knapsack_genserver_"),
-    ],
-)
-def test_prometheus_would_find_metrics(demo: Demo, container: str, port: int, metric: str) -> None:
-    """At the port that Prometheus of the compose file scrapes."""
-    text = demo.script(
-        container,
-        "import json, urllib.request\n"
-        f"url = 'http://127.0.0.1:{port}/metrics'\n"
-        "print(json.dumps(urllib.request.urlopen(url, timeout=10).read().decode()))\n",
-    )
-    assert metric in text
+def test_prometheus_finds_all_three(demo: Demo) -> None:
+    """By the configuration of the compose file, with every rule that is shipped."""
+    up = demo.ask("query", "max_over_time(up[10m])")["result"]
+    assert {(each["metric"]["job"], each["value"][1]) for each in up} == {
+        (f"knapsack-{name}", "1") for name in TARGETS
+    }
+    groups = demo.ask("rules")["groups"]
+    assert {rule["health"] for group in groups for rule in group["rules"]} <= {"ok", "unknown"}
+    rules = yaml.safe_load((DEPLOY / "prometheus/rules/knapsack-rl.yaml").read_text())["groups"]
+    assert {group["name"]: len(group["rules"]) for group in groups} == {
+        group["name"]: len(group["rules"]) for group in rules
+    }
+
+
+def test_the_dashboard_of_the_run_shows_it(demo: Demo) -> None:
+    """Each query of what Grafana opens first has data there."""
+    program = ROOT / "tests/watch/dashboards.py"
+    done = demo.in_pod(sys.executable, program, "--prometheus", PROMETHEUS, "run")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_sigterm_drains(demo: Demo) -> None:

@@ -1,0 +1,83 @@
+"""The statements of every call, in the words of the database's driver.
+
+SQLAlchemy looks a statement up, binds its values and wraps its result on every execution: for
+one small row that takes several times as long as the database does. So these are put into
+words once and given to the driver itself, inside a transaction of SQLAlchemy's. What goes
+wrong with them is raised as the driver's own errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import sqlalchemy as sa
+
+from knapsack_scheduler.journal.records import Entry, RunRow
+from knapsack_scheduler.journal.schema import entries, runs
+
+RUN = sa.select(*[runs.c[field.name] for field in fields(RunRow)])
+RUN_OF_NAME = RUN.where(runs.c.run_id == sa.bindparam("name"))
+RUN_HELD = RUN_OF_NAME.with_for_update()
+_ENTRY_COLUMNS = tuple(field.name for field in fields(Entry))
+_MOVED = ("last_seq", "branch", "closed_step", "update_time")
+
+
+class _Worded:
+    """A statement as one driver takes it."""
+
+    def __init__(self, statement: sa.ClauseElement, dialect: sa.Dialect) -> None:
+        compiled = statement.compile(dialect=dialect)
+        self._text = str(compiled)
+        # None where the driver takes values by name.
+        self._order: list[str] | None = getattr(compiled, "positiontup", None)
+
+    def run(self, connection: sa.Connection, values: Mapping[str, Any]) -> Any:
+        """Execute it with values by name; returns the driver's cursor."""
+        driver: Any = connection.connection.driver_connection
+        if self._order is None:
+            return driver.execute(self._text, values)
+        return driver.execute(self._text, [values[name] for name in self._order])
+
+
+class CallStatements:
+    """What a call does to its run's rows, in the words of one database.
+
+    Args:
+        dialect: of the engine that the connections are of.
+    """
+
+    def __init__(self, dialect: sa.Dialect) -> None:
+        self._find = _Worded(RUN_OF_NAME, dialect)
+        self._hold = _Worded(RUN_HELD, dialect)
+        self._insert = _Worded(sa.insert(entries), dialect)
+        self._move = _Worded(
+            sa.update(runs)
+            .where(runs.c.run_key == sa.bindparam("of_run"))
+            .values({name: sa.bindparam(name) for name in _MOVED}),
+            dialect,
+        )
+
+    def find(self, connection: sa.Connection, run_id: str) -> RunRow | None:
+        """Return the run of that name, or None."""
+        return _run(self._find.run(connection, {"name": run_id}))
+
+    def hold(self, connection: sa.Connection, run_id: str) -> RunRow | None:
+        """Return the run of that name, held alone until the transaction ends, or None."""
+        return _run(self._hold.run(connection, {"name": run_id}))
+
+    def append(self, connection: sa.Connection, run_key: int, entry: Entry) -> None:
+        """Store an entry of a run."""
+        values = {name: getattr(entry, name) for name in _ENTRY_COLUMNS}
+        self._insert.run(connection, {"run_key": run_key, **values})
+
+    def move(self, connection: sa.Connection, run: RunRow) -> None:
+        """Store what an entry has changed of its run."""
+        values = {name: getattr(run, name) for name in _MOVED}
+        self._move.run(connection, {"of_run": run.run_key, **values})
+
+
+def _run(cursor: Any) -> RunRow | None:
+    row = cursor.fetchone()
+    return RunRow(*row) if row else None

@@ -1,0 +1,70 @@
+"""Threads for blocking work: a few of each kind, and nobody waits for one for ever."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import TypeVar
+
+from knapsack_scheduler.errors import Busy
+
+Answer = TypeVar("Answer")
+
+PATIENCE_SECONDS = 10.0
+"""How long work waits for a thread before its call is refused."""
+
+
+class Workers:
+    """Threads for one kind of work, so that it holds up no other kind.
+
+    Args:
+        kind: of work, for messages and names of threads.
+        count: of threads.
+        patience: longest wait for one of them, s.
+    """
+
+    def __init__(self, kind: str, count: int, patience: float = PATIENCE_SECONDS) -> None:
+        self._kind = kind
+        self._count = count
+        self._patience = patience
+        self._threads = ThreadPoolExecutor(count, thread_name_prefix=kind)
+        self._free = asyncio.Semaphore(count)
+
+    async def run(self, work: Callable[[], Answer]) -> Answer:
+        """Return what work returns, done off the event loop.
+
+        Work that has begun is finished, also when its caller is cancelled.
+
+        Raises:
+            Busy: no thread came free in time; nothing was begun.
+        """
+        if self._free.locked():
+            await self._wait()
+        else:
+            await self._free.acquire()
+        # With the call's context, for the request id in the lines of the log.
+        work = partial(copy_context().run, work)
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except BaseException:
+            self._free.release()
+            raise
+        future.add_done_callback(lambda _: self._free.release())
+        return await asyncio.shield(future)
+
+    async def _wait(self) -> None:
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._free.acquire()
+        except TimeoutError:
+            raise Busy(
+                f"the {self._count} threads for {self._kind} of runs were busy for "
+                f"{self._patience:g} s, as with a store that is slow; try again"
+            ) from None
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        self._threads.shutdown(wait=True)
