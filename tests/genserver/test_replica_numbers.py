@@ -256,7 +256,7 @@ async def test_an_operator_sees_and_sets_them(
             [*command, f"--address={address}", *flags],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
         )
         return done.returncode, done.stdout.splitlines(), done.stderr
 
@@ -273,9 +273,12 @@ async def test_an_operator_sees_and_sets_them(
     assert lines[2].split() == ["1", "serving", "0", "0", "-", "-"]
     assert lines[3].split()[:5] == ["2", "starting", "0", "1", "-"]
     assert lines[3].endswith("it is switched off")
-    code, lines, _ = await replicas_command("--set=4", "--wait=0.1")
-    assert (code, lines[0].split()[:3]) == (1, ["3", "of", "4"])
-    code, lines, _ = await replicas_command("--set=3", "--wait=30")
+    code, _, _ = await replicas_command("--set=4", "--wait=0.1")
+    assert code == 1
+    await until(lambda: pool.status().replicas == 3)
+    _, lines, _ = await replicas_command()
+    assert lines[0].split()[:3] == ["3", "of", "4"]
+    code, lines, _ = await replicas_command("--set=3", "--wait=100")
     assert code == 0
     assert [line.split()[:2] for line in lines[2:]] == [
         ["1", "serving"],

@@ -117,6 +117,15 @@ def test_queries_of_vllm_can_be_read(prometheus: str) -> None:
     assert dashboards.unparsed(generation, prometheus, dashboards.is_vllm) == []
 
 
+def test_processes_of_others_are_not_shown(prometheus: str) -> None:
+    """Of what every program has, such as its memory, a dashboard shows that of its own."""
+    service = dashboards.load("service")
+    values = dashboards.chosen_first(service, prometheus)
+    assert (values["job"], values["instance"].count(":")) == ("knapsack-scheduler", 1)
+    everybody = get_json(f"{prometheus}/api/v1/query", query="process_resident_memory_bytes")
+    assert len(everybody["data"]["result"]) == 2
+
+
 def test_mistakes_are_found(prometheus: str) -> None:
     """A metric, a label, a function and a variable that are not there; a setting of no series."""
     run: Any = dashboards.load("run")

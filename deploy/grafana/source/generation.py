@@ -131,8 +131,8 @@ _FLOW = [
         "Calls that did not end well",
         "Calls per second that did not end as OK.",
         "reqps",
-        [query(_rate("calls_total", "method, code", ', code!="OK"') + " or "
-               + _rate("calls_total", "method, code", ', code="OK"') + " * 0",
+        [query(_rate("calls_total", "method, code", ', code!="OK"') + " or label_replace("
+               + _rate("calls_total", "method") + ' * 0, "code", "other than OK", "", "")',
                "{{method}} {{code}}")],
     ),
 ]  # fmt: skip
