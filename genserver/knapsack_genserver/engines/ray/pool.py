@@ -109,7 +109,8 @@ async def _reach(address: str) -> None:
 def _unreachable(address: str, error: Exception | None) -> ConfigError:
     first = next(iter(str(error).splitlines()), type(error).__name__)
     advice = "ray start --head begins a cluster on this machine"
-    if "No node info found" in first:
+    cause = getattr(error, "__context__", None)
+    if "No node info found" in f"{error} {cause}":
         advice = (
             "Ray must run on this machine, where its processes can be seen from here: in a pod "
             "of several containers that takes shareProcessNamespace: true"
