@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from knapsack_trainer_client import GeneratorUnavailable, InvalidRequest
+from knapsack_trainer_client import GeneratorUnavailable, InvalidRequest, WeightUpdateFailed
 from knapsack_trainer_client.integrations.trl_generation import ServedRollouts
 from knapsack_trainer_client.rollouts import RolloutClient
 
@@ -56,6 +56,44 @@ def test_served_rollouts_train(shared_scheduler: Any, genserver: str, tmp_path: 
     assert any(len(set(map(len, groups_of(b["ids"])))) > 1 for b in trainer.batches)
     with RolloutClient(genserver) as client:
         assert client.status().weight_version == 5
+    assert not list((tmp_path / "weights").iterdir())
+
+
+def test_rollouts_of_other_weights_stop_the_run(genserver: str, tmp_path: Path) -> None:
+    """A server that was started anew, or that a second training uses, has others."""
+    new_model().save_pretrained(tmp_path / "others")
+
+    def stranger(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        with RolloutClient(genserver) as client:
+            client.update_weights(tmp_path / "others", 77)
+        return [float(ids[0] % 2) for ids in completion_ids]
+
+    # The second batch of a step finds the weights of the first replaced.
+    options = {"gradient_accumulation_steps": 2, "steps_per_generation": 1}
+    more = {"rollout_func": ServedRollouts(genserver, tmp_path / "weights")}
+    trainer = new_trainer(tmp_path / "out", None, reward_funcs=stranger, more=more, **options)
+
+    with pytest.raises(WeightUpdateFailed, match="version 77 where those of step 0 were handed"):
+        trainer.train()
+
+
+def test_a_training_after_another_hands_over_its_own_weights(
+    genserver: str, tmp_path: Path
+) -> None:
+    """Also where both are at the same step."""
+    served = ServedRollouts(genserver, tmp_path / "weights")
+    updates: list[Path] = []
+    update = served._client.update_weights
+
+    def counted(path: Path, version: int) -> str:
+        updates.append(path)
+        return update(path, version)
+
+    served._client.update_weights = counted  # type: ignore[method-assign,assignment]
+    for name in ("a", "b"):
+        new_trainer(tmp_path / name, None, more={"rollout_func": served}, max_steps=1).train()
+
+    assert len({path.name for path in updates}) == len(updates) == 2
     assert not list((tmp_path / "weights").iterdir())
 
 

@@ -277,7 +277,7 @@ def test_two_processes_share_the_groups(shared_scheduler: Any, tmp_path: Path) -
 
 
 def test_resumed_is_the_same_as_uninterrupted(shared_scheduler: Any, tmp_path: Path) -> None:
-    """Killed after the checkpoint and resumed from it, it allocates as if nothing had been."""
+    """Killed amid a step and resumed from a checkpoint, it allocates as if nothing had been."""
     # Across epochs TRL resumes with another order of prompts unless it does not shuffle.
     options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "shuffle_dataset": False}
     straight = new_trainer(
@@ -291,9 +291,11 @@ def test_resumed_is_the_same_as_uninterrupted(shared_scheduler: Any, tmp_path: P
     asked = {"address": shared_scheduler.address, "folder": str(broken)}
     again = asked | {"options": options | {"run_name": "broken"}}
 
-    assert run_script(again | {"kill_at": 6}) == -9
+    assert run_script(again | {"kill_in": 6}) == -9
     with BudgetClient(shared_scheduler.address, "broken", timeout=PATIENCE) as client:
-        assert client.run().last_step == 5
+        # Two steps beyond the checkpoint are reported, and a third has its allocation.
+        assert client.run().last_step == 6
+        assert client.run().total_rollouts == 6 * 8
     run_script(again | {"resume": True})
 
     whole, resumed = straight.batches, seen(broken)["batches"]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig
 
 from knapsack_trainer_client.integrations.trl import BudgetedGRPOTrainer
@@ -225,25 +225,23 @@ def by_hand(
     return answer
 
 
-class KillAt(TrainerCallback):
-    """Ends the process with signal 9 when a step has ended."""
+def dying(step: int) -> Callable[..., list[float]]:
+    """Return the reward that ends the process with signal 9 when it is asked in a step."""
 
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End it."""
-        if state.global_step == self._step:
+    def scored(completion_ids: list[list[int]], trainer_state: Any, **rest: Any) -> list[float]:
+        if trainer_state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
+        return reward(completion_ids, **rest)
+
+    return scored
 
 
 def main() -> None:
     """Train as the first argument says and write what this process saw."""
     asked = json.loads(sys.argv[1])
     folder = Path(asked["folder"])
-    trainer = new_trainer(folder, asked["address"], **asked.get("options", {}))
-    if "kill_at" in asked:
-        trainer.add_callback(KillAt(asked["kill_at"]))
+    scored = dying(asked["kill_in"]) if "kill_in" in asked else reward
+    trainer = new_trainer(folder, asked["address"], reward_funcs=scored, **asked.get("options", {}))
     trainer.train(resume_from_checkpoint=asked.get("resume", False))
     rank = trainer.accelerator.process_index
     seen = {

@@ -8,6 +8,7 @@ a step it is given the step's weights, through a folder that it must be able to 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from knapsack_trainer_client.errors import ExtraMissing, GeneratorUnavailable, refused
+from knapsack_trainer_client.errors import (
+    ExtraMissing,
+    GeneratorUnavailable,
+    WeightUpdateFailed,
+    refused,
+)
+from knapsack_trainer_client.rollout_wire import Rollout
 from knapsack_trainer_client.rollouts import RolloutClient
 
 try:
@@ -36,30 +43,35 @@ class ServedRollouts:
     in the main process: not with DeepSpeed's or FSDP's sharding.
 
     Args:
-        address: of the server, such as ``"localhost:50061"``.
+        address: of the server, such as ``"localhost:50061"``; of one training at a time.
         folder: where weights are handed over, on a disk of the server, best in memory.
-            One set lies there at a time.
+            One set of a training lies there at a time.
         timeout: seconds for the rollouts of a batch; None waits as long as it takes.
 
     Raises:
         InvalidRequest: when called, an option of the trainer that the server has no
             counterpart of.
         GeneratorUnavailable: when called, the server is not there, or a rollout failed.
+        WeightUpdateFailed: when called, a rollout was made with other weights than those
+            handed over: the server was started anew, or another training uses it.
     """
 
     def __init__(
         self, address: str, folder: str | os.PathLike[str], *, timeout: float | None = None
     ) -> None:
+        self._address = address
         self._client = RolloutClient(address)
         self._folder = Path(folder)
         self._timeout = timeout
         self._version: int | None = None
+        # Made anew by each training, which may be at the step where another one ended.
+        self._training: Any = None
         self._calls = 0
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """Return one completion of each prompt, in order, as TRL wants them."""
         _check_options(trainer)
-        if self._version != trainer.state.global_step:
+        if self._training is not trainer.state or self._version != trainer.state.global_step:
             self._hand_over(trainer)
         rows = trainer._tokenize_prompts(prompts)[0]
         # Rows of a group stand together; two groups of one prompt may be asked for as one.
@@ -81,6 +93,7 @@ class ServedRollouts:
                 f"{len(groups.failed)} of {len(rows)} rollouts failed: {groups.failed[0].error}"
             )
         rollouts = [rollout for group in groups for rollout in group]
+        self._check_weights(rollouts)
         return {
             "prompt_ids": rows,
             "completion_ids": [rollout.token_ids for rollout in rollouts],
@@ -91,8 +104,8 @@ class ServedRollouts:
         """Let the server serve the weights of this step, under its number."""
         step, failure = trainer.state.global_step, None
         if trainer.accelerator.is_main_process:
-            weights = self._folder / f"step-{step}"
-            partial = self._folder / f"step-{step}.partial"
+            weights = self._folder / f"{_name_of(trainer)}-step-{step}"
+            partial = weights.with_name(f"{weights.name}.partial")
             try:
                 for left in (weights, partial):
                     shutil.rmtree(left, ignore_errors=True)
@@ -112,7 +125,23 @@ class ServedRollouts:
             raise failure
         if told[0] is not None:
             raise GeneratorUnavailable(f"the main process could not hand over weights: {told[0]}")
-        self._version = step
+        self._training, self._version = trainer.state, step
+
+    def _check_weights(self, rollouts: Sequence[Rollout]) -> None:
+        versions = {version for rollout in rollouts for version, _, _ in rollout.weight_versions}
+        others = sorted(versions - {self._version})
+        if others:
+            raise WeightUpdateFailed(
+                f"the server at {self._address} generated with weights of version {others[0]} "
+                f"where those of step {self._version} were handed over: it was started anew, or "
+                "another training uses it"
+            )
+
+
+def _name_of(trainer: Any) -> str:
+    """Return the same name for a training that resumes, and another for another one."""
+    folder = os.path.abspath(trainer.args.output_dir).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(folder, digest_size=4).hexdigest()
 
 
 @contextmanager
