@@ -44,6 +44,10 @@ CODES = {
         }
     ),
     "GetStatus": frozenset({grpc.StatusCode.OK}),
+    # These servers are one process each.
+    "SetReplicas": frozenset(
+        {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION}
+    ),
 }
 INVALID = frozenset({grpc.StatusCode.INVALID_ARGUMENT})
 
@@ -109,6 +113,8 @@ class Fuzzer:
             return requests
         if method == "UpdateWeights":
             return [pb.UpdateWeightsRequest(path="/tmp", weight_version=draw.randrange(9))]
+        if method == "SetReplicas":
+            return [pb.SetReplicasRequest(replicas=draw.randrange(9))]
         return [pb.GetStatusRequest()]
 
     def _prompt(self) -> pb.Prompt:

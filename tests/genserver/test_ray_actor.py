@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,8 @@ from knapsack_genserver.engines.fake import FakeEngine
 from knapsack_genserver.engines.ray.actor import Refusal, Replica
 from knapsack_genserver.engines.ray.copies import Copy, remove_abandoned
 from knapsack_genserver.errors import FailedPrecondition
+
+from small_engines import group
 
 
 class Torn(FakeEngine):
@@ -37,6 +40,15 @@ async def test_an_engine_that_holds_no_weights_is_at_its_end() -> None:
     assert await replica.load_weights("/", 1) == ended
     assert await replica.check() == ended
     assert await replica.load_files([], 1) == ended
+
+
+async def test_the_stream_of_a_group_ends() -> None:
+    """Also if its last rollouts come together with its end, as they do here."""
+    replica = Replica([])
+    replica._engine = FakeEngine()
+    async with asyncio.timeout(20):
+        batches = [batch async for batch in replica.generate(1, group(num_rollouts=4))]
+    assert [c.index for batch in batches if isinstance(batch, list) for c in batch] == [0, 1, 2, 3]
 
 
 @pytest.fixture

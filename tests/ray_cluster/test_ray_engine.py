@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -51,3 +52,7 @@ async def test_actors_that_ray_kills_cost_what_had_not_arrived(engine: RayPool) 
                 ray.kill(member.engine._actor)
         found.append(sorted(rollouts, key=lambda c: c.index))
     assert found == await all_of(FakeEngine(), *groups)
+    # Nothing is kept of what has been made.
+    async with asyncio.timeout(20):
+        while any(member.tasks for member in engine._members):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)

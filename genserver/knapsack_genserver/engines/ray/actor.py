@@ -207,7 +207,8 @@ async def _batches(stream: AsyncIterator[Completion]) -> AsyncIterator[list[Comp
             batch, ready[:] = list(ready), []
             if batch:
                 yield batch
-            elif reader.done():
+            # The end may have come with the last of them, and is not announced again.
+            if reader.done() and not ready:
                 reader.result()
                 return
     finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -64,6 +66,7 @@ class RayPool(ReplicaPool):
         await _reach(address)
         # Ray would have signals end this process; in another thread it cannot.
         await asyncio.to_thread(_join, address)
+        _take_signals_back()
         await super().start()
 
     async def load_weights(self, path: Path, version: int) -> LoadedWeights:
@@ -112,6 +115,21 @@ def _unreachable(address: str, error: Exception | None) -> ConfigError:
             "of several containers that takes shareProcessNamespace: true"
         )
     return ConfigError(f"ray_address = {address!r}: cannot be joined: {first}; {advice}")
+
+
+def _take_signals_back() -> None:
+    """Have this process answer signals as it did before Ray was started in it.
+
+    Ray's core puts a handler in front, which aborts the process three seconds after SIGTERM,
+    whatever is being drained.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handler = signal.getsignal(number)
+        if handler is not None:
+            signal.signal(number, handler)
+            signal.siginterrupt(number, False)
 
 
 def _join(address: str) -> None:
