@@ -318,7 +318,7 @@ def _parser() -> argparse.ArgumentParser:
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="of logs"
     )
     add("--log-format", choices=("json", "text"), default="json", help="of logs")
-    fleet_flags.add_flags(command, _count(1))
+    fleet_flags.add_flags(command, _count(1), _positive)
     command.set_defaults(run=_serve)
     replicas_command.add_command(commands)
     return parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,12 +17,15 @@ from knapsack_genserver.tokenizers import load_tokenizer
 ENGINES = ("remote", "ray")
 
 
-def add_flags(command: argparse.ArgumentParser, count: type) -> None:
+def add_flags(
+    command: argparse.ArgumentParser, count: type, seconds: Callable[[str], float]
+) -> None:
     """Add the flags.
 
     Args:
         command: that gets them.
         count: type of a whole number of at least 1.
+        seconds: type of a time of more than 0.
     """
     fleet = command.add_argument_group("several replicas (--engine remote, --engine ray)")
     add = fleet.add_argument
@@ -36,6 +39,14 @@ def add_flags(command: argparse.ArgumentParser, count: type) -> None:
         type=count,
         default=PoolOptions().piece_rollouts,
         help="most rollouts of a prompt that go to a replica in one piece",
+    )
+    add(
+        "--update-seconds",
+        type=seconds,
+        default=PoolOptions().update_seconds,
+        metavar="S",
+        help="how long a replica may take over new weights; one that takes longer is left behind "
+        "and started again",
     )
     add(
         "--remote",
@@ -94,7 +105,11 @@ def engine(options: argparse.Namespace) -> Engine:
     Raises:
         ConfigError: names the flag and what is wrong with it.
     """
-    pool = PoolOptions(options.piece_rollouts, options.replica_rollouts or 0)
+    pool = PoolOptions(
+        options.piece_rollouts,
+        options.replica_rollouts or 0,
+        update_seconds=options.update_seconds,
+    )
     if options.engine == "ray":
         return _ray(options, pool)
     return _remote(options, pool)

@@ -36,6 +36,8 @@ class PoolOptions:
         check_failures: checks that fail in a row before a replica counts as lost; also
             pieces that fail in a row, with no rollout between them.
         retry_seconds: shortest and longest pause before a lost replica is started again.
+        update_seconds: how long a replica may take over new weights before it counts as
+            lost, so that one whose disk hangs does not keep the others from serving them.
     """
 
     piece_rollouts: int = 32
@@ -43,6 +45,7 @@ class PoolOptions:
     check_seconds: float = 5.0
     check_failures: int = 3
     retry_seconds: tuple[float, float] = (0.5, 30.0)
+    update_seconds: float = 900.0
 
 
 class Member:
@@ -123,14 +126,17 @@ class Member:
             await self.engine.close()
 
     async def load_weights(self, path: Path, version: int) -> LoadedWeights:
-        """Load weights into a serving engine; ReplicaLost as soon as it is lost."""
+        """Load weights into a serving engine; ReplicaLost once it is lost or takes too long."""
         loading = asyncio.ensure_future(self.engine.load_weights(path, version))
         waited: list[asyncio.Future[LoadedWeights] | asyncio.Future[str]] = [loading, self._lost]
-        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-        if not loading.done():
-            loading.cancel()
+        limit = self._options.update_seconds
+        await asyncio.wait(waited, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            return loading.result()
+        loading.cancel()
+        if self._lost.done():
             raise ReplicaLost(self._lost.result())
-        return loading.result()
+        raise ReplicaLost(f"it has not taken the weights within {limit:g} s")
 
     async def _keep(
         self, admit: Callable[[Member], Awaitable[None]], retire: Callable[[Member], None]

@@ -82,6 +82,10 @@ class Membership:
         """Return the replicas that serve, by their names in the dispatch."""
         return {m.life: m for m in self._members.values() if m.life is not None}
 
+    def problems(self) -> dict[int, str]:
+        """Return why replicas that should serve do not, by number."""
+        return {m.number: m.problem for m in self._members.values() if m.life is None}
+
     def add(self, engine: Engine) -> int:
         """Have one more; returns its number."""
         if self._closing:

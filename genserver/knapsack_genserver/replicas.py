@@ -6,18 +6,15 @@
 - A replica that fails at several pieces in a row gets nothing more until it has made a
   rollout; if it holds nothing that it could make, it counts as lost.
 - A replica that was lost is started again for as long as the pool lives, with a growing
-  pause. It serves once it holds the weights that the pool serves.
-- New weights go to every replica that serves. They serve if one replica took them; a
-  replica that did not take them, or took others under the same version, leaves until it
-  has them. If none took them the old ones serve on.
+  pause. It serves once it holds the weights that the pool serves; see ``pool_weights``.
+- Replicas may be added and taken away meanwhile; see ``membership``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,20 +29,13 @@ from knapsack_genserver.engine import (
     LoadedWeights,
     Tokenizer,
 )
-from knapsack_genserver.errors import FailedPrecondition, GeneratorError, ReplicaLost, Unavailable
+from knapsack_genserver.errors import GeneratorError, ReplicaLost, Unavailable
 from knapsack_genserver.inbox import Inbox
 from knapsack_genserver.member import Member, PoolOptions, reason_of
 from knapsack_genserver.membership import Membership
+from knapsack_genserver.pool_weights import PoolWeights
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """What the pool serves and where it lies."""
-
-    path: Path
-    loaded: LoadedWeights
 
 
 @dataclass(eq=False, slots=True)
@@ -89,9 +79,7 @@ class ReplicaPool:
         self._plan = Dispatch(self._options.piece_rollouts)
         self._jobs: dict[int, _Job] = {}
         self._names = 0
-        self._weights: _Weights | None = None
-        self._first_fingerprint = ""
-        self._updating = asyncio.Lock()
+        self._weights = PoolWeights(self._options, self._members, self._lose_life)
         self._changed = asyncio.Event()
         self._known = EngineStatus("", 0, 0, 0, 0, 0, 0)
         self._filling = False
@@ -131,7 +119,7 @@ class ReplicaPool:
 
     def problems(self) -> dict[int, str]:
         """Return why replicas that do not serve do not, by number."""
-        return {m.number: m.problem for m in self._members if m.life is None and not m.leaving}
+        return self._members.problems()
 
     async def close(self) -> None:
         """End all work; whoever waits is told."""
@@ -160,10 +148,10 @@ class ReplicaPool:
                 prefix_queried_tokens=sum(s.prefix_queried_tokens for s in serving),
                 prefix_hit_tokens=sum(s.prefix_hit_tokens for s in serving),
             )
-        weights = self._weights
+        version = self._weights.version
         return replace(
             self._known,
-            weight_version=weights.loaded.version if weights else self._known.weight_version,
+            weight_version=self._known.weight_version if version is None else version,
             replicas=len(serving),
             running=self._plan.running,
             waiting=self._plan.waiting,
@@ -173,80 +161,22 @@ class ReplicaPool:
             redone_rollouts=self._plan.redone,
         )
 
-    # Weights.
+    # Replicas.
 
     async def load_weights(self, path: Path, version: int) -> LoadedWeights:
         """Serve other weights on every replica; see the module for what may go wrong."""
-        async with self._updating:
-            members = self._serving()
-            if not members:
-                why = "; ".join(f"{number}: {text}" for number, text in self.problems().items())
-                raise Unavailable(f"no replica serves: {why}")
-            results = await asyncio.gather(
-                *(member.load_weights(path, version) for member in members.values()),
-                return_exceptions=True,
-            )
-            taken = [result for result in results if isinstance(result, LoadedWeights)]
-            if not taken:
-                raise self._refusal(members, results)
-            fingerprint = Counter(result.fingerprint for result in taken).most_common(1)[0][0]
-            paused = max((r.paused_seconds or 0.0 for r in taken), default=0.0)
-            known = all(result.paused_seconds is not None for result in taken)
-            loaded = LoadedWeights(version, fingerprint, paused if known else None)
-            self._weights = _Weights(path, loaded)
-            for life, result in zip(members, results, strict=True):
-                if isinstance(result, BaseException):
-                    why = f"it did not take weight version {version}: {reason_of(result)}"
-                    self._lose_life(life, why)
-                elif result.fingerprint != fingerprint:
-                    self._lose_life(life, _differs(version))
-            return loaded
-
-    def _refusal(
-        self, lives: Iterable[int], results: Sequence[LoadedWeights | BaseException]
-    ) -> GeneratorError:
-        """Return why no replica took the weights; only those leave that did not refuse."""
-        refusal: GeneratorError | None = None
-        why = ""
-        for life, result in zip(lives, results, strict=True):
-            if isinstance(result, FailedPrecondition):
-                refusal = refusal or result
-            elif isinstance(result, BaseException):
-                why = reason_of(result)
-                self._lose_life(life, f"it failed while it took weights: {why}")
-        return refusal or FailedPrecondition(
-            f"every replica failed while it took the weights, the last: {why}"
-        )
+        return await self._weights.load(path, version)
 
     async def _admit(self, member: Member) -> None:
-        """Load what the pool serves, and let the replica serve in the same moment."""
-        held: _Weights | None = None
-        while True:
-            wanted = self._weights
-            if wanted is not None and wanted is not held:
-                loaded = await member.engine.load_weights(wanted.path, wanted.loaded.version)
-                if loaded.fingerprint != wanted.loaded.fingerprint:
-                    raise FailedPrecondition(_differs(wanted.loaded.version))
-                held = wanted
-            async with self._updating:
-                if self._weights is held:
-                    self._check_first_weights(member)
-                    break
+        """Give a replica what the pool serves, and let it serve in the same moment."""
+        await self._weights.give(member, lambda: self._serve(member))
+
+    def _serve(self, member: Member) -> None:
         member.life = self._next_name()
         self.tokenizer = self.tokenizer or member.engine.tokenizer
         self._plan.join(member.life, self._room(member))
         self._changed.set()
         self._fill_soon()
-
-    def _check_first_weights(self, member: Member) -> None:
-        """Refuse what was loaded from a model folder that others now lie in."""
-        if self._weights is not None:
-            return
-        status = member.engine.status()
-        fingerprint = status.first_fingerprint
-        if self._first_fingerprint and fingerprint not in ("", self._first_fingerprint):
-            raise FailedPrecondition(_differs(status.weight_version))
-        self._first_fingerprint = self._first_fingerprint or fingerprint
 
     def _retire(self, member: Member) -> None:
         if member.life is not None:
@@ -417,7 +347,3 @@ class ReplicaPool:
 
 def _failed(indices: Sequence[int], error: str) -> list[Completion]:
     return [Completion(index, [], [], FinishReason.ERROR, (), error) for index in indices]
-
-
-def _differs(version: int) -> str:
-    return f"the weights it holds under version {version} are not those of the other replicas"

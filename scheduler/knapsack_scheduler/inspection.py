@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from google.protobuf.json_format import MessageToDict
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
@@ -166,10 +165,10 @@ def export_run(url: str, run_id: str, what: str) -> Iterator[dict[str, Any]]:
                     yield _plain(reading.entry(outline.seq))
                 return
             run = LoadedRun.load(reading)
-            known = run.state.sorted_prompts()
-            rows = np.fromiter((row for _, row in known), np.int64, len(known))
-            columns = run.state.stats_of(rows)
-            message = wire.stats_message([p for p, _ in known], columns)
+            state = run.state
+            rows = state.prompts_after("", state.known_prompts)
+            ids = [state.prompt_ids[row] for row in rows.tolist()]
+            message = wire.stats_message(ids, state.stats_of(rows))
             for at, prompt_id in enumerate(message.prompt_ids):
                 yield {
                     "prompt_id": prompt_id,

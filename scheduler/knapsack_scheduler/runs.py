@@ -192,12 +192,7 @@ class Runs:
         return await asyncio.shield(asyncio.ensure_future(locked()))
 
     async def _settle(self, run_id: str, stored: _Stored[Answer], held: AsyncExitStack) -> None:
-        """Fold what was stored, tell of it, and let go of the run.
-
-        If nobody waits for the run, what its next decision needs of its statistics is worked
-        out too: between a report and the next decision a trainer updates its weights, and what
-        is done then costs nobody anything. A decision that comes sooner does it by itself.
-        """
+        """Fold what was stored, tell of it, and let go of the run."""
         async with held:
             turn = self._turns[run_id]
             # The answer goes first: it takes some turns of the event loop, and a thread at
@@ -207,11 +202,9 @@ class Runs:
                     break
                 await asyncio.sleep(0)
             try:
-                counted, event = await self._writers.run(lambda: self._fold(run_id, stored))
+                event = await self._readers.run(lambda: self._fold(run_id, stored))
                 if event is not None:
                     self._events.emit(event)
-                if counted.completes and turn.users == 1:
-                    await self._readers.run(stored.run.state.prepare)
             except (RuntimeError, Busy) as error:
                 # A service that ends has no threads any more.
                 _LOG.info("run %r: not folded, to be read anew: %s", run_id, error)
@@ -488,15 +481,23 @@ class Runs:
             self._loaded.keep(run_id, run)
         return _Stored(done, run, writing.appended, writing.run_after)
 
-    def _fold(self, run_id: str, stored: _Stored[Answer]) -> tuple[Counted, Event | None]:
+    def _fold(self, run_id: str, stored: _Stored[Answer]) -> Event | None:
+        """Take in what was stored; returns what there is to tell of it.
+
+        When all of an allocation has come, what the next decision needs of the statistics is
+        worked out too. A trainer updates its weights before that: it costs nobody anything.
+        """
         run, counted = stored.run, Counted()
         for entry in stored.entries:
             counted = run.applied(entry, run.decided)
         run.decided = None
         run.row = stored.row
+        event = stored.done.event(counted)
+        if counted.completes:
+            run.state.prepare()
         self._loaded.keep(run_id, run)
         self._snapshots.offer(run)
-        return counted, stored.done.event(counted)
+        return event
 
     def _rewind(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -276,6 +277,10 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
     await server.start()
+    # What is there now stays. To look it through for garbage again and again would stop every
+    # thread for tens of milliseconds, and longer with a million prompts.
+    gc.collect()
+    gc.freeze()
     order = ("listen", "admin", "health")
     line = {"event": "serving", **{name: server.addresses[name] for name in order}}
     print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -62,6 +61,7 @@ from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.loadedruns import LOADED_BYTES
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.runs import Done, Runs
+from knapsack_scheduler.state import RunState
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,6 +70,9 @@ LARGEST_PAGE_BYTES = 32 * 2**20
 
 _MOST_SUMMARIES = 10_000
 """Runs of which it is remembered how they were listed last, about 1 KB each."""
+
+_FEW_UNSORTED = 4096
+"""Prompts whose ids are sorted in some milliseconds, for which a run may be held."""
 
 _FEW = 16_384
 """Prompts or rewards that are checked in about a millisecond."""
@@ -450,9 +453,21 @@ class SchedulerService:
         validation.name("run_id", request.run_id)
         size = pages.page_size(request.page_size, 1000, 100_000)
         after = pages.key_before(request.page_token)
-        return await self._runs.look(
-            request.run_id, lambda run, _reading: _stats_page(run, after, size)
-        )
+
+        def page(run: LoadedRun, _reading: Reading) -> pb.ListPromptStatsResponse:
+            return _stats_page(run, after, size)
+
+        def page_if_sorted(
+            run: LoadedRun, reading: Reading
+        ) -> pb.ListPromptStatsResponse | RunState:
+            return page(run, reading) if run.state.unsorted <= _FEW_UNSORTED else run.state
+
+        answer = await self._runs.look(request.run_id, page_if_sorted)
+        if isinstance(answer, RunState):
+            # Takes long, so the run is not held meanwhile.
+            await self._runs.in_thread(answer.sort_ids)
+            answer = await self._runs.look(request.run_id, page)
+        return answer
 
     async def import_outcomes(
         self, requests: AsyncIterator[pb.ImportOutcomesRequest]
@@ -611,17 +626,16 @@ def _prompts(run: LoadedRun) -> Prompts:
 
 
 def _stats_page(run: LoadedRun, after: str, size: int) -> pb.ListPromptStatsResponse:
-    known = run.state.sorted_prompts()
-    start = bisect_right(known, after, key=lambda pair: pair[0]) if after else 0
-    page = known[start : start + size]
+    state = run.state
+    rows = state.prompts_after(after, size + 1)
+    ids = [state.prompt_ids[row] for row in rows[:size].tolist()]
     # UTF-8 takes up to 4 bytes a character, the columns less than 80 a row.
-    sizes = np.cumsum([4 * len(p) + 80 for p, _ in page])
+    sizes = np.cumsum([4 * len(p) + 80 for p in ids])
     size = max(int(np.searchsorted(sizes, LARGEST_PAGE_BYTES, side="right")), 1)
-    page = page[:size]
-    rows = np.fromiter((row for _, row in page), np.int64, len(page))
-    answer = wire.stats_message([p for p, _ in page], run.state.stats_of(rows))
-    if start + size < len(known):
-        answer.next_page_token = pages.token_after(page[-1][0])
+    ids = ids[:size]
+    answer = wire.stats_message(ids, state.stats_of(rows[: len(ids)]))
+    if rows.size > len(ids):
+        answer.next_page_token = pages.token_after(ids[-1])
     return answer
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from heapq import merge
-from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -63,12 +61,13 @@ from knapsack_scheduler.facts import (
     Rewards,
     Rewound,
 )
+from knapsack_scheduler.idorder import IdOrder
 from knapsack_scheduler.journal.columns import (
-    TEXTS_AT_ONCE,
     decode_text,
     encode_text,
     text_column,
 )
+from knapsack_scheduler.promptindex import PromptIndex
 from knapsack_scheduler.runconfig import RunConfig
 
 TOKEN_SHRINKAGE = 4
@@ -83,7 +82,7 @@ class RunState:
         self.discounts = Discounts(
             config.visit_discount, config.version_discount, config.evidence_cap
         )
-        self.prompt_ids: list[str] = []
+        self._places = PromptIndex()
         self.allocations: dict[str, OpenAllocation] = {}
         self.last_step = -1
         self.last_policy_version = 0
@@ -95,7 +94,6 @@ class RunState:
         self.effective_groups = 0
         self.reward_levels = RewardLevels.none_yet(config.success_threshold, config.reward_levels)
         self.calibration = Calibration.nothing()
-        self._rows: dict[str, int] = {}
         self._looked_up: tuple[tuple[str, ...], int, IntArray] = ((), 0, np.zeros(0, np.int64))
         self._visits = Visits()
         self._bands: BandArray = np.zeros(0, np.int8)
@@ -108,7 +106,7 @@ class RunState:
         self._keys = np.zeros(0, np.uint64)
         self._token_sum = 0
         self._token_rollouts = 0
-        self._sorted: list[tuple[str, int]] | None = None
+        self._order = IdOrder()
 
     def fold(self, fact: Fact) -> Counted:
         """Take in what happened next; returns what it changed."""
@@ -128,13 +126,17 @@ class RunState:
                 raise AssertionError("a rewind is a new fold of the journal")
         return Counted()
 
+    @property
+    def prompt_ids(self) -> list[str]:
+        """The id of the prompt of each row."""
+        return self._places.ids
+
     def rows_of(self, prompt_ids: tuple[str, ...]) -> IntArray:
         """Return the row of each prompt, int64[M]; -1 where there is none."""
         # A decision looks its batch up, and then its fold does.
         if prompt_ids is self._looked_up[0] and len(self.prompt_ids) == self._looked_up[1]:
             return self._looked_up[2].copy()
-        found = map(self._rows.get, prompt_ids, repeat(-1))
-        rows = np.fromiter(found, np.int64, len(prompt_ids))
+        rows = self._places.find(prompt_ids)
         self._looked_up = (prompt_ids, len(self.prompt_ids), rows)
         return rows.copy()
 
@@ -218,8 +220,7 @@ class RunState:
             return rows
         new = list(dict.fromkeys(p for p, row in zip(prompt_ids, rows, strict=True) if row < 0))
         first = len(self.prompt_ids)
-        self.prompt_ids.extend(new)
-        self._index(first)
+        self._places.add(new)
         size = len(self.prompt_ids)
         self._visits.grow(size)
         if size > self._sums.shape[1]:
@@ -234,12 +235,6 @@ class RunState:
         self._keys[first:size] = tie_keys(new)
         self.population[0] += size - first
         return self.rows_of(prompt_ids)
-
-    def _index(self, first: int) -> None:
-        """Make the rows from ``first`` on known by their ids."""
-        for start in range(first, len(self.prompt_ids), TEXTS_AT_ONCE):
-            ids = self.prompt_ids[start : start + TEXTS_AT_ONCE]
-            self._rows.update(zip(ids, range(start, start + len(ids)), strict=True))
 
     def _open(self, fact: AllocationMade) -> None:
         rows = self._add_prompts(fact.prompt_ids)
@@ -344,7 +339,6 @@ class RunState:
         first = int(np.count_nonzero(sums[_ROLLOUTS, unique] == 0))
         if first:
             self.known_prompts += first
-            self._sorted = None
         sums[_ROLLOUTS, unique] += rollouts
         sums[_SUCCESSES, unique] += successes
         self.total_rollouts += int(rollouts.sum())
@@ -435,8 +429,7 @@ class RunState:
         state.calibration = Calibration(
             *(columns[f"calibration.{each.name}"] for each in fields(Calibration))
         )
-        state.prompt_ids = decode_text(columns["prompt_ids"], columns["prompt_id_lengths"])
-        state._index(0)
+        state._places.add(decode_text(columns["prompt_ids"], columns["prompt_id_lengths"]))
         state._sums, state._keys = columns["sums"], columns["keys"]
         state._visits = Visits.from_columns(_of_name("visits", columns))
         if "visited.rows" in columns:
@@ -452,17 +445,27 @@ class RunState:
         state.allocations = allocations_of(columns)
         return state
 
-    def sorted_prompts(self) -> list[tuple[str, int]]:
-        """Return (prompt id, row) of every prompt with an outcome, in the order of ids."""
-        if self._sorted is None:
-            rows = np.flatnonzero(self._sums[_ROLLOUTS])
-            slices = (
-                rows[start : start + TEXTS_AT_ONCE].tolist()
-                for start in range(0, rows.size, TEXTS_AT_ONCE)
-            )
-            sorted_slices = [sorted((self.prompt_ids[row], row) for row in each) for each in slices]
-            self._sorted = list(merge(*sorted_slices))
-        return self._sorted
+    @property
+    def unsorted(self) -> int:
+        """How many prompts are not in the order of ids yet."""
+        return len(self.prompt_ids) - self._order.rows.size
+
+    def sort_ids(self) -> None:
+        """Bring all prompts into the order of their ids, also while prompts are added."""
+        self._order = self._order.extended(self.prompt_ids)
+
+    def prompts_after(self, prompt_id: str, count: int) -> IntArray:
+        """Return the rows of the first prompts with an outcome whose ids sort after one.
+
+        Args:
+            prompt_id: that one; empty for none.
+            count: of prompts, at most.
+        """
+        self.sort_ids()
+        start = self._order.after(self.prompt_ids, prompt_id)
+        rows = self._order.rows[start:]
+        seen = np.flatnonzero(self._sums[_ROLLOUTS, rows])[:count]
+        return rows[seen].astype(np.int64)
 
     def stats_of(self, rows: IntArray) -> PromptColumns:
         """Return the statistics of prompts with an outcome."""

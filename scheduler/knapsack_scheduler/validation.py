@@ -86,7 +86,9 @@ def per_position(field: str, values: Sequence[int], count: int, default: int) ->
             f"{len(values)} numbers",
             f"must be empty, one number, or one per prompt ({count})",
         )
-    given = np.asarray(values if len(values) else [default], np.int64)
+    if not len(values):
+        return np.full(count, default, np.int64)
+    given = np.asarray(values, np.int64)
     if given.min() < 0:
         at = int(np.argmax(given < 0))
         raise InvalidArgument(f"{field}[{at}]", int(given[at]), "must be 0 or more")

@@ -50,6 +50,7 @@ async def build(url: str, known: int, steps: int) -> dict[str, float]:
                     )
                 )
                 number += 1
+        await service.settled()
         start = time.perf_counter()
         run = service._runs._loaded["bench"]
         copied = run.state.frozen()

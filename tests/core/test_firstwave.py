@@ -128,6 +128,15 @@ def test_both_waves_are_expected_to_spend_the_budget() -> None:
         assert 0.4 * total < sizes.sum() < 0.9 * total
 
 
+def test_the_example_of_the_readme() -> None:
+    """Beta(1, 3): 3 first, and 4.15 rollouts in both waves."""
+    posterior = Posterior(np.full(100, 1.0), np.full(100, 3.0))
+    sizes, price = first_wave(rule("paper"), posterior, bounds(100, 2, 64), 415)
+    assert sizes.tolist() == [3] * 100
+    assert price == pytest.approx(0.01, rel=0.2)
+    assert plan(Fraction(1), Fraction(3), 3, 0.01, "paper")[1] == pytest.approx(4.15)
+
+
 def test_many_posteriors_are_planned_for_as_well_as_each_alone() -> None:
     """Cells of like posteriors lose next to nothing of what each prompt's own size is worth."""
     rng = np.random.default_rng(5)
@@ -250,3 +259,38 @@ def test_what_cannot_be_planned_begins_with_half(
     other = plan_allocation(policy, objective, beliefs, bounds(16, 2, 64), half)
     assert one.num_rollouts.tolist() == other.num_rollouts.tolist()
     assert one.remaining == other.remaining
+
+
+@pytest.mark.parametrize(("shape", "mean"), [((0.5, 0.5), 8), ((0.4, 1.6), 4), ((1.0, 4.0), 16)])
+def test_planning_is_worth_more_than_half_first(shape: tuple[float, float], mean: int) -> None:
+    """Where beliefs are right, both waves are worth more than with half of the budget first."""
+    rng = np.random.default_rng(11)
+    count = 600
+    keys, limits = tie_keys([f"p{k}" for k in range(count)]), bounds(count, 2, 64)
+    unseen, tokens = np.zeros(count, bool), np.zeros(count)
+    total = count * mean
+    worth = {"planned": 0.0, "half": 0.0}
+    for _ in range(12):
+        seen = rng.integers(0, 9, count)
+        rates = rng.beta(*shape, count)
+        passed = rng.binomial(seen, rates)
+        start = Posterior(shape[0] + passed, shape[1] + seen - passed)
+        luck = rng.random((count, 64)) < rates[:, None]
+        for name, budget in (
+            ("planned", Budget(total, waves=2)),
+            ("half", Budget(total, wave_fraction=0.5)),
+        ):
+            known = Beliefs(start, keys, unseen, tokens)
+            first = plan_allocation("posterior", "paper", known, limits, budget).num_rollouts
+            came = (luck & (np.arange(64) < first[:, None])).sum(axis=1)
+            mixed = (came > 0) & (came < first)
+            now = Posterior(start.alpha + came, start.beta + first - came)
+            known, seen_so_far = Beliefs(now, keys, unseen, tokens), (first, first, came, mixed)
+            second = plan_extension(
+                "posterior", "paper", known, limits, budget, WaveOutcomes(*seen_so_far), False
+            ).num_rollouts
+            assert first.sum() + second.sum() == total
+            differs = np.where(came == 0, 1 - (1 - rates) ** second, 1 - rates**second)
+            gains = rates * (1 - rates) ** 2 * np.where(mixed, 1.0, differs)
+            worth[name] += float(gains.sum())
+    assert worth["planned"] > worth["half"]

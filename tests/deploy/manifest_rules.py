@@ -16,6 +16,8 @@ MADE_BY_USERS = {
 }
 # The autoscaler beside Ray's head calls the API server, and Ray writes where it likes.
 RAY_MAY = ("mounts a service account's token", "may write its root")
+# Bytes that calls take at most with the flags of the manifests; see scheduler/OPERATIONS.md.
+CALLS = int(1.2 * 2**30)
 _PINNED = re.compile(r".+(:\d+\.\d+\.\d+([-.+]\w+)*|@sha256:[0-9a-f]{64})")
 
 
@@ -40,6 +42,9 @@ def _faults_of(thing: Object, things: list[Object]) -> Iterator[str]:
     if pod is not None:
         yield from _pod_faults(pod, things)
     for pod_of_ray in ray_pods_of(thing):
+        apart = not pod_of_ray["spec"].get("shareProcessNamespace")
+        if apart and any("--engine=ray" in c.get("args", []) for c in containers_of(pod_of_ray)):
+            yield "its driver does not see the raylet's process, and cannot join the cluster"
         for fault in _pod_faults(pod_of_ray, things):
             if not fault.endswith(RAY_MAY):
                 yield fault
@@ -154,6 +159,11 @@ def _container_faults(container: Object, pod: Object) -> Iterator[str]:
     is_sidecar = container in pod.get("initContainers", [])
     if is_sidecar and container.get("restartPolicy") != "Always":
         yield "is no sidecar: the trainer would wait for its end"
+    if "--max-inflight-bytes" in flags:
+        kept = int(flags.get("--max-loaded-bytes", 4 * 2**30))
+        limit = _bytes_of(container["resources"]["limits"]["memory"])
+        if CALLS + kept > limit:
+            yield f"may hold {kept} bytes of runs beside its calls, more than its limit of {limit}"
     drain = float(flags.get("--drain-seconds", 0))
     grace = pod.get("terminationGracePeriodSeconds", 30)
     if drain and drain + 5 > grace:
@@ -213,6 +223,11 @@ def _policy_faults(policy: Object, chosen: list[Object]) -> Iterator[str]:
                     yield "opens the metrics to everybody"
         if "grpc" in names and names["grpc"] not in opened:
             yield "keeps clients from the API"
+
+
+def _bytes_of(quantity: str) -> int:
+    number, unit = quantity[:-2], quantity[-2:]
+    return int(number) * {"Mi": 2**20, "Gi": 2**30}[unit]
 
 
 def flags_of(container: Object) -> dict[str, str]:

@@ -216,6 +216,13 @@ MISTAKES: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
         lambda o: o["spec"]["podMetricsEndpoints"][0].update(port="metric"),
         "which its pods do not have",
     ),
+    "more runs in memory than there is": (
+        "Deployment/knapsack-scheduler",
+        lambda o: o["spec"]["template"]["spec"]["containers"][0]["args"].remove(
+            "--max-loaded-bytes=536870912"
+        ),
+        "bytes of runs beside its calls",
+    ),
     "no time to drain": (
         "Deployment/knapsack-scheduler",
         lambda o: o["spec"]["template"]["spec"].update(terminationGracePeriodSeconds=10),

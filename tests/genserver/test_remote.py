@@ -276,7 +276,7 @@ async def test_servers_of_two_models_are_not_one_engine(servers: list[VllmLike])
     # Whichever answers first is right.
     with suppress(ConfigError):
         await pool.start()
-    await until(lambda: "the others serve" in "".join(pool.problems().values()))
+    await until(lambda: "as the others do" in "".join(pool.problems().values()))
     await pool.close()
 
 
@@ -368,6 +368,42 @@ async def test_a_server_that_restarts_gets_the_weights_first(
     await until(lambda: pool.status().replicas == 2)
 
 
+@pytest.mark.parametrize(
+    ("rl", "change"),
+    [
+        (True, {"started_with": "others"}),
+        (True, {"root": "/models/other"}),
+        (False, {"root": "/models/other"}),
+        (False, {"model": "other"}),
+    ],
+)
+async def test_a_server_that_restarts_with_other_weights_does_not_serve(
+    servers: list[VllmLike], tmp_path: Path, rl: bool, change: dict[str, str]
+) -> None:
+    """They are not of the version that rollouts would claim; new weights are."""
+    for server in servers:
+        server.rl = rl
+    pool = remote_pool([server.url for server in servers], OPTIONS, POOL)
+    await pool.start()
+    await until(lambda: pool.status().replicas == 2)
+    await servers[0].stop()
+    await until(lambda: pool.status().replicas == 1)
+    for name, value in change.items():
+        setattr(servers[0], name, value)
+    await servers[0].restart()
+    wanted = "serve them under one name" if "model" in change else "other weights than version 0"
+    await until(lambda: wanted in "".join(pool.problems().values()))
+    servers[0].requests.clear()
+    assert tokens(await all_of(pool, *GROUPS)) == await expected()
+    assert not servers[0].requests
+    if rl and "started_with" in change:
+        # Given to it by the pool, they are what all serve.
+        await pool.load_weights(tmp_path, 3)
+        await until(lambda: pool.status().replicas == 2)
+        assert servers[0].label == "3"
+    await pool.close()
+
+
 async def test_a_server_that_was_left_paused_does_not_serve(
     pool: ReplicaPool, servers: list[VllmLike]
 ) -> None:
@@ -397,7 +433,9 @@ async def test_without_routes_for_weights_it_says_what_is_missing(
     await pool.start()
     with pytest.raises(FailedPrecondition, match="VLLM_SERVER_DEV_MODE=1"):
         await pool.load_weights(tmp_path, 1)
-    assert len((await all_of(pool, group(num_rollouts=9)))[0]) == 9
+    (found,) = await all_of(pool, group(num_rollouts=9))
+    assert [c.error for c in found] == [""] * 9
+    assert {s.version for c in found for s in c.weights} == {0}
     await pool.close()
 
 

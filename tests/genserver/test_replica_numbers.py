@@ -33,18 +33,23 @@ async def replicas() -> list[MortalEngine]:
 
 
 @pytest.fixture
-async def pool(replicas: list[MortalEngine]) -> AsyncIterator[ReplicaPool]:
-    """A pool that makes its replicas, of which two serve."""
+async def unstarted(replicas: list[MortalEngine]) -> ReplicaPool:
+    """A pool that makes its replicas, and has two."""
 
     def make() -> MortalEngine:
         replicas.append(MortalEngine())
         return replicas[-1]
 
-    made = ReplicaPool("pool", list(replicas), QUICK, make=make)
-    await made.start()
-    await until(lambda: made.status().replicas == 2)
-    yield made
-    await made.close()
+    return ReplicaPool("pool", list(replicas), QUICK, make=make)
+
+
+@pytest.fixture
+async def pool(unstarted: ReplicaPool) -> AsyncIterator[ReplicaPool]:
+    """The pool, of whose replicas two serve."""
+    await unstarted.start()
+    await until(lambda: unstarted.status().replicas == 2)
+    yield unstarted
+    await unstarted.close()
 
 
 def states(pool: ReplicaPool) -> dict[int, ReplicaState]:
@@ -235,11 +240,13 @@ async def test_replicas_that_others_start_are_not_ours_to_count() -> None:
 
 
 async def test_an_operator_sees_and_sets_them(
-    pool: ReplicaPool, replicas: list[MortalEngine]
+    unstarted: ReplicaPool, replicas: list[MortalEngine]
 ) -> None:
-    """By the real command line, from a server that runs; with the reason where none serves."""
+    """By the real command line, of a server that runs, with the reason where one does not serve."""
+    pool = unstarted
     server = Server(pool, ServerOptions(*["127.0.0.1:0"] * 3))
     await server.start()
+    await until(lambda: pool.status().replicas == 2)
     address = server.addresses["listen"]
 
     async def replicas_command(*flags: str) -> tuple[int, list[str], str]:
@@ -249,7 +256,7 @@ async def test_an_operator_sees_and_sets_them(
             [*command, f"--address={address}", *flags],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=200,
         )
         return done.returncode, done.stdout.splitlines(), done.stderr
 
@@ -266,9 +273,12 @@ async def test_an_operator_sees_and_sets_them(
     assert lines[2].split() == ["1", "serving", "0", "0", "-", "-"]
     assert lines[3].split()[:5] == ["2", "starting", "0", "1", "-"]
     assert lines[3].endswith("it is switched off")
-    code, lines, _ = await replicas_command("--set=4", "--wait=0.1")
-    assert (code, lines[0].split()[:3]) == (1, ["3", "of", "4"])
-    code, lines, _ = await replicas_command("--set=3", "--wait=30")
+    code, _, _ = await replicas_command("--set=4", "--wait=0.1")
+    assert code == 1
+    await until(lambda: pool.status().replicas == 3)
+    _, lines, _ = await replicas_command()
+    assert lines[0].split()[:3] == ["3", "of", "4"]
+    code, lines, _ = await replicas_command("--set=3", "--wait=100")
     assert code == 0
     assert [line.split()[:2] for line in lines[2:]] == [
         ["1", "serving"],

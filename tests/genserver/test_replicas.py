@@ -303,6 +303,23 @@ async def test_an_update_does_not_wait_for_a_replica_that_hangs(
     await until(lambda: pool.status().replicas == 2)
 
 
+async def test_an_update_leaves_behind_who_takes_too_long() -> None:
+    """Also if it answers its checks: its disk may hang, not its process."""
+    quick, slow = MortalEngine(), MortalEngine()
+    pool = ReplicaPool("pool", [quick, slow], replace(QUICK, update_seconds=0.2))
+    await pool.start()
+    await until(lambda: pool.status().replicas == 2)
+    slow.hang = True
+    slow.open = False
+    assert (await asyncio.wait_for(pool.load_weights(Path("/"), 5), 20)).version == 5
+    assert quick.loads == [5]
+    await until(lambda: pool.status().replicas == 1)
+    slow.hang, slow.open = False, True
+    await until(lambda: pool.status().replicas == 2)
+    assert slow.loads == [5]
+    await pool.close()
+
+
 async def test_a_replica_that_dies_in_an_update_dies_once(
     pool: ReplicaPool, replicas: list[MortalEngine], tmp_path: Path
 ) -> None:

@@ -30,6 +30,8 @@ class VllmLike:
         healthy: what /health says.
         scale_out, rl: whether those routes are there.
         failing: routes of the weight update that fail.
+        root: folder of the model, as /v1/models has it.
+        started_with: weights that it has until others are loaded, by their checksum.
         logprobs_mode: as /server_info has it.
         requests: bodies of requests for rollouts.
         aborted: ids that it was told to abort.
@@ -48,6 +50,7 @@ class VllmLike:
         self.healthy = self.scale_out = self.rl = True
         self.failing: set[str] = set()
         self.root = "/models/first"
+        self.started_with = "first weights"
         self.model = "model"
         self.logprobs_mode = "processed_logprobs"
         self.requests: list[dict[str, Any]] = []
@@ -251,7 +254,7 @@ class VllmLike:
         return failure or web.json_response({})
 
     async def _weight_checker(self, _request: web.Request) -> web.Response:
-        return web.json_response({"checksums": {"weights": self.path}})
+        return web.json_response({"checksums": {"weights": self.path or self.started_with}})
 
 
 def _error(status: int, message: str) -> web.Response:

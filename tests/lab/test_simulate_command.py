@@ -100,6 +100,15 @@ def test_the_same_command_gives_the_same_numbers(
     assert len(measures["value"]["per cent against uniform"]["seeds"]) == 2
     assert measures["tokens"]["level"]["mean"] > 0
 
+    def above(scenario: int, arm: str) -> float:
+        of_arm = data["scenarios"][scenario]["arms"][arm]["measures"]["later epochs"]["value"]
+        return of_arm["per cent against uniform"]["mean"]
+
+    reached = sum(above(k, "posterior") >= above(k, "oracle") for k in range(2))
+    said = f"Worth at least what the oracle is, of 2 scenarios: posterior {reached}."
+    assert said in " ".join(out.split())
+    assert said in page
+
 
 @pytest.mark.parametrize(
     ("arguments", "said"),

@@ -92,32 +92,66 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """A function that starts a generation server and returns its address."""
-    started: list[subprocess.Popen[str]] = []
+class Served:
+    """A generation server in a process of its own."""
 
-    def start(*flags: str) -> str:
+    def __init__(self, log: Path, *flags: str) -> None:
+        self._log = log
         ports = [f"--{name}=127.0.0.1:0" for name in ("listen", "admin-listen", "health-listen")]
-        with (tmp_path / "log").open("a") as log:
-            process = subprocess.Popen(
+        with log.open("a") as output:
+            self.process = subprocess.Popen(
                 [sys.executable, "-m", "knapsack_genserver.cli", "serve", *flags, *ports],
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=output,
                 text=True,
             )
-        started.append(process)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, (tmp_path / "log").read_text()
+
+    def address(self) -> str:
+        """Wait until it serves; return where."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, self.log()
         return str(json.loads(line)["listen"])
 
-    yield start
-    for process in started:
-        process.send_signal(signal.SIGTERM)
+    def log(self) -> str:
+        """Return what it has written to stderr so far."""
+        return self._log.read_text()
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send it a signal, unless it has ended; return its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
         try:
-            assert process.wait(120) == 0
+            return self.process.wait(120)
         finally:
-            process.kill()
-            assert process.stdout is not None
-            process.stdout.close()
+            self.process.kill()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """A function that starts generation servers, which need not end well."""
+    begun: list[Served] = []
+
+    def start(*flags: str) -> Served:
+        begun.append(Served(tmp_path / f"log{len(begun)}", *flags))
+        return begun[-1]
+
+    yield start
+    for served in begun:
+        served.end(signal.SIGKILL)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """A function that starts a generation server and returns its address; it must end well."""
+    started: list[Served] = []
+
+    def start(*flags: str) -> str:
+        started.append(Served(tmp_path / "log", *flags))
+        return started[-1].address()
+
+    yield start
+    for served in started:
+        assert served.end() == 0, served.log()

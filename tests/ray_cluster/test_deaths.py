@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +60,23 @@ def test_whoever_comes_back_has_the_weights(
         assert {version for group in burst(client) for _, version in group} == {5}
 
 
+def refused(*flags: str, before: Sequence[str] = ()) -> str:
+    """Return what a server says that does not start."""
+    done = subprocess.run(
+        [*before, sys.executable, "-m", "knapsack_genserver.cli", "serve", "--engine=ray", *flags]
+        + [f"--{name}=127.0.0.1:0" for name in ("listen", "admin-listen", "health-listen")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "RAY_gcs_server_request_timeout_seconds": "5"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
 def test_it_says_what_is_missing(nodes: Any, tmp_path: Path) -> None:
     """A cluster that is not there, and a model that no replica can load."""
-
-    def refused(*flags: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "knapsack_genserver.cli", "serve", "--engine=ray", *flags]
-            + [f"--{name}=127.0.0.1:0" for name in ("listen", "admin-listen", "health-listen")],
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
-        return done.stderr
-
     assert "--model DIR" in refused("--replica-engine=transformers")
     assert "ray start --head" in refused("--replica-engine=fake", "--ray-address=127.0.0.1:1")
     assert "no config.json" in refused(
@@ -81,3 +84,12 @@ def test_it_says_what_is_missing(nodes: Any, tmp_path: Path) -> None:
         "--replica-engine=transformers",
         f"--model={tmp_path}",
     )
+
+
+def test_it_says_that_it_does_not_see_the_node(nodes: Any) -> None:
+    """As in a container beside Ray's own that does not share its processes."""
+    apart = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*apart, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine does not let processes be hidden from each other")
+    said = refused("--replica-engine=fake", f"--ray-address={nodes.address}", before=apart)
+    assert "shareProcessNamespace: true" in said

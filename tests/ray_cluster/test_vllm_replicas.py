@@ -33,6 +33,7 @@ def test_a_vllm_replica_killed_in_a_burst_costs_nothing(
         f"--ray-address={nodes.address}",
         "--replicas=2",
         "--replica-engine=vllm",
+        "--replica-gpus=0",
         f"--model={folders[0]}",
         "--replica-rollouts=32",
         "--piece-rollouts=8",

@@ -58,7 +58,7 @@ def ended(*arguments: str, path: str | None = None) -> int:
         assert program.stdout is not None
         assert program.stdout.readline() == "here\n"
         program.send_signal(signal.SIGTERM)
-        return program.wait(20)
+        return program.wait(60)
     finally:
         program.kill()
         program.wait()

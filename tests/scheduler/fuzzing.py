@@ -122,10 +122,11 @@ class Fuzzer:
                 # Rarely one that is used: the others need runs that hold something.
                 return pb.DeleteRunRequest(run_id=run if draw.random() < 0.02 else "gone")
             case "Allocate":
+                fraction = draw.choice([0.0, 0.5])
                 return pb.AllocateRequest(
                     run_id=run, step=draw.randrange(50), request_id=self._id(),
                     prompt_ids=prompts, total_rollouts=8 * len(prompts),
-                    wave_fraction=draw.choice([0.0, 0.5]),
+                    wave_fraction=fraction, waves=0 if fraction else draw.choice([0, 1, 2]),
                 )  # fmt: skip
             case "Extend":
                 return pb.ExtendRequest(run_id=run, allocation_id=name, request_id=self._id(),

@@ -168,6 +168,22 @@ async def test_waves_follow_what_was_seen(service: SchedulerService, calls) -> N
     assert await stats(service) == {"a": (a, 1), "b": (b + 8, 0)}
 
 
+async def test_a_planned_first_wave_leaves_room_for_the_second(
+    service: SchedulerService, calls
+) -> None:
+    """With waves = 2 the scheduler says how much comes first; Extend spends the rest."""
+    ids = [f"p{k}" for k in range(40)]
+    request = calls.allocate(ids, 320, waves=2)
+    first = await service.allocate(request)
+    assert 2 * 40 <= first.allocated_rollouts < 320
+    assert first.remaining_rollouts == 320 - first.allocated_rollouts
+    assert await service.allocate(request) == first
+    rewards = [[0.0] * n for n in first.num_rollouts]
+    await service.report(calls.report(first.allocation_id, rewards))
+    second = await service.extend(calls.extend(first.allocation_id))
+    assert second.allocated_rollouts == first.remaining_rollouts
+
+
 async def test_lost_rollouts_are_given_again_unless_they_are_still_running(
     service: SchedulerService, calls
 ) -> None:
@@ -355,6 +371,7 @@ async def test_the_paper_policy_divides_by_newest_rewards(service: SchedulerServ
     assert answer.summary.policy == "paper"
     for more, field in (
         ({"wave_fraction": 0.5}, "wave_fraction"),
+        ({"waves": 2}, "waves"),
         ({"total_tokens": 900}, "total_tokens"),
         ({"min_rollouts": [0]}, "min_rollouts"),
     ):

@@ -45,7 +45,11 @@ async def imported(prompt_ids: list[str], rewards: int) -> AsyncIterator[pb.Impo
 
 
 async def settled(service: SchedulerService, held: threading.Event | None = None) -> None:
-    """Wait until no snapshot is under way, or the one that is has come to where it is held."""
+    """Wait until no snapshot is under way, or the one that is has come to where it is held.
+
+    And before that until all that was answered is folded.
+    """
+    await service.settled()
     busy = service._runs._snapshots._busy
 
     def wait() -> None:

@@ -117,6 +117,7 @@ async def test_a_budget_is_predicted_once_however_often_it_is_extended(calls: An
                 calls.extend(first.allocation_id, f"kept-{k}", keep_outstanding=True)
             )
         await service.extend(calls.extend(first.allocation_id, "lost"))
+        await service.settled()
         assert sum(e.outlook.rollouts for e in divided if e.outlook) == 32
 
 

@@ -16,6 +16,7 @@ from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import loaded
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.errors import Busy, FailedPrecondition
+from knapsack_scheduler.idorder import IdOrder
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.loaded import LoadedRun
@@ -143,6 +144,7 @@ async def test_a_rewind_to_what_is_compacted_meanwhile_is_refused(
 
     async def step(service: SchedulerService, number: int) -> None:
         await soon(service.report(calls.own_report(["a"], [[1.0]], number)))
+        await service.settled()
         await asyncio.to_thread(service._runs._snapshots._thread.submit(lambda: None).result)
 
     async with open_service(url, retention=Retention(4, 10**9, 2)) as service:
@@ -184,6 +186,24 @@ async def test_loading_runs_keeps_no_thread_from_the_others(
         assert not any(call.done() for call in loading)
         gate.open()
         assert [(await call).run_id for call in loading] == names
+
+
+async def test_sorting_many_prompts_for_a_list_does_not_hold_the_run(
+    service: SchedulerService, calls: Any, monkeypatch: Any, gate: Gate
+) -> None:
+    """Whoever looks at the statistics of a million prompts costs the trainer no step."""
+    ids = [f"prompt-{number * 7919 % 6007:04}" for number in range(6007)]
+    await service.report(calls.own_report(ids, [[1.0]] * len(ids)))
+    slow = gate.before(IdOrder.extended, lambda order, _ids: order.rows.size == 0)
+    monkeypatch.setattr(IdOrder, "extended", slow)
+    request = pb.ListPromptStatsRequest(run_id="run", page_size=5)
+    listing = asyncio.ensure_future(service.list_prompt_stats(request))
+    await gate.reached()
+    made = await soon(service.allocate(calls.allocate(["prompt-0000-a", "b"], step=1)))
+    await soon(service.report(calls.report(made.allocation_id, [[1.0], [0.0]])))
+    gate.open()
+    page = await soon(listing)
+    assert page.prompt_ids == sorted([*ids, "prompt-0000-a", "b"])[:5]
 
 
 async def test_a_store_that_stalls_is_read_and_refuses_what_it_cannot_write(
@@ -314,6 +334,7 @@ async def test_a_run_takes_about_the_memory_that_is_counted_for_it(calls: Any) -
                 made = await service.allocate(calls.allocate(ids[:2000], 4000, step))
                 await service.report(calls.report(made.allocation_id, [[1.0]] * 2000))
             del made
+            await service._runs.settled()
             gc.collect()
             used, _ = tracemalloc.get_traced_memory()
         finally:

@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc
 import pytest
+import sqlalchemy as sa
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
@@ -261,3 +262,29 @@ async def test_rewinds_race_reports_on_other_replicas_while_the_database_restart
                 assert again == before or again.ignored_rollouts == len(report.rewards)
             page = await fresh.list_prompt_stats(pb.ListPromptStatsRequest(run_id="run"))
             assert sum(page.total_rollouts) == rollouts > 0
+
+
+async def test_a_replica_that_hangs_with_runs_locked_holds_up_no_other_run(postgres, calls) -> None:
+    """Each call of a locked run takes a thread until it is refused; there are more of them."""
+    store = postgres.new_store()
+    locked = [f"run-{number}" for number in range(6)]
+    async with open_service(store) as service:
+        for calls.run_id in (*locked, "free"):
+            await service.create_run(pb.CreateRunRequest(run_id=calls.run_id))
+            await service.allocate(calls.allocate())
+        hanging = sa.create_engine(store.replace("postgresql:", "postgresql+psycopg:"))
+        with hanging.begin() as connection:
+            connection.execute(
+                sa.text("SELECT 1 FROM runs WHERE run_id LIKE 'run-%' FOR UPDATE")
+            ).all()
+            waiting = []
+            for calls.run_id in locked:
+                waiting.append(asyncio.ensure_future(service.allocate(calls.allocate(step=1))))
+            count = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            while await asyncio.to_thread(postgres.sql, count) != "6":
+                assert not any(call.done() for call in waiting)
+            calls.run_id = "free"
+            assert (await service.allocate(calls.allocate(step=1))).step == 1
+            assert not any(call.done() for call in waiting)
+        hanging.dispose()
+        assert [(await call).step for call in waiting] == [1] * 6

@@ -139,6 +139,8 @@ def test_health_reflection_and_pages(start_scheduler, calls) -> None:
     stub.CreateRun(pb.CreateRunRequest(run_id="<b>run"))
     allocation = stub.Allocate(calls.allocate())
     stub.Report(calls.report(allocation.allocation_id, [[1.0, 0.0], [0.0]]))
+    # Answered once the report is told of.
+    stub.GetRun(pb.GetRunRequest(run_id=calls.run_id))
     admin = scheduler.addresses["admin"]
     assert get(admin, "/healthz") == (200, "ok\n")
     assert get(admin, "/readyz") == (200, "ok\n")

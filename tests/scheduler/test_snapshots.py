@@ -20,6 +20,7 @@ from hypothesis.extra import numpy as hnp
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.errors import FailedPrecondition, NotFound, SchedulerError, StoreUnavailable
+from knapsack_scheduler.idorder import IdOrder
 from knapsack_scheduler.journal.columns import (
     ColumnsDamaged,
     decode,
@@ -69,15 +70,18 @@ def trimmed(state: RunState) -> RunState:
     """Return the state without the room that its columns keep for more, nor its caches."""
     same = RunState(state.config)
     same.__dict__.update(state.__dict__)
-    size = len(same.prompt_ids)
+    size = len(state.prompt_ids)
     same._keys = same._keys[:size]
     same._sums = same._sums[:, :size]
     same._bands = same._bands[:size]
     # Of these only what they answer counts, not how much more they remember.
     for name in ("_visited", "_revisited"):
         setattr(same, name, getattr(state, name).newest(1024, state._visits, state._keys))
-    same._sorted = same._prior = same._drift = None
+    same._prior = same._drift = None
+    same._order = IdOrder()
     same._looked_up = ((), 0, np.zeros(0, np.int64))
+    # How ids are found depends on the order in which they came, and on the process.
+    same._places = (state.prompt_ids, state.rows_of(tuple(state.prompt_ids)))
     return same
 
 
@@ -86,8 +90,9 @@ def loaded(service: SchedulerService) -> Any:
     return service._runs._loaded["run"]
 
 
-def settle(service: SchedulerService) -> None:
-    """Wait for the snapshot under way."""
+async def settle(service: SchedulerService) -> None:
+    """Wait until all that was answered is folded, and for the snapshot under way."""
+    await service.settled()
     service._runs._snapshots._thread.submit(lambda: None).result(60)
 
 
@@ -111,6 +116,7 @@ async def lived(service: SchedulerService, calls: Any, steps: int) -> None:
     late = await service.allocate(calls.allocate(["lost"], 4, steps))
     await service.rewind_run(calls.rewind(steps - 1))
     await service.report(calls.report(late.allocation_id, [[1.0]]))
+    await service.settled()
 
 
 async def test_a_state_from_columns_is_the_state(calls) -> None:
@@ -128,10 +134,11 @@ async def test_a_state_from_columns_is_the_state(calls) -> None:
             for name in _fields(fresh)
             if not differences(getattr(fresh, name), getattr(again, name))
         ]
-        assert same == ["config", "discounts", "_looked_up", "_sorted"]
+        assert same == ["config", "discounts", "_looked_up", "_order"]
         # What is frozen does not change with the state.
         await lived(service, calls, 9)
         await service.report(calls.own_report(["prompt-1-é", "new"], [[1.0], [0.0]], 20))
+        await service.settled()
         late = RunState.from_columns(state.config, decode(encode(frozen())))
         assert differences(trimmed(late), trimmed(again)) == []
         assert differences(trimmed(state), trimmed(again)) != []
@@ -221,7 +228,7 @@ class Twins:
                 answers.append(answer)
             except SchedulerError as error:
                 answers.append((type(error), str(error)))
-            settle(service)
+            await settle(service)
         assert answers[0] == answers[1], (method, request)
         self.made.append((method, request, step))
         return answers[0]
@@ -318,7 +325,7 @@ class Twins:
     async def restart(self) -> None:
         """Forget what is in memory."""
         for service in self.services:
-            settle(service)
+            await settle(service)
             service._runs._loaded.clear()
 
     async def compare(self) -> None:
@@ -386,7 +393,7 @@ async def test_memory_and_disk_of_a_long_run_are_bounded(tmp_path: Path, calls) 
             await service.report(calls.report(answer.allocation_id, [[1.0], [0.0]]))
             if step % 20 == 19:
                 await service.rewind_run(calls.rewind(step - 3))
-            settle(service)
+            await settle(service)
             run = loaded(service)
             with service._journal.reading("run") as reading:
                 seen.append(
@@ -472,7 +479,7 @@ async def compacted(tmp_path: Path, calls) -> str:
         for step in range(30):
             answer = await service.allocate(calls.allocate(["a", "b"], 8, step, f"allocate-{step}"))
             await service.report(calls.report(answer.allocation_id, [[1.0], [0.0]]))
-            settle(service)
+            await settle(service)
     return url
 
 

@@ -210,4 +210,22 @@ def test_many_prompts_are_found_and_sorted_as_few_are() -> None:
         state.fold(OutcomesReported("", step, some, 0, rewards, False))
     for each in (state, RunState.from_columns(state.config, state.columns())):
         assert each.rows_of(ids[::-1]).tolist() == list(range(len(ids)))[::-1]
-        assert each.sorted_prompts() == sorted((p, row) for row, p in enumerate(ids))
+        assert each.prompts_after("", 10**6).tolist() == sorted(
+            range(len(ids)), key=ids.__getitem__
+        )
+
+
+@given(st.lists(st.lists(st.text("abé", min_size=1, max_size=3), max_size=6), max_size=6))
+def test_prompts_are_listed_in_order_as_they_are_added(batches: list[list[str]]) -> None:
+    """Those with an outcome, from any id on; what was added since is sorted in."""
+    state, seen = RunState(RunConfig()), set()
+    for step, batch in enumerate(batches):
+        ids = tuple(batch)
+        # Of the first only, so that some prompts are known and have no outcome.
+        some = min(len(ids), 1)
+        rewards = Rewards(np.zeros(some, np.int64), np.ones(some, np.float32), None)
+        state.fold(OutcomesReported("", step, ids, 0, rewards, False))
+        seen.update(ids[:1])
+        for after in ("", "a", "b", "é"):
+            listed = [state.prompt_ids[row] for row in state.prompts_after(after, 3)]
+            assert listed == sorted(p for p in seen if p > after)[:3]

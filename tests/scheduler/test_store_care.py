@@ -41,6 +41,7 @@ async def store(tmp_path: Path, calls) -> str:
             await service.report(calls.report(answer.allocation_id, [[1.0], [0.0]]))
             if step % 9 == 8:
                 await service.rewind_run(calls.rewind(step - 2))
+            await service.settled()
             service._runs._snapshots._thread.submit(lambda: None).result(30)
     return url
 

@@ -132,6 +132,8 @@ async def test_everything_asked_arrives(scripted: Any, make: Make) -> None:
     extended = scripted.scheduler.calls[-1][1]
     assert (extended.allocation_id, extended.request_id) == ("a0", "more")
     assert (extended.wave_fraction, extended.keep_outstanding) == (0.25, True)
+    await client.allocate(IDS, 8, 6, waves=2)
+    assert scripted.scheduler.calls[-1][1].waves == 2
 
 
 @pytest.mark.parametrize("code", HARMLESS)
@@ -308,6 +310,8 @@ async def test_wrong_arguments_raise_with_or_without_scheduler(scripted: Any, ma
         (lambda: client.allocate(IDS, 8, 0, min_rollouts=3, max_rollouts=2), "min_rollouts"),
         (lambda: client.allocate(IDS, 8, 0, wave_fraction=1.5), "wave_fraction"),
         (lambda: client.allocate(IDS, 8, 0, wave_fraction=math.nan), "wave_fraction"),
+        (lambda: client.allocate(IDS, 8, 0, waves=3), "waves"),
+        (lambda: client.allocate(IDS, 8, 0, wave_fraction=0.5, waves=2), "wave_fraction"),
         (lambda: client.extend(allocation, wave_fraction=-1), "wave_fraction"),
         (lambda: client.extend("a0"), "allocation"),  # type: ignore[arg-type]
         (lambda: client.report(allocation, [[1]] * 3), "rewards = '3 groups'"),

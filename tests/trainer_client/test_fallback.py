@@ -55,7 +55,8 @@ def asks(draw: st.DrawFn, least: int = 0, unique: bool = False) -> AllocationAsk
     high = [a + b for a, b in zip(low, room, strict=True)]
     total = draw(st.integers(sum(low), sum(high)))
     fraction = draw(st.sampled_from([0.0, 0.3, 0.5, 1.0]))
-    return AllocationAsk(tuple(ids), total, 0, tuple(low), tuple(high), fraction)
+    waves = draw(st.sampled_from([0, 2])) if fraction == 0.0 else 0
+    return AllocationAsk(tuple(ids), total, 0, tuple(low), tuple(high), fraction, waves=waves)
 
 
 @given(ask=asks())

@@ -161,7 +161,7 @@ def test_a_stream_resumes_where_it_was(client: BudgetClient) -> None:
 
 def test_a_window_that_could_not_be_planned_is_planned_again(scripted: Any, until: Any) -> None:
     """No prompt is lost where the scheduler does not answer and calls raise."""
-    with BudgetClient(scripted.address, "again", timeout=0.5, on_unavailable="raise") as client:
+    with BudgetClient(scripted.address, "again", timeout=5.0, on_unavailable="raise") as client:
         stream = PromptStream(client, "abcd", prompt_id=str, window=2, rollouts_per_prompt=2)
         taken = [stream.take(), stream.take()]
         scripted.stop()

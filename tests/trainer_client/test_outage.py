@@ -240,7 +240,8 @@ def test_two_trainings_of_one_run_are_told(
 ) -> None:
     """A rewind by another client says so at the first report that it costs; its own does not."""
     address = shared_scheduler.address
-    with BudgetClient(address, "twice") as first, BudgetClient(address, "twice") as second:
+    first, second = (BudgetClient(address, "twice", timeout=PATIENCE) for _ in range(2))
+    with first, second:
         before = first.allocate(IDS, 12, 3)
         first.rewind(2)
         assert first.report(before, [[1.0] * 2] * 6).ignored_rollouts == 12

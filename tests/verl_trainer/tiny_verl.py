@@ -28,6 +28,7 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSync
 from verl.workers.rollout.replica import TokenOutput
 
 from knapsack_trainer_client import AsyncRolloutClient
+from knapsack_trainer_client.integrations.verl_rewards import split_key
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MEAN = 4
@@ -348,10 +349,12 @@ def read_batch(batch: Any) -> dict[str, Any]:
         partition_id=batch.partition_id,
         select_fields=["uid", "index", "rm_scores", "advantages", "response_mask"],
     )
+    uids = [str(uid) for uid in data["uid"]]
+    assert uids == [split_key(key)[0] for key in keys], (batch.keys, batch.tags, uids)
     masks = [mask.bool() for mask in data["response_mask"]]
     firsts = [float(row[mask][0]) for row, mask in zip(data["advantages"], masks, strict=True)]
     return {
-        "uid": [str(uid) for uid in data["uid"]],
+        "uid": uids,
         "index": [int(i) for i in data["index"]],
         "rewards": [float(row.sum()) for row in data["rm_scores"]],
         "advantages": firsts,

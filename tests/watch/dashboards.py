@@ -86,6 +86,11 @@ def problems(
     return found
 
 
+def chosen_first(dashboard: Json, prometheus: str) -> dict[str, str]:
+    """Return the values of variables that Grafana chooses first: of lists with all, all."""
+    return _variables(dashboard, prometheus, {}, json.dumps(panels(dashboard)), [])
+
+
 def unparsed(dashboard: Json, prometheus: str, only: Callable[[Json], bool]) -> list[str]:
     """Return the queries that Prometheus cannot read; says nothing of whether there is data."""
     found = []
@@ -120,7 +125,7 @@ def _variables(
             found.append(f"{dashboard['title']}, variable {name}: no values of {label} in {match}")
             continue
         everything = variable["includeAll"]
-        values.setdefault(name, variable["allValue"] if everything else answer["data"][0])
+        values.setdefault(name, "|".join(answer["data"]) if everything else answer["data"][0])
         if not everything and values[name] not in answer["data"]:
             found.append(f"{dashboard['title']}, variable {name}: {values[name]} is no choice")
     return values

@@ -270,6 +270,16 @@ def stalled_generation(program: Program, stage: Stage) -> None:
     asking.join()
 
 
+def missing_replicas(program: Program, stage: Stage) -> None:
+    """A generation server one of whose two replicas never starts; in the end neither does."""
+    for _ in stage.until("KnapsackReplicasMissing"):
+        pass
+    program.send(signal.SIGUSR1)
+    for _ in stage.until("KnapsackNoReplica"):
+        pass
+    program.end()
+
+
 Scenario = Callable[[Program, Stage], None]
 SCHEDULERS: dict[str, tuple[Sequence[Scenario], Sequence[str]]] = {
     "sick": ((sick_runs, wrong_calls), ()),
@@ -282,6 +292,7 @@ SCHEDULERS: dict[str, tuple[Sequence[Scenario], Sequence[str]]] = {
 GENERATORS: dict[str, tuple[Scenario, Sequence[str]]] = {
     "failing": (failing_generation, ("--fail-every=8",)),
     "stalled": (stalled_generation, ("--hold",)),
+    "shrunken": (missing_replicas, ("--missing",)),
 }
 
 

@@ -28,7 +28,7 @@ def prometheus(
     """Address of a Prometheus that has watched a training and its generation for a while."""
     folder = tmp_path_factory.mktemp("watched")
     served = begin(scheduler("scheduler", folder))
-    generating = begin(generator("generator", folder, "--fail-every=20"))
+    generating = begin(generator("generator", folder, "--fail-every=20", "--lose-every=40"))
     watching = Prometheus(
         folder / "prometheus",
         {
@@ -60,6 +60,7 @@ def prometheus(
             and seen("increase(knapsack_genserver_wave_tail_ratio_count[1m]) > 3")
             and seen("count_over_time(knapsack_scheduler_judged_groups_total[1m]) > 5")
             and seen("increase(knapsack_genserver_weight_update_seconds_count[1m]) > 1")
+            and seen("increase(knapsack_genserver_redone_rollouts_total[1m]) > 1")
         ),
         "the workload has been scraped",
         300,
@@ -114,6 +115,15 @@ def test_queries_of_vllm_can_be_read(prometheus: str) -> None:
     generation = dashboards.load("generation")
     assert sum(map(dashboards.is_vllm, dashboards.panels(generation))) >= 6
     assert dashboards.unparsed(generation, prometheus, dashboards.is_vllm) == []
+
+
+def test_processes_of_others_are_not_shown(prometheus: str) -> None:
+    """Of what every program has, such as its memory, a dashboard shows that of its own."""
+    service = dashboards.load("service")
+    values = dashboards.chosen_first(service, prometheus)
+    assert (values["job"], values["instance"].count(":")) == ("knapsack-scheduler", 1)
+    everybody = get_json(f"{prometheus}/api/v1/query", query="process_resident_memory_bytes")
+    assert len(everybody["data"]["result"]) == 2
 
 
 def test_mistakes_are_found(prometheus: str) -> None:

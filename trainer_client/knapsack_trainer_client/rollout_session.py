@@ -1,7 +1,7 @@
 """Rollouts asked for wave by wave, and groups that are stopped when they have said enough.
 
 with rollouts.session(max_tokens=512, seed=step) as session:
-    allocation = budget.allocate(prompt_ids, 2048, step=step, wave_fraction=0.5)
+    allocation = budget.allocate(prompt_ids, 2048, step=step, waves=2)
     session.add(allocation.num_rollouts, prompts)
     while True:
         wave = session.collect()

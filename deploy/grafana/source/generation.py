@@ -131,8 +131,8 @@ _FLOW = [
         "Calls that did not end well",
         "Calls per second that did not end as OK.",
         "reqps",
-        [query(_rate("calls_total", "method, code", ', code!="OK"') + " or "
-               + _rate("calls_total", "method, code", ', code="OK"') + " * 0",
+        [query(_rate("calls_total", "method, code", ', code!="OK"') + " or label_replace("
+               + _rate("calls_total", "method") + ' * 0, "code", "other than OK", "", "")',
                "{{method}} {{code}}")],
     ),
 ]  # fmt: skip
@@ -192,6 +192,37 @@ _WEIGHTS = [
         "none",
         [query(f"{_G}weight_version{{{_AT}}}", "{{instance}}")],
         minimum=None,
+    ),
+]
+
+_REPLICAS = [
+    timeseries(
+        "Replicas",
+        """Copies of the model that generate, and that there should be. Those that are lost are
+        started again; `knapsack-genserver replicas` says why one does not serve.""",
+        "none",
+        [
+            query(f"sum({_G}replicas{{{_AT}}})", "serve"),
+            query(f"sum({_G}wanted_replicas{{{_AT}}})", "wanted"),
+        ],
+        dashed=("wanted",),
+        colours={"wanted": "#8e9aaf"},
+    ),
+    timeseries(
+        "Rollouts by replica",
+        "That each holds. One that stays full while others are empty is what a step waits for.",
+        "short",
+        [query(f"{_G}replica_running_rollouts{{{_AT}}}", "{{instance}} {{replica}}")],
+    ),
+    timeseries(
+        "Lost, and made anew",
+        """Replicas lost in an hour, and rollouts per second asked for anew because a replica was
+        lost or failed with them. They are paid for twice, and arrive once.""",
+        "short",
+        [
+            query(f"sum(increase({_G}replica_losses_total{{{_AT}}}[1h]))", "replicas in an hour"),
+            query(_rate("redone_rollouts_total"), "rollouts per second"),
+        ],
     ),
 ]
 
@@ -279,6 +310,8 @@ def build() -> Json:
             *_TAIL,
             row("Weights"),
             *_WEIGHTS,
+            row("Replicas"),
+            *_REPLICAS,
             row("vLLM"),
             *_ENGINE,
         ],

@@ -316,7 +316,7 @@ def label_variable(
         "sort": 1,
     }
     if everything:
-        variable["allValue"] = ".+"
+        # All of those listed, not all that there is: metrics of processes are everybody's.
         variable["current"] = {"selected": True, "text": ["All"], "value": ["$__all"]}
     return variable
 

@@ -74,7 +74,7 @@ def first_wave(
     if total == 0 or not most.any():
         return bounds.minimum.copy(), 0.0
     states, of = _states(posterior)
-    smallest = max(int(least.min()), 1)
+    smallest = min(max(int(least.min()), 1), _FURTHEST)
     plans = _Plans.of(objective, *states, smallest, min(int(most.max()), _FURTHEST))
     best, price = bounds.minimum.copy(), 0.0
     closest = np.inf

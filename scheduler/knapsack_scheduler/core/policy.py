@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from knapsack_scheduler.core.catalogue import find_objective
+from knapsack_scheduler.core.catalogue import POINTWISE, find_objective
 from knapsack_scheduler.core.chains import Marginals
 from knapsack_scheduler.core.costs import divide_within
 from knapsack_scheduler.core.firstwave import first_wave
-from knapsack_scheduler.core.many import divide_alike
-from knapsack_scheduler.core.moments import AllAlike
-from knapsack_scheduler.core.objective import EFFECTIVE, Objective, Rule, expected_values
+from knapsack_scheduler.core.knapsack import Solution
+from knapsack_scheduler.core.many import MANY_PROMPTS, divide_alike
+from knapsack_scheduler.core.multiples import divide_states
+from knapsack_scheduler.core.objective import EFFECTIVE, Objective, Rule
 from knapsack_scheduler.core.paper import paper_sizes
 from knapsack_scheduler.core.problem import (
     Begun,
@@ -31,11 +32,14 @@ from knapsack_scheduler.core.problem import (
     FloatArray,
     InfeasibleBudget,
     IntArray,
+    KeyArray,
     Posterior,
     Reasons,
     WaveOutcomes,
 )
+from knapsack_scheduler.core.states import States, find_states
 from knapsack_scheduler.core.ties import fill_lowest
+from knapsack_scheduler.core.worth import Worth
 
 POLICIES = ("posterior", "uniform", "paper")
 """The rules that divide a budget."""
@@ -205,7 +209,10 @@ def _plan(
 ) -> Decision:
     """Return the decision; ``planned`` are the sizes and the price where these are known."""
     objective = find_objective(objective_name)
-    problem = _problem(objective, beliefs, bounds, begun, forced)
+    states = None
+    if wanted.tokens is None and objective_name in POINTWISE:
+        states = _alike(beliefs.posterior, bounds, begun)
+    problem = _problem(objective, beliefs, bounds, begun, forced, states)
     chosen = problem if policy == "posterior" else problem.levelled()
     if policy not in POLICIES:
         raise ValueError(f"policy = {policy!r}: must be one of {', '.join(POLICIES)}")
@@ -232,7 +239,7 @@ def _plan(
     if wanted.tokens is None:
         left = max(budget.total_rollouts - int(begun.size.sum()), 0)
         unallocated = left - allocated - remaining
-    worth = _Worth.of(objective, beliefs.posterior, begun)
+    worth = Worth.of(objective, beliefs.posterior, begun, states)
     chances, value = worth.of_wave(new)
     level = fill_lowest(
         problem.size, problem.size + problem.room, int(given.sum()), beliefs.tie_keys
@@ -249,16 +256,23 @@ def _plan(
 
 @dataclass(frozen=True, slots=True)
 class _Problem:
-    """What is left to divide after the bounds have forced their part."""
+    """What is left to divide after the bounds have forced their part.
+
+    Attributes:
+        marginals: of each position, or of each state.
+        size, room, pairs: of each position, as in ``knapsack.divide``.
+        states: which positions are alike; None where that is not known.
+    """
 
     marginals: Marginals
     size: IntArray
     room: IntArray
     pairs: BoolArray | None
+    states: States | None
 
     def levelled(self) -> _Problem:
         """Return the problem in which nothing gains anything, so that ties decide."""
-        nobody = np.zeros(self.size.shape, np.bool_)
+        nobody = np.zeros(len(self.marginals), np.bool_)
         return replace(self, marginals=self.marginals.only(nobody))
 
     def exactly(self, beliefs: Beliefs, rollouts: int, wanted: _Wanted) -> tuple[IntArray, float]:
@@ -270,15 +284,29 @@ class _Problem:
         attempts += [rollouts - 1] if rollouts > 0 and (wanted.partial or spare > 0) else []
         for attempt in attempts:
             try:
-                solution = divide_alike(
-                    self.marginals, self.size, self.room, attempt, beliefs.tie_keys, self.pairs
-                )
+                solution = self._divided(attempt, beliefs.tie_keys)
             except InfeasibleBudget:
                 if attempt == attempts[-1]:
                     raise
             else:
                 return solution.num_rollouts, solution.price
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _divided(self, rollouts: int, tie_keys: KeyArray) -> Solution:
+        if self.states is None:
+            return divide_alike(
+                self.marginals, self.size, self.room, rollouts, tie_keys, self.pairs
+            )
+        rows = self.states.rows
+        return divide_states(
+            self.marginals,
+            self.size[rows],
+            self.room[rows],
+            rollouts,
+            self.states,
+            tie_keys.__getitem__,
+            None if self.pairs is None else self.pairs[rows],
+        )
 
     def within_tokens(
         self, beliefs: Beliefs, tokens: float, most_rollouts: int | None
@@ -298,19 +326,40 @@ class _Problem:
         return solution.num_rollouts, solution.price, solution.upper_bound - solution.gain
 
 
+def _alike(posterior: Posterior, bounds: Bounds, begun: Begun) -> States | None:
+    """Return which new groups are alike in all that decides; None if few are.
+
+    None too where a group is begun or rewards have levels, which seldom leaves many alike.
+    """
+    if posterior.levels is not None or posterior.alpha.size < MANY_PROMPTS or begun.size.any():
+        return None
+    of_bounds = [each for each in (bounds.minimum, bounds.maximum) if (each != each[0]).any()]
+    return find_states([posterior.alpha, posterior.beta, *of_bounds])
+
+
 def _problem(
-    objective: Rule, beliefs: Beliefs, bounds: Bounds, begun: Begun, forced: IntArray
+    objective: Rule,
+    beliefs: Beliefs,
+    bounds: Bounds,
+    begun: Begun,
+    forced: IntArray,
+    states: States | None,
 ) -> _Problem:
-    marginals = objective.conditional(beliefs.posterior, begun)
-    fresh = begun.size == 0
-    # Marginals of a new group begin at its second rollout, those of others at the next.
-    marginals = marginals.advanced(np.where(fresh, np.maximum(forced - 1, 0), forced))
     size = begun.size + forced
     room = np.maximum(bounds.most - size, 0)
     pairs = (size == 0) & (room >= 2)
+    posterior, fresh, maximum = beliefs.posterior, begun.size == 0, bounds.maximum
+    if states is not None:
+        rows = states.rows
+        posterior = Posterior(posterior.alpha[rows], posterior.beta[rows])
+        begun = Begun.nothing(rows.size)
+        fresh, maximum, forced = fresh[rows], maximum[rows], forced[rows]
+    marginals = objective.conditional(posterior, begun)
+    # Marginals of a new group begin at its second rollout, those of others at the next.
+    marginals = marginals.advanced(np.where(fresh, np.maximum(forced - 1, 0), forced))
     # A lone rollout cannot differ from anything.
-    marginals = marginals.only(~fresh | (bounds.maximum >= 2))
-    return _Problem(marginals, size, room, pairs if pairs.any() else None)
+    marginals = marginals.only(~fresh | (maximum >= 2))
+    return _Problem(marginals, size, room, pairs if pairs.any() else None, states)
 
 
 def effective_chances(posterior: Posterior, begun: Begun, new: IntArray) -> FloatArray:
@@ -321,51 +370,7 @@ def effective_chances(posterior: Posterior, begun: Begun, new: IntArray) -> Floa
         begun: what the groups had before.
         new: rollouts given to each, int64[M].
     """
-    return _Worth.of(EFFECTIVE, posterior, begun).of_wave(new)[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Worth:
-    """What whole groups are worth by the new rollouts that they may get.
-
-    Attributes:
-        alike: of the posterior; None where rewards have levels.
-    """
-
-    objective: Rule
-    posterior: Posterior
-    begun: Begun
-    alike: AllAlike | None
-
-    @classmethod
-    def of(cls, objective: Rule, posterior: Posterior, begun: Begun) -> _Worth:
-        alike = AllAlike(posterior.alpha, posterior.beta) if posterior.levels is None else None
-        return cls(objective, posterior, begun, alike)
-
-    def of_wave(self, new: IntArray) -> tuple[FloatArray, float]:
-        """Return the chance that each group is effective, and the value of all."""
-        further = self.begun.outstanding + new
-        alike = self._all_alike(further)
-        chances = self._values(EFFECTIVE, further, alike)
-        if self.objective is EFFECTIVE:
-            return chances, float(chances.sum())
-        return chances, float(self._values(self.objective, further, alike).sum())
-
-    def total(self, new: IntArray) -> float:
-        """Return the value of all groups."""
-        further = self.begun.outstanding + new
-        alike = self._all_alike(further)
-        return float(self._values(self.objective, further, alike).sum())
-
-    def _all_alike(self, further: IntArray) -> tuple[FloatArray, FloatArray] | None:
-        return None if self.alike is None else self.alike.after(further)
-
-    def _values(
-        self, rule: Rule, further: IntArray, alike: tuple[FloatArray, FloatArray] | None
-    ) -> FloatArray:
-        if isinstance(rule, Objective) and alike is not None:
-            return expected_values(rule, self.posterior, self.begun, further, alike)
-        return rule.values(self.posterior, self.begun, further)
+    return Worth.of(EFFECTIVE, posterior, begun).of_wave(new)[0]
 
 
 def _reasons(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from knapsack_scheduler.core.distinct import distinct
 from knapsack_scheduler.core.elementary import exp, log
 from knapsack_scheduler.core.problem import FloatArray, IntArray
 
@@ -111,13 +112,8 @@ def believed(
 def _different(passed: IntArray, failed: IntArray) -> tuple[tuple[IntArray, IntArray], IntArray]:
     """Return the different pairs of units, and which of them each position has, int64[M]."""
     width = _MOST * _UNITS + 1
-    pairs = passed * width + failed
-    seen = np.zeros(width * width, np.bool_)
-    seen[pairs] = True
-    different = np.flatnonzero(seen)
-    number = np.empty(seen.shape, np.int64)
-    number[different] = np.arange(different.size)
-    return (different // width, different % width), number.take(pairs)
+    different, which = distinct(passed * width + failed, width * width)
+    return (different // width, different % width), which
 
 
 def _moments(

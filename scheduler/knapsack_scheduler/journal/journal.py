@@ -66,6 +66,7 @@ class Journal:
         self._file_lock = FileLock(self._file) if self._file and not read_only else None
         self._read_only = read_only
         self._presence: Presence | None = None
+        self._writer: sa.Connection | None = None
         # SQLite has one writer; waiting here is fairer than its busy handler.
         self._one: AbstractContextManager[object] = OneWriter() if self._sqlite else nullcontext()
 
@@ -101,7 +102,7 @@ class Journal:
                     with self._engine.begin() as connection:
                         connection.execute(sa.update(runs).where(sa.false()).values(last_seq=0))
                     self._presence = Presence(self._file) if self._file else None
-        except (SQLAlchemyError, OSError, CommandError) as error:
+        except (SQLAlchemyError, self._driver.Error, OSError, CommandError) as error:
             self.close()
             raise ConfigError(
                 f"store = {self._shown!r}: cannot be opened: {_cause(error)}"
@@ -115,6 +116,8 @@ class Journal:
 
     def close(self) -> None:
         """Close every connection and release the file."""
+        if self._writer is not None:
+            self._writer.close()
         if self._reading_engine is not None:
             self._reading_engine.dispose()
         self._engine.dispose()
@@ -129,11 +132,23 @@ class Journal:
             StoreUnavailable: nothing was stored, or it is not known whether it was.
         """
         with self._named_errors(), self._one:
-            with self._engine.begin() as connection:
+            with self._begun() as connection:
                 yield connection
             # Not before: what is answered is in a file that will be found again.
             if self._presence is not None:
                 self._presence.check()
+
+    @contextmanager
+    def _begun(self) -> Iterator[sa.Connection]:
+        if not self._sqlite:
+            with self._engine.begin() as connection:
+                yield connection
+            return
+        # SQLAlchemy's own part of the one connection there is takes time to make.
+        if self._writer is None or self._writer.invalidated:
+            self._writer = self._engine.connect()
+        with self._writer.begin():
+            yield self._writer
 
     @contextmanager
     def _view(self) -> Iterator[sa.Connection]:

@@ -151,6 +151,8 @@ def _run(options: argparse.Namespace, argv: Sequence[str]) -> int:
     if len(all_results) > 1:
         overview = tables.overview_table(all_results)
         print(f"\n{overview.caption}\n\n{table_text(overview)}")
+        for sentence in tables.against_oracle(all_results):
+            print(f"\n{_wrapped(sentence)}")
     command = "knapsack-rl simulate " + shlex.join(argv)
     if options.report:
         _write_page(options.report, all_results, command)
@@ -188,6 +190,7 @@ def _write_page(path: Path, all_results: Sequence[Results], command: str) -> Non
         sections.append(
             Section(
                 "All scenarios",
+                tables.against_oracle(all_results),
                 tables=[tables.overview_table(all_results)],
                 figures=[simulate_plots.overview(all_results)],
             )

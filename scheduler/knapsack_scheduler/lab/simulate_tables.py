@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from knapsack_scheduler.lab.arms import BASELINE
+from knapsack_scheduler.lab.arms import BASELINE, ORACLE
 from knapsack_scheduler.lab.intervals import LEVEL, Interval
 from knapsack_scheduler.lab.measures import (
     ALL,
@@ -32,6 +32,9 @@ LEGEND = (
 """Under the table on the terminal; goes on with ``certainty``."""
 
 _NONE = "-"
+
+_FEW = 0.5
+"""Effective group rate of uniform below which knowing the success rates is worth most."""
 
 
 def heading(results: Results) -> str:
@@ -149,7 +152,7 @@ def overview_table(all_results: Sequence[Results]) -> Table:
     arms = [arm.name for arm in all_results[0].arms if arm.name != BASELINE]
     rows = []
     for results in all_results:
-        window = LATER if LATER in results.windows else ALL
+        window = _window(results)
         rows.append(
             [results.scenario.name, *(difference(results, arm, window) for arm in arms)],
         )
@@ -158,6 +161,41 @@ def overview_table(all_results: Sequence[Results]) -> Table:
         rows,
         f"Value against uniform after the first epoch, % ({_sure(all_results[0])}).",
     )
+
+
+def against_oracle(all_results: Sequence[Results]) -> list[str]:
+    """Return in sentences on how many scenarios each arm is worth what the oracle is.
+
+    Where few groups of uniform are effective, only the oracle can tell which prompts are
+    worth the rollouts before they are spent, so that those scenarios are also counted alone.
+    """
+    if ORACLE not in {arm.name for arm in all_results[0].arms}:
+        return []
+    hard = [r for r in all_results if r.level(BASELINE, GROUP_RATE, _window(r)).mean < _FEW]
+    said = [f"Worth at least what the oracle is, {_reached(all_results)}."]
+    if 0 < len(hard) < len(all_results):
+        said.append(
+            f"Where less than {_FEW:.0%} of uniform's groups are effective, {_reached(hard)}."
+        )
+    return said
+
+
+def _reached(all_results: Sequence[Results]) -> str:
+    counts = []
+    for arm in all_results[0].arms:
+        if arm.name in (BASELINE, ORACLE):
+            continue
+        gains = [
+            [r.against_uniform(name, VALUE, _window(r)).mean for name in (arm.name, ORACLE)]
+            for r in all_results
+        ]
+        counts.append(f"{arm.name} {sum(mine >= best for mine, best in gains)}")
+    return f"of {_count(len(all_results), 'scenario')}: {', '.join(counts)}"
+
+
+def _window(results: Results) -> str:
+    """Return the steps that scenarios are compared over: after the first epoch if there are."""
+    return LATER if LATER in results.windows else ALL
 
 
 def verdicts(results: Results) -> list[str]:

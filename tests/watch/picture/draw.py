@@ -103,7 +103,7 @@ def sped_up(folder: Path) -> Iterator[Json]:
     prometheus.start()
     try:
         end = START + STEPS * STEP_SECONDS
-        yield _settings(prometheus, START, end - SAMPLE_SECONDS, SAMPLE_SECONDS, "30m")
+        yield _settings(prometheus, START, end - SAMPLE_SECONDS, SAMPLE_SECONDS, window="30m")
     finally:
         prometheus.close()
 
@@ -139,20 +139,17 @@ def live(folder: Path) -> Iterator[Json]:
             stop.set()
             for work in works:
                 work.join()
-        yield _settings(prometheus, start, start + LIVE_SECONDS, 1, "1m")
+        yield _settings(prometheus, start, start + LIVE_SECONDS, 1)
 
 
-def _settings(prometheus: Prometheus, start: int, end: int, step: int, window: str) -> Json:
+def _settings(prometheus: Prometheus, start: int, end: int, step: int, **variables: str) -> Json:
     return {
         "prometheus": prometheus.url,
         "from": start,
         "to": end,
         "step": step,
         "variables": {
-            "job": ".+",
-            "instance": ".+",
-            "run": "exp1",
-            "window": window,
+            **variables,
             "__range": f"{end - start}s",
             "__rate_interval": f"{max(4 * step, 15)}s",
         },
@@ -173,13 +170,20 @@ def main() -> None:
     dashboard = dashboards.load(options.dashboard)
     # There is no vLLM here.
     dashboard["panels"] = [p for p in dashboard["panels"] if not dashboards.is_vllm(p)]
+    if dashboard["panels"][-1]["type"] == "row":
+        del dashboard["panels"][-1]
     with (
         tempfile.TemporaryDirectory() as name,
         (sped_up if is_run else live)(Path(name)) as settings,
     ):
         file = Path(name) / "settings.json"
-        shown = ["run", "window"] if is_run else []
-        file.write_text(json.dumps({**settings, "dashboard": dashboard, "shown": shown}))
+        settings["variables"] = {
+            **dashboards.chosen_first(dashboard, settings["prometheus"]),
+            **settings["variables"],
+        }
+        settings["dashboard"] = dashboard
+        settings["shown"] = ["run", "window"] if is_run else []
+        file.write_text(json.dumps(settings))
         command = ["node", HERE / "shoot.mjs", file, tool("chromium"), options.to]
         subprocess.run(command, check=True, timeout=180)
 

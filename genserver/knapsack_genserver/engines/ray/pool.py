@@ -105,10 +105,13 @@ async def _reach(address: str) -> None:
 
 def _unreachable(address: str, error: Exception | None) -> ConfigError:
     first = next(iter(str(error).splitlines()), type(error).__name__)
-    return ConfigError(
-        f"ray_address = {address!r}: cannot be joined: {first}; "
-        "ray start --head begins a cluster on this machine"
-    )
+    advice = "ray start --head begins a cluster on this machine"
+    if "No node info found" in first:
+        advice = (
+            "Ray must run on this machine, where its processes can be seen from here: in a pod "
+            "of several containers that takes shareProcessNamespace: true"
+        )
+    return ConfigError(f"ray_address = {address!r}: cannot be joined: {first}; {advice}")
 
 
 def _join(address: str) -> None:

@@ -44,6 +44,8 @@ _LOG = logging.getLogger(__name__)
 _PATIENCE = aiohttp.ClientTimeout(total=30)
 _NO_LIMIT = aiohttp.ClientTimeout(total=None, sock_connect=10)
 _GENERATE = "/inference/v1/generate"
+_FIRST_LABEL = "default"
+"""vLLM's label of the weights that it starts with, also in answers where no route names it."""
 _LARGEST_MESSAGE = 256 * 2**20
 
 
@@ -96,6 +98,8 @@ class RemoteEngine:
         self._updater: Updater | None = None
         self._model = options.model or ""
         self._root: Path | None = None
+        # Root and fingerprint of what it had when it was first seen.
+        self._first: tuple[str, str] | None = None
         self._max_tokens = 0
         self._logprobs_mode = ""
         self._labels: dict[str, int] = {}
@@ -142,11 +146,12 @@ class RemoteEngine:
         except (KeyError, TypeError, ValueError, StopIteration):
             wanted = f"model {self._options.model!r}" if self._options.model else "any model"
             raise ConfigError(f"{self._url}: does not serve {wanted} (GET /v1/models)") from None
-        others = {model for url, model in self._served.items() if url != self._url}
-        if others and name not in others:
+        known = set(self._served.values())
+        if known and name not in known:
             raise ConfigError(
-                f"{self._url}: serves {name!r}, the others serve {sorted(others)[0]!r}; if these "
-                "are one model, serve them under one name (vLLM's --served-model-name)"
+                f"{self._url}: serves {name!r}, not {sorted(known)[0]!r} as the others do or it "
+                "did before; if these are one model, serve them under one name (vLLM's "
+                "--served-model-name)"
             )
         self._served[self._url] = self._model = name
         self._root = Path(root) if root.startswith("/") else None
@@ -169,6 +174,7 @@ class RemoteEngine:
         label = body.get("weight_version") if status == 200 and isinstance(body, dict) else None
         if label is None:
             self._updater = None
+            self._labels.setdefault(_FIRST_LABEL, self._options.weight_version)
             return
         self._labels.setdefault(str(label), self._options.weight_version)
         if self._updater is None:
@@ -179,6 +185,25 @@ class RemoteEngine:
             self._logprobs_mode = str(body["vllm_config"]["model_config"]["logprobs_mode"])
         except (KeyError, TypeError):
             self._logprobs_mode = ""
+
+    async def confirm(self) -> None:
+        """Return if the server, just started, has the weights that it had the first time.
+
+        Raises:
+            Unavailable: it has others, which are not those of the version that it is said
+                to have; or it does not answer.
+        """
+        fingerprint = ""
+        if self._updater is not None:
+            fingerprint = await self._updater.fingerprint(self._call)
+        found = (str(self._root or ""), fingerprint)
+        self._first = self._first or found
+        if found != self._first:
+            raise Unavailable(
+                f"{self._url}: was restarted with other weights than version {self._version} had "
+                f"({found[0] or 'by their checksums'}); update the weights, or restart the "
+                "generation server if these are to be that version"
+            )
 
     async def close(self) -> None:
         """End all work; the server itself goes on."""

@@ -104,7 +104,7 @@ class Updater:
         start = time.perf_counter()
         try:
             await self._send(call, path, str(version))
-            fingerprint = await self._fingerprint(call)
+            fingerprint = await self.fingerprint(call)
             await self._step(call, "/resume")
         except GeneratorError as error:
             _LOG.warning("weights were not taken: %s", error)
@@ -141,8 +141,12 @@ class Updater:
             raise Unavailable(f"{self._url}: {route} answers {status}: {text[:300]}")
         return answer
 
-    async def _fingerprint(self, call: Call) -> str:
-        """Return a hash of the server's own checksums; empty if it has none."""
+    async def fingerprint(self, call: Call) -> str:
+        """Return a hash of the server's own checksums of its weights; empty if it has none.
+
+        Raises:
+            Unavailable: the server does not answer.
+        """
         status, answer = await call(
             "POST", "/weight_checker", {"action": "checksum"}, self._timeout
         )

@@ -1,0 +1,22 @@
+"""Which numbers of a small range there are, found without sorting."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from knapsack_scheduler.core.problem import IntArray
+
+
+def distinct(numbers: IntArray, below: int) -> tuple[IntArray, IntArray]:
+    """Return the different numbers, ascending, and which of them each position has, int64[M].
+
+    Args:
+        numbers: int64[M], from 0.
+        below: all of them are; a byte is looked at for each number that there could be.
+    """
+    seen = np.zeros(below, np.bool_)
+    seen[numbers] = True
+    different = np.flatnonzero(seen)
+    place = np.empty(below, np.int64)
+    place[different] = np.arange(different.size)
+    return different, place.take(numbers)
