@@ -232,6 +232,8 @@ async def bench(rounds: int) -> None:
                 else:
                     came = await client(way, server.addresses, number)
                 found[way] = _figures(way, came)
+            last = ", ".join(f"{way} {each['last']:.1f}" for way, each in found.items())
+            print(f"round {number}: seconds to the last rollout: {last}", file=sys.stderr)
             if number:
                 speeds.append(found["raw"]["tokens/s"])
                 for way in now:
