@@ -9,7 +9,7 @@
 #   make test-loops                 tinker-cookbook, and what other trainers do with unequal groups
 #   make test-watch                 metrics, dashboards and alerts on a real Prometheus
 #   make dashboards                 write the dashboards anew from their source
-#   make dashboards-picture         draw the dashboards to pictures, Run of a sped-up run
+#   make dashboards-picture         draw the Run dashboard of a sped-up run to a picture
 #   make test-vllm                  the generation server on real vLLM, on the CPU
 #   make test-ray                   replicas of the generation server on a Ray cluster
 #   make bench-vllm                 the same rollouts through gRPC, HTTP and vLLM itself
@@ -31,6 +31,8 @@ PIP_EXTRA ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 SOAK_ARGS ?=
+DASHBOARD ?= run
+PICTURE ?= deploy/grafana/run.png
 TRL_OLDEST := 1.0.0
 TRL_NEWEST := 1.16.0
 VLLM_VENV ?= .venv-vllm
@@ -98,9 +100,7 @@ dashboards:
 
 dashboards-picture: $(VENV)/.test
 	.ci/packages chromium prometheus
-	for name in run service generation; do \
-		$(BIN)/python tests/watch/picture/draw.py --dashboard $$name --to deploy/grafana/$$name.png || exit; \
-	done
+	$(BIN)/python tests/watch/picture/draw.py --dashboard $(DASHBOARD) --to $(PICTURE)
 
 test-vllm: $(VLLM_VENV)/.ready
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm_engine -W default $(TEST_ARGS)

@@ -82,10 +82,9 @@ def model(folder: Path) -> None:
 
 def seeds() -> list[int]:
     """The seed of each prompt's first rollout in vLLM, as our server has it."""
-    from knapsack_genserver.engines.vllm.rollouts import vllm_seed
     from knapsack_genserver.seeds import group_seeds
 
-    return [vllm_seed(seed, 0) for seed in group_seeds(SEED, 0, PROMPTS)]
+    return [seed % 2**62 for seed in group_seeds(SEED, 0, PROMPTS)]
 
 
 async def raw(engine: Any, prompts: list[list[int]], sizes: list[int]) -> dict[str, Any]:
@@ -233,6 +232,8 @@ async def bench(rounds: int) -> None:
                 else:
                     came = await client(way, server.addresses, number)
                 found[way] = _figures(way, came)
+            last = ", ".join(f"{way} {each['last']:.1f}" for way, each in found.items())
+            print(f"round {number}: seconds to the last rollout: {last}", file=sys.stderr)
             if number:
                 speeds.append(found["raw"]["tokens/s"])
                 for way in now:

@@ -38,7 +38,7 @@ async def updated_amid_a_batch(
     update = asyncio.ensure_future(engine.load_weights(folder, 1))
     # Until it waits for the batch to end, or has been refused.
     while not (engine._updates or update.done()):  # noqa: ASYNC110
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
     go_on.set()
     found = [c async for c in stream]
     await asyncio.wait([update])

@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 from knapsack_trainer_client import BudgetClient, InvalidRequest, WrongGroups, verify_groups
 from knapsack_trainer_client.integrations import trl as integration
 from knapsack_trainer_client.integrations.trl import BudgetedGRPOTrainer, BudgetedMixin
+from knapsack_trainer_client.integrations.trl_waves import joined
 
 from tiny_trl import (
     GROUP,
@@ -42,6 +43,8 @@ NOWHERE = "127.0.0.1:1"
         ({"scheduler": 50051}, {}, "scheduler = 50051"),
         ({"scheduler": "localhost"}, {}, "address = 'localhost'"),
         ({"run_id": ""}, {}, "run_id = ''"),
+        ({"waves": 3}, {}, "waves = 3"),
+        ({"waves": 2}, {"num_generations": 8}, "waves = 2: needs a generation_batch_size"),
         ({"run_config": {"threshold": 0.0}}, {}, "config = 'threshold'"),
         ({}, {"multi_objective_aggregation": "vote"}, "multi_objective_aggregation = 'vote'"),
         ({}, {"scale_rewards": "range"}, "scale_rewards = 'range'"),
@@ -56,6 +59,34 @@ def test_options_are_refused_by_name(
         new_trainer(tmp_path, NOWHERE, more=more, **options)
 
     assert str(caught.value).startswith(said)
+
+
+def test_a_first_wave_must_be_half_a_batch(shared_scheduler: Any, tmp_path: Path) -> None:
+    """A run whose groups begin above half of the mean has no room for a second one."""
+    more = {"waves": 2, "run_id": "no-half", "run_config": {"min_rollouts": 3}}
+    trainer = new_trainer(tmp_path, shared_scheduler.address, more=more)
+
+    with pytest.raises(InvalidRequest, match="waves = 2: must be 1 where the run's min_rollouts"):
+        trainer.train()
+
+
+def test_halves_are_joined_token_by_token() -> None:
+    """Prompts are filled up on the left and completions on the right; images are refused."""
+    ones = {name: torch.ones(2, 3) for name in ("prompt_mask", "completion_ids", "tool_mask")}
+    first = ones | {"advantages": torch.ones(2), "num_items_in_batch": torch.tensor(5)}
+    second = {name: 2 * value[..., :1] for name, value in first.items() if value.dim() == 2}
+    second |= {"advantages": torch.zeros(2), "num_items_in_batch": torch.tensor(2)}
+
+    whole = joined(first, second, pad_token=9)
+
+    assert whole["num_items_in_batch"] == 7
+    assert whole["advantages"].tolist() == [1, 1, 0, 0]
+    assert whole["prompt_mask"].tolist() == [[1, 1, 1]] * 2 + [[0, 0, 2]] * 2
+    assert whole["completion_ids"].tolist() == [[1, 1, 1]] * 2 + [[2, 9, 9]] * 2
+    assert whole["tool_mask"].tolist() == [[1, 1, 1]] * 2 + [[2, 1, 1]] * 2
+    for odd in ("pixel_values", "old_per_token_logps"):
+        with pytest.raises(InvalidRequest, match=f"waves = 2: .* '{odd}'"):
+            joined(first | {odd: torch.ones(2, 3)}, second, pad_token=9)
 
 
 def test_prompts_must_have_an_identity(tmp_path: Path) -> None:

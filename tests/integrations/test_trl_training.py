@@ -22,6 +22,7 @@ from tiny_trl import (
     GROUP,
     Recording,
     by_hand,
+    check_rows,
     groups_of,
     never,
     new_trainer,
@@ -65,6 +66,7 @@ def test_every_loss_trains_on_the_groups_advantages(
     assert any(len(set(groups)) > 1 for groups in sizes)
     made = [a for batch in trainer.batches for a in batch["advantages"]]
     assert sorted(trainer.trained) == sorted(made)
+    check_rows(trainer.rows)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
     with BudgetClient(shared_scheduler.address, loss_type, timeout=PATIENCE) as client:
         known = {s.prompt_id: s for s in client.prompt_stats()}
@@ -336,3 +338,121 @@ def test_training_outlives_the_scheduler(scheduler: Any, tmp_path: Path) -> None
     assert any(len(set(groups)) > 1 for groups in sizes[8:])
     assert trainer._budget.flush(PATIENCE)
     assert trainer._budget.run().total_rollouts == 14 * 8
+
+
+WAVES = {"num_generations": 4, "per_device_train_batch_size": 16, "max_steps": 5}
+"""Four prompts a batch, in two waves of two rollouts on the mean."""
+
+
+@pytest.mark.parametrize(("scale", "aggregation"), FORMULAS)
+def test_two_waves_are_one_batch(
+    scale: str, aggregation: str, shared_scheduler: Any, tmp_path: Path
+) -> None:
+    """Advantages by hand over both waves' groups, the budget exact, all of it trained on once."""
+    functions, weights = [never, partly], [1.0, 0.5]
+    trainer = new_trainer(
+        tmp_path,
+        shared_scheduler.address,
+        reward_funcs=functions,
+        reward_weights=weights,
+        scale_rewards=scale,
+        multi_objective_aggregation=aggregation,
+        num_iterations=2,
+        more={"waves": 2, "run_id": f"waves-{scale}-{aggregation}"},
+        **WAVES | {"max_steps": 6},
+    )
+
+    trainer.train()
+
+    sizes = check_waves(trainer, scale=scale, aggregation=aggregation, weights=weights)
+    assert len(sizes) == 3
+    assert any(len(set(groups)) > 1 for groups in sizes)
+    made = [a for batch in whole_batches(trainer) for a in batch["advantages"]]
+    assert sorted(trainer.trained) == sorted(made * 2)
+    assert trainer._budget.stats().allocations == 2 * 3
+
+
+def test_two_waves_survive_the_scheduler(scheduler: Any, tmp_path: Path) -> None:
+    """Killed between the waves of a step, the batch is completed and its reports come later."""
+
+    class Outage(Recording):
+        def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 2:
+                scheduler.kill()
+            return super()._calculate_rewards(*args, **kwargs)
+
+        def _generate_and_score_completions(self, inputs: Any) -> Any:
+            if self.state.global_step == 3:
+                scheduler.start()
+                assert self._budget.flush(60)
+            return super()._generate_and_score_completions(inputs)
+
+    trainer = new_trainer(tmp_path, scheduler.address, trainer=Outage, more={"waves": 2}, **WAVES)
+
+    trainer.train()
+
+    check_waves(trainer)
+    check_rows(trainer.rows)
+    logged = [e for e in trainer.state.log_history if "reward" in e]
+    assert [e["knapsack/fallback"] for e in logged] == [0.0, 0.0, 1.0, 0.0, 0.0]
+    for entry, batch in zip(logged, whole_batches(trainer), strict=True):
+        groups = groups_of(batch["ids"])
+        mixed = [g for g in groups if len({batch["rewards"][i][0] for i in g}) > 1]
+        constant = 1 - sum(map(len, mixed)) / 16
+        assert entry["frac_reward_zero_std"] == pytest.approx(constant)
+        assert entry["knapsack/largest_group"] == max(map(len, groups))
+    assert trainer._budget.run().total_rollouts == 5 * 16
+
+
+@pytest.mark.timeout(300)
+def test_two_waves_in_two_processes(shared_scheduler: Any, tmp_path: Path) -> None:
+    """Each process has its share of each wave, and its own rows' advantages."""
+    folder = tmp_path / "ddp"
+    folder.mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    asked = {
+        "address": shared_scheduler.address,
+        "folder": str(folder),
+        "options": {"per_device_train_batch_size": 8, "max_steps": 4, "run_name": "ddp-waves"},
+        "more": {"waves": 2},
+    }
+    run_script(asked, [*launcher, "--nproc-per-node=2"])
+
+    ranks = [seen(folder, rank) for rank in range(2)]
+    for step in range(4):
+        waves = [[rank["batches"][2 * step + wave] for rank in ranks] for wave in range(2)]
+        halves = [rank["batches"][2 * step + 1]["advantages"] for rank in ranks]
+        ids = [name for wave in waves for part in wave for name in part["ids"]]
+        rewards = [row for wave in waves for row in wave[0]["rewards"]]
+        found = [a for wave in range(2) for half in halves for a in half[4 * wave :][:4]]
+        assert len(ids) == len(found) == 16
+        assert found == pytest.approx(by_hand(groups_of(ids), rewards), abs=1e-6)
+    for rank in ranks:
+        check_rows(rank["rows"])
+
+
+def whole_batches(trainer: Any) -> list[dict[str, Any]]:
+    """Return what was recorded by wave as whole batches."""
+    firsts, seconds = trainer.batches[::2], trainer.batches[1::2]
+    return [
+        {
+            "step": first["step"],
+            "advantages": second["advantages"],
+            **{name: first[name] + second[name] for name in ("ids", "prompts", "rewards")},
+        }
+        for first, second in zip(firsts, seconds, strict=True)
+    ]
+
+
+def check_waves(trainer: Any, **formula: Any) -> list[list[int]]:
+    """Compare every advantage with one by hand; return the group sizes of each batch."""
+    sizes = []
+    for batch, first in zip(whole_batches(trainer), trainer.batches[::2], strict=True):
+        groups = groups_of(batch["ids"])
+        expected = by_hand(groups, batch["rewards"], **formula)
+        assert batch["advantages"] == pytest.approx(expected, abs=1e-6, rel=1e-6)
+        assert len(first["ids"]) == len(batch["ids"]) // 2
+        columns = {row["id"]: row["prompt"] for row in rows(16)}
+        assert batch["prompts"] == [columns[name] for name in batch["ids"]]
+        sizes.append([len(group) for group in groups])
+    return sizes

@@ -93,6 +93,8 @@ class Recording(BudgetedGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.batches: list[dict[str, Any]] = []
         self.trained: list[float] = []
+        # Of each row in the loss: its prompt's and its completion's first token, its advantage.
+        self.rows: list[tuple[int, int, float]] = []
         super().__init__(*args, **kwargs)
 
     def _calculate_rewards(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,6 +119,10 @@ class Recording(BudgetedGRPOTrainer):
     def _compute_loss(self, model: Any, inputs: Any) -> Any:
         if self.model.training:
             self.trained += inputs["advantages"].tolist()
+            first = inputs["prompt_mask"].argmax(dim=1, keepdim=True)
+            letters = inputs["prompt_ids"].gather(1, first)[:, 0].tolist()
+            tokens = inputs["completion_ids"][:, 0].tolist()
+            self.rows += zip(letters, tokens, inputs["advantages"].tolist(), strict=True)
         return super()._compute_loss(model, inputs)
 
 
@@ -166,6 +172,14 @@ def new_trainer(
     if made._budget is not None:
         made._budget._client._timeout = timeout
     return made
+
+
+def check_rows(seen: list[tuple[int, int, float]]) -> None:
+    """Compare the sign of every row's advantage in the loss with ``reward`` of its completion."""
+    vocabulary = new_tokenizer().get_vocab()
+    hardness = {vocabulary[row["prompt"][0]]: row["hardness"] for row in rows(16)}
+    for letter, token, advantage in seen:
+        assert advantage == 0 or (advantage > 0) == (token % hardness[letter] == 0)
 
 
 def groups_of(ids: list[str]) -> list[list[int]]:
@@ -241,12 +255,19 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     folder = Path(asked["folder"])
     scored = dying(asked["kill_in"]) if "kill_in" in asked else reward
-    trainer = new_trainer(folder, asked["address"], reward_funcs=scored, **asked.get("options", {}))
+    trainer = new_trainer(
+        folder,
+        asked["address"],
+        reward_funcs=scored,
+        more=asked.get("more"),
+        **asked.get("options", {}),
+    )
     trainer.train(resume_from_checkpoint=asked.get("resume", False))
     rank = trainer.accelerator.process_index
     seen = {
         "batches": trainer.batches,
         "trained": trainer.trained,
+        "rows": trainer.rows,
         "log": trainer.state.log_history,
     }
     (folder / f"seen-{rank}.json").write_text(json.dumps(seen))

@@ -79,9 +79,9 @@ def trimmed(state: RunState) -> RunState:
         setattr(same, name, getattr(state, name).newest(1024, state._visits, state._keys))
     same._prior = same._drift = None
     same._order = IdOrder()
-    same._looked_up = ((), 0, np.zeros(0, np.int64))
     # How ids are found depends on the order in which they came, and on the process.
-    same._places = (state.prompt_ids, state.rows_of(tuple(state.prompt_ids)))
+    same._places = (state.prompt_ids, same.rows_of(tuple(state.prompt_ids)))
+    same._looked_up = ((), 0, np.zeros(0, np.int64))
     return same
 
 

@@ -342,7 +342,12 @@ def await_rollouts() -> None:
 
 def read_batch(batch: Any) -> dict[str, Any]:
     """Return a batch by row: uid, index, reward, advantage and length; padding left out."""
-    rows_ = [i for i, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
+    # Also by its key: on a busy machine rows of padding were seen that had lost their tag.
+    rows_ = [
+        i
+        for i, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True))
+        if not tag.get("is_padding", False) and not key.startswith("pad")
+    ]
     keys = [batch.keys[i] for i in rows_]
     data = transfer_queue.kv_batch_get(
         keys=keys,

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from knapsack_trainer_client.errors import ExtraMissing, WrongGroups, refused
 from knapsack_trainer_client.integrations.prompt_identity import check_ids, prompt_id
 from knapsack_trainer_client.integrations.trl_advantages import ScoredRollouts
 from knapsack_trainer_client.nouns import Allocation, RunConfig
+from knapsack_trainer_client.rewards import check_outcomes
 from knapsack_trainer_client.sync import BudgetClient
 
 try:
@@ -39,6 +40,7 @@ try:
         check_options,
         check_rollouts,
     )
+    from knapsack_trainer_client.integrations.trl_waves import joined
 except ImportError as error:
     raise ExtraMissing(
         f"the TRL integration needs more packages: pip install 'knapsack-rl[trl]' ({error})"
@@ -47,25 +49,37 @@ except ImportError as error:
 
 @dataclass(slots=True)
 class _Batch:
-    """A generation batch under way.
+    """A generation batch under way, or one wave of it.
 
     Attributes:
-        prompt_ids: by group.
         sizes: rows of each group.
         allocation: in the main process; None in the others.
         is_fallback: the scheduler did not answer.
-        owners: group of each of this process's rows.
-        by_function: rewards of all processes' rows, once they are there.
-        lengths: completion tokens of all processes' rows.
+        owners: group of each row of all processes: those of a wave one after the other.
+        by_function: rewards of the rows, once they are there.
+        lengths: completion tokens of the rows.
     """
 
-    prompt_ids: list[str]
     sizes: list[int]
     allocation: Allocation | None
     is_fallback: bool
-    owners: list[int] = field(default_factory=list)
+    owners: list[int]
     by_function: Any = None
     lengths: list[int] = field(default_factory=list)
+
+    def and_then(self, wave: _Batch) -> _Batch:
+        """Return the batch with the rows of another wave after its own."""
+        return _Batch(
+            [a + b for a, b in zip(self.sizes, wave.sizes, strict=True)],
+            None,
+            self.is_fallback or wave.is_fallback,
+            self.owners + wave.owners,
+            torch.cat([self.by_function, wave.by_function]),
+        )
+
+    def order(self) -> list[int]:
+        """Return the rows in the order of their groups."""
+        return sorted(range(len(self.owners)), key=self.owners.__getitem__)
 
 
 class BudgetedMixin:
@@ -93,6 +107,9 @@ class BudgetedMixin:
             with a client, which has one.
         run_config: how the run decides, for example ``{"success_threshold": 0.0}``. Not
             with a client.
+        waves: 2 generates a batch in two halves, the second where the rewards of the first
+            say that it teaches most. So rollouts and rewards are made twice a batch, of half
+            of it each, and the first epoch gains, too. For text.
 
     Raises:
         InvalidRequest: an argument, or an option of the trainer that unequal groups are
@@ -107,19 +124,21 @@ class BudgetedMixin:
         max_rollouts: int | None = None,
         run_id: str | None = None,
         run_config: RunConfig | Mapping[str, object] | None = None,
+        waves: Literal[1, 2] = 1,
         **kwargs: Any,
     ) -> None:
         if not isinstance(self, GRPOTrainer):
             raise refused("trainer", type(self).__name__, "must be a subclass of trl.GRPOTrainer")
         if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 0):
             raise refused("trl", trl.__version__, "must be at least 1.0")
-        check_arguments(scheduler, max_rollouts, run_id, run_config)
+        check_arguments(scheduler, max_rollouts, run_id, run_config, waves)
         self._prompt_id_column = prompt_id_column
         self._max_rollouts = max_rollouts
+        self._waves = waves
         self._batch: _Batch | None = None
         self._budget: BudgetClient | None = None
         super().__init__(*args, **kwargs)
-        check_options(self, prompt_id_column, max_rollouts)
+        check_options(self, prompt_id_column, max_rollouts, waves)
         if getattr(self, "use_vllm", False):
             _generate_row_by_row(self)
         if self.accelerator.is_main_process:
@@ -135,13 +154,57 @@ class BudgetedMixin:
     def _generate_and_score_completions(self: Any, inputs: list[Any]) -> dict[str, Any]:
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc, no-any-return]
-        rows, batch = self._divide(inputs)
+        ids, prompts, total = self._groups(inputs)
+        step, share = self.state.global_step, 0.5 if self._waves == 2 else 0.0
+        batch = self._ask(
+            lambda budget: budget.allocate(
+                ids, total, step, max_rollouts=self._max_rollouts, wave_fraction=share
+            )
+        )
+        if self._waves == 2 and sum(batch.sizes) != total // 2:
+            raise refused(
+                "waves", 2, "must be 1 where the run's min_rollouts need more than half of a batch"
+            )
+        output: dict[str, Any] = self._wave(batch, prompts)
+        if self._waves == 2:
+            first = batch.allocation
+            # What was not reported had no reward; its rows are in the batch all the same.
+            more = self._ask(lambda budget: budget.extend(first, keep_outstanding=True))
+            output = joined(output, self._wave(more, prompts), _pad_token(self))
+            batch = batch.and_then(more)
+        self._settle(batch, output)
+        return output
+
+    def _wave(self: Any, batch: _Batch, prompts: list[Any]) -> dict[str, Any]:
+        """Return TRL's batch of the rows of one wave, after reporting their rewards."""
+        rank, count = self.accelerator.process_index, len(batch.owners)
+        count //= self.accelerator.num_processes
+        owners = batch.owners[rank * count : (rank + 1) * count]
+        # Rows share nothing: TRL appends the messages of a row's tools to its prompt.
+        rows = [copy.deepcopy(prompts[at]) for at in owners]
         self._batch = batch
         try:
             output: dict[str, Any] = super()._generate_and_score_completions(rows)  # type: ignore[misc]
         finally:
             self._batch = None
-        self._settle(batch, output)
+        if self.rollout_func is not None:
+            check_rollouts(self, owners, output)
+        scored = _score(self, batch.by_function)
+        check_formula(scored, self.accelerator.gather(output["advantages"]), self.num_generations)
+        groups = scored.groups(batch.sizes)
+        # In all processes alike, before the main one reports.
+        check_outcomes(groups, None, batch.sizes, batch.sizes)
+        if self._budget is not None and batch.allocation is not None:
+            lengths, start = [], 0
+            for size in batch.sizes:
+                lengths.append(batch.lengths[start : start + size])
+                start += size
+            self._budget.report(
+                batch.allocation,
+                groups,
+                policy_version=self.state.global_step,
+                completion_tokens=lengths,
+            )
         return output
 
     def _calculate_rewards(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -155,8 +218,8 @@ class BudgetedMixin:
             self._batch.lengths = self.accelerator.gather(local).tolist()
         return by_function
 
-    def _divide(self: Any, inputs: list[Any]) -> tuple[list[Any], _Batch]:
-        """Return this process's rows of a batch with groups as the scheduler says."""
+    def _groups(self: Any, inputs: list[Any]) -> tuple[list[str], list[Any], int]:
+        """Return the prompt ids and the rows of a batch's groups, and how many rows it has."""
         size, rank = self.num_generations, self.accelerator.process_index
         column, count = self._prompt_id_column, len(inputs)
         ids = gather_object([prompt_id(row, column) for row in inputs])
@@ -170,19 +233,14 @@ class BudgetedMixin:
                 "must be GRPOTrainer's own."
             )
         check_ids(group_ids, [row.get("prompt") for row in uniques], column)
-        batch = self._allocate(group_ids, len(ids))
-        whole = [at for at, n in enumerate(batch.sizes) for _ in range(n)]
-        batch.owners = whole[rank * count : (rank + 1) * count]
-        # Rows share nothing: TRL appends the messages of a row's tools to its prompt.
-        return [copy.deepcopy(uniques[at]) for at in batch.owners], batch
+        return group_ids, uniques, len(ids)
 
-    def _allocate(self: Any, ids: list[str], total: int) -> _Batch:
+    def _ask(self: Any, call: Callable[[BudgetClient], Allocation]) -> _Batch:
+        """Return what the main process is told, in every process."""
         allocation, error = None, None
         if self._budget is not None:
             try:
-                allocation = self._budget.allocate(
-                    ids, total, self.state.global_step, max_rollouts=self._max_rollouts
-                )
+                allocation = call(self._budget)
             except Exception as raised:
                 error = raised
         sizes = allocation.num_rollouts if allocation is not None else None
@@ -196,40 +254,35 @@ class BudgetedMixin:
         if failure is not None:
             raise RuntimeError(f"the main process could not allocate: {failure}")
         assert sizes is not None
-        return _Batch(ids, sizes, allocation, is_fallback)
+        owners = [at for at, n in enumerate(sizes) for _ in range(n)]
+        return _Batch(sizes, allocation, is_fallback, owners)
 
     def _settle(self: Any, batch: _Batch, output: dict[str, Any]) -> None:
-        """Put the groups' advantages where TRL's are, and report the rewards."""
-        if self.rollout_func is not None:
-            check_rollouts(self, batch.owners, output)
-        scored = _score(self, batch.by_function)
-        found = self.accelerator.gather(output["advantages"])
-        check_formula(scored, found, self.num_generations)
-        advantages = scored.advantages(batch.sizes)
-        count, rank = len(output["advantages"]), self.accelerator.process_index
+        """Put the groups' advantages where TRL's are."""
+        order = batch.order()
+        scored = _score(self, batch.by_function[order])
+        advantages = [0.0] * len(order)
+        for row, advantage in zip(order, scored.advantages(batch.sizes), strict=True):
+            advantages[row] = advantage
+        made = output["advantages"]
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        # In each wave a process has the same share of the rows.
+        wave, count = len(order) // self._waves, len(made) // self._waves
+        local = [
+            advantages[start + rank * count : start + (rank + 1) * count]
+            for start in range(0, count * ranks * self._waves, wave)
+        ]
         output["advantages"] = torch.tensor(
-            advantages[rank * count : (rank + 1) * count],
-            dtype=found.dtype,
-            device=found.device,
+            [a for part in local for a in part], dtype=made.dtype, device=made.device
         )
         self._correct_logs(batch, scored, advantages)
-        if self._budget is not None and batch.allocation is not None:
-            lengths, start = [], 0
-            for size in batch.sizes:
-                lengths.append(batch.lengths[start : start + size])
-                start += size
-            self._budget.report(
-                batch.allocation,
-                scored.groups(batch.sizes),
-                policy_version=self.state.global_step,
-                completion_tokens=lengths,
-            )
 
     def _correct_logs(
         self: Any, batch: _Batch, scored: ScoredRollouts, advantages: list[float]
     ) -> None:
         metrics, table = self._metrics["train"], self._logs["advantages"]
-        metrics["frac_reward_zero_std"][-1] = scored.zero_std_fraction(batch.sizes)
+        for wave in range(self._waves):
+            metrics["frac_reward_zero_std"][-1 - wave] = scored.zero_std_fraction(batch.sizes)
         for _ in range(min(len(table), len(advantages))):
             table.pop()
         table.extend(advantages)
@@ -286,6 +339,12 @@ def _generate_row_by_row(trainer: Any) -> None:
         return generate(*args, **kwargs)
 
     trainer.vllm_generation.generate = for_rows
+
+
+def _pad_token(trainer: Any) -> int:
+    """Return what TRL fills up with; newer ones have it in the tokenizer alone."""
+    token = getattr(trainer, "pad_token_id", None)
+    return int(trainer._tokenizer.pad_token_id if token is None else token)
 
 
 def _score(trainer: Any, by_function: Any) -> ScoredRollouts:

@@ -42,6 +42,7 @@ def check_arguments(
     max_rollouts: int | None,
     run_id: str | None,
     config: RunConfig | Mapping[str, object] | None,
+    waves: int,
 ) -> None:
     """Refuse wrong arguments before a model is loaded."""
     if isinstance(scheduler, BudgetClient):
@@ -56,9 +57,11 @@ def check_arguments(
     if run_id is not None:
         check_run_id(run_id)
     check_config(config)
+    if waves not in (1, 2):
+        raise refused("waves", waves, "must be 1 or 2")
 
 
-def check_options(trainer: Any, column: str | None, max_rollouts: int | None) -> None:
+def check_options(trainer: Any, column: str | None, max_rollouts: int | None, waves: int) -> None:
     """Refuse what unequal groups are not known to be right with."""
     version = trl.__version__
     for option, known in (
@@ -75,6 +78,14 @@ def check_options(trainer: Any, column: str | None, max_rollouts: int | None) ->
             max_rollouts,
             f"must be at least num_generations = {trainer.num_generations}, or the prompts of "
             "a batch cannot hold its rollouts",
+        )
+    total, ranks = trainer.args.generation_batch_size, trainer.accelerator.num_processes
+    if waves == 2 and (total % (2 * trainer.num_generations) or total % (2 * ranks)):
+        raise refused(
+            "waves",
+            waves,
+            f"needs a generation_batch_size (it is {total}) that is a multiple of twice "
+            f"num_generations = {trainer.num_generations} and of twice the processes, {ranks}",
         )
     dataset = trainer.train_dataset
     columns = getattr(dataset, "column_names", None)

@@ -20,11 +20,6 @@ _REASONS = {
 }
 
 
-def vllm_seed(group_seed: int, index: int) -> int:
-    """Return vLLM's seed for a rollout of a group."""
-    return group_seed % _SEEDS + index
-
-
 def sampling_params(group: Group, first: int, count: int) -> SamplingParams:
     """Return how vLLM draws rollouts ``first .. first + count - 1`` of a group.
 
@@ -36,7 +31,7 @@ def sampling_params(group: Group, first: int, count: int) -> SamplingParams:
     greedy = sampling.temperature == 0
     return SamplingParams(
         n=1 if greedy else count,
-        seed=vllm_seed(group.seed, first),
+        seed=group.seed % _SEEDS + first,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
