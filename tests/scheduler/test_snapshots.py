@@ -81,7 +81,7 @@ def trimmed(state: RunState) -> RunState:
     same._order = IdOrder()
     same._looked_up = ((), 0, np.zeros(0, np.int64))
     # How ids are found depends on the order in which they came, and on the process.
-    same._places = (state.prompt_ids, state.rows_of(tuple(state.prompt_ids)))
+    same._places = (state.prompt_ids, state._places.find(state.prompt_ids))
     return same
 
 
