@@ -80,7 +80,7 @@ def trimmed(state: RunState) -> RunState:
     same._prior = same._drift = None
     same._order = IdOrder()
     # How ids are found depends on the order in which they came, and on the process.
-    same._places = (state.prompt_ids, same.rows_of(tuple(state.prompt_ids)))
+    same._places = (state.prompt_ids, state._places.find(state.prompt_ids))
     same._looked_up = ((), 0, np.zeros(0, np.int64))
     return same
 

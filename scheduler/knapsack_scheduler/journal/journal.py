@@ -147,8 +147,14 @@ class Journal:
         # SQLAlchemy's own part of the one connection there is takes time to make.
         if self._writer is None or self._writer.invalidated:
             self._writer = self._engine.connect()
-        with self._writer.begin():
-            yield self._writer
+        try:
+            with self._writer.begin():
+                yield self._writer
+        except BaseException:
+            # A commit that failed may leave its transaction open; given back, it is undone.
+            given_back, self._writer = self._writer, None
+            given_back.close()
+            raise
 
     @contextmanager
     def _view(self) -> Iterator[sa.Connection]:
