@@ -49,6 +49,7 @@ CODES = {
         {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION}
     ),
 }
+OFTEN = {"Generate": 4, "GenerateSession": 6}
 INVALID = frozenset({grpc.StatusCode.INVALID_ARGUMENT})
 
 _TEXT = ["", "x", "/", "/tmp", "../..", "\x00", "a" * 5000, "\u202e\U0001f600", "%s%n{}"]
@@ -64,7 +65,8 @@ class Fuzzer:
 
     def next(self) -> tuple[str, list[bytes], bool]:
         """Return a method, its messages, and whether they can be read."""
-        method = self.draw.choices(SERVICE.methods, [4, 6, 1, 1])[0].name
+        names = [method.name for method in SERVICE.methods]
+        method = self.draw.choices(names, [OFTEN.get(name, 1) for name in names])[0]
         messages = self._right(method)
         kind = self.draw.randrange(8)
         if 1 <= kind <= 6:

@@ -190,6 +190,9 @@ class VllmEngine:
         self._end_all(self._closing or "the server is shutting down")
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._llm is not None:
+            if self._llm.output_handler is not None:
+                # Or it would log the engine's end as a failure.
+                self._llm.output_handler.cancel()
             await asyncio.to_thread(self._llm.shutdown)
 
     def status(self) -> EngineStatus:
