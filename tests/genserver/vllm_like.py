@@ -31,7 +31,7 @@ class VllmLike:
         scale_out, rl: whether those routes are there.
         failing: routes of the weight update that fail.
         root: folder of the model, as /v1/models has it.
-        started_with: weights that it has until others are loaded, by their checksum.
+        started_with: checksum of the weights in root, with which it starts.
         logprobs_mode: as /server_info has it.
         requests: bodies of requests for rollouts.
         aborted: ids that it was told to abort.
@@ -254,7 +254,8 @@ class VllmLike:
         return failure or web.json_response({})
 
     async def _weight_checker(self, _request: web.Request) -> web.Response:
-        return web.json_response({"checksums": {"weights": self.path or self.started_with}})
+        weights = self.started_with if self.path in ("", self.root) else self.path
+        return web.json_response({"checksums": {"weights": weights}})
 
 
 def _error(status: int, message: str) -> web.Response:
