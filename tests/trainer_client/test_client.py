@@ -670,12 +670,14 @@ async def test_queued_reports_keep_their_rollouts_from_being_given_again(
     scripted: Any, make: Make
 ) -> None:
     """Extending while a report is stuck takes its rollouts as outstanding, not as lost."""
-    client = make()
+    # It waits for the report for half of the time that it has.
+    client = make(timeout=10)
     allocation = await client.allocate(IDS, 8, 0, wave_fraction=0.5)
     scripted.scheduler.always("Report", Code.INTERNAL)
     await client.report(allocation, [[1], [1], [1], [1]])
 
     await client.extend(allocation)
+    scripted.scheduler.always("Report", None)
 
     [request] = [r for n, r in scripted.scheduler.calls if n == "Extend"]
     assert request.keep_outstanding
