@@ -9,9 +9,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import IO, Self
+from typing import IO
 
+from knapsack_trainer_client.closing import Closing
 from knapsack_trainer_client.errors import KnapsackError
 
 # Runs a module as `python -m` does, in a process that the kernel ends when the demo itself is
@@ -29,7 +29,7 @@ class ServerFailed(KnapsackError):
     """A server process could not be started; the message holds its last words."""
 
 
-class Server:
+class Server(Closing):
     """One server process, which comes back on the same address when it is killed.
 
     Its standard output must begin with one JSON line that has its address as ``listen``,
@@ -113,7 +113,7 @@ class Server:
                 f"the {self.name} died ({why}) and was started again, pid {self._process.pid}"
             )
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Ask the process to drain, and kill it if it does not."""
         self._stopping.set()
         self._process.terminate()
@@ -123,17 +123,6 @@ class Server:
             self._process.kill()
             self._process.wait()
         self._watcher.join(_STOP_SECONDS)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
 
 
 def scheduler(store: str, say: Callable[[str], object]) -> Server:

@@ -6,18 +6,18 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from knapsack_trainer_client.closing import Closing
 from knapsack_trainer_client.demo import results
 from knapsack_trainer_client.demo.train import Evaluation, History
 
 
-class Screen:
+class Screen(Closing):
     """Progress bars on a terminal, plain lines elsewhere; warnings of the client among them."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -86,12 +86,8 @@ class Screen:
         logging.getLogger("knapsack_rl").addHandler(self._handler)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Leave the terminal and the log as they were."""
         logging.getLogger("knapsack_rl").removeHandler(self._handler)
         self._progress.stop()
 
