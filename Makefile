@@ -1,7 +1,8 @@
 # Every target sets up what it needs; `make demo` and `make test` work in a fresh clone.
 #
 #   make demo [DEMO_ARGS=--quick]   train a small transformer, uniform against knapsack
-#   make test [TEST_ARGS="-k wave"] every test
+#   make test [TEST_ARGS="-k wave"] every test but those of the targets below
+#   make test-faults                200 kills and 15,000 mutated requests, against one scheduler each
 #   make test-trl                   the TRL integration, with the oldest and the newest TRL
 #   make test-deploy                images, manifests, chart and a pod, as in deploy/
 #   make test-deploy-demo           its pods, and the one of deploy/compose.yaml
@@ -44,13 +45,16 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 INPUTS := pyproject.toml .ci/constraints.txt
 VERL_INPUTS := pyproject.toml .ci/verl-constraints.txt
 
-.PHONY: demo demo-trl test test-trl test-verl test-loops test-watch dashboards dashboards-picture test-deploy test-deploy-static test-deploy-pod test-deploy-demo image-locks test-vllm bench-vllm test-ray check audit bench soak proto proto-check format clean
+.PHONY: demo demo-trl test test-faults test-trl test-verl test-loops test-watch dashboards dashboards-picture test-deploy test-deploy-static test-deploy-pod test-deploy-demo image-locks test-vllm bench-vllm test-ray check audit bench soak proto proto-check format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/knapsack-rl demo $(DEMO_ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -m "not faults" $(TEST_ARGS)
+
+test-faults: $(VENV)/.test
+	$(BIN)/python -m pytest -m faults tests/scheduler $(TEST_ARGS)
 
 test-trl: test-trl-$(TRL_NEWEST) test-trl-$(TRL_OLDEST)
 

@@ -137,6 +137,7 @@ class WarmScheduler:
         self._log.close()
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(300 + 5 * KILLS)
 def test_every_acknowledged_rollout_is_counted_once_after_many_kills(tmp_path: Path) -> None:
     """kill -9 while it starts, decides, commits or answers; clients only ever repeat."""

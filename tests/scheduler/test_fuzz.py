@@ -69,6 +69,7 @@ async def fuzz(address: str, seed: int, requests: int) -> int:
     return answered
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(600)
 def test_mutated_requests_are_refused_rightly_and_leave_no_memory_behind(
     start_scheduler: Any,
