@@ -21,6 +21,7 @@ from pathlib import Path
 import grpc
 import psutil
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "scheduler"))
 
 import test_chaos
