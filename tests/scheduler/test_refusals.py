@@ -288,6 +288,9 @@ async def test_the_largest_budgets_are_answered(
     assert 4_900_000 < answer.summary.expected_tokens <= 5_000_000
     answer = await given(total_rollouts=1_000_000, total_tokens=5_000_000)
     assert 990_000 < sum(answer.num_rollouts) <= 1_000_000
+    # As many tokens as can be said: one prompt alone could have billions of rollouts of them.
+    answer = await given(total_rollouts=8, total_tokens=2**53)
+    assert sum(answer.num_rollouts) == 8
 
 
 @pytest.mark.timeout(60)

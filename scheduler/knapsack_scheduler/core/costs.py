@@ -194,6 +194,9 @@ def divide_within(
             ``divide_by_cost``.
         most_rollouts: cap on the sum; None for none.
     """
+    if most_rollouts is not None:
+        # Or one prompt alone is gone through for all that the budget could pay.
+        capacity = np.minimum(capacity, most_rollouts)
     by_cost = divide_by_cost(marginals, size, capacity, costs, budget, tie_keys, pairs)
     if most_rollouts is None or int(by_cost.num_rollouts.sum()) <= most_rollouts:
         return by_cost
