@@ -25,6 +25,7 @@ from knapsack_scheduler.core.problem import (
 )
 
 from oracles import EXPONENTS, beta_moment
+from small_beliefs import beliefs
 
 MOST = 9
 """Largest group where outcomes are enumerated."""
@@ -207,18 +208,7 @@ def test_extreme_posteriors(scale: float) -> None:
         assert sizes[2] > 2
 
 
-def believed(alpha: list[float], beta: list[float], tokens: float = 0.0) -> Beliefs:
-    """Return the beliefs of prompts p0, p1 .."""
-    count = len(alpha)
-    return Beliefs(
-        Posterior(np.array(alpha, float), np.array(beta, float)),
-        tie_keys([f"p{k}" for k in range(count)]),
-        np.zeros(count, bool),
-        np.full(count, tokens),
-    )
-
-
-BELIEFS = believed([0.5, 2.5, 8.5, 0.5] * 4, [8.5, 6.5, 0.5, 0.5] * 4)
+BELIEFS = beliefs([0.5, 2.5, 8.5, 0.5] * 4, [8.5, 6.5, 0.5, 0.5] * 4)
 
 
 def test_a_planned_wave_leaves_the_rest_to_extend() -> None:
@@ -253,10 +243,10 @@ def test_what_cannot_be_planned_begins_with_half(
     policy: str, objective: str, budget: Budget
 ) -> None:
     """Other policies and objectives, and tokens, get what a share of 0.5 gives."""
-    beliefs = believed([0.5, 2.5, 8.5, 0.5] * 4, [8.5, 6.5, 0.5, 0.5] * 4, tokens=100.0)
+    known = beliefs([0.5, 2.5, 8.5, 0.5] * 4, [8.5, 6.5, 0.5, 0.5] * 4, tokens=100.0)
     half = Budget(budget.total_rollouts, budget.total_tokens, 0.5)
-    one = plan_allocation(policy, objective, beliefs, bounds(16, 2, 64), budget)
-    other = plan_allocation(policy, objective, beliefs, bounds(16, 2, 64), half)
+    one = plan_allocation(policy, objective, known, bounds(16, 2, 64), budget)
+    other = plan_allocation(policy, objective, known, bounds(16, 2, 64), half)
     assert one.num_rollouts.tolist() == other.num_rollouts.tolist()
     assert one.remaining == other.remaining
 

@@ -12,28 +12,15 @@ from hypothesis import strategies as st
 
 from knapsack_scheduler.core.policy import POLICIES, plan_allocation, plan_extension
 from knapsack_scheduler.core.problem import (
-    Beliefs,
     Bounds,
     Budget,
     Decision,
     InfeasibleBudget,
-    Posterior,
     WaveOutcomes,
-    tie_keys,
 )
 
 from oracles import posterior_value
-
-
-def beliefs(alpha: list[float], beta: list[float], tokens: float = 0.0) -> Beliefs:
-    """Return the beliefs of prompts p0, p1 .. with these posteriors."""
-    count = len(alpha)
-    return Beliefs(
-        Posterior(np.array(alpha, float), np.array(beta, float)),
-        tie_keys([f"p{k}" for k in range(count)]),
-        np.zeros(count, bool),
-        np.full(count, tokens),
-    )
+from small_beliefs import beliefs
 
 
 def bounds(count: int, low: int = 2, high: int = 128) -> Bounds:
