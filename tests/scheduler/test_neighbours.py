@@ -216,7 +216,7 @@ async def test_a_store_that_stalls_is_read_and_refuses_what_it_cannot_write(
     stalled = gate.before(Journal.writing, lambda _journal, _run_id: True)
     monkeypatch.setattr(Journal, "writing", stalled)
     monkeypatch.setattr(service._runs._writers, "_patience", 0.05)
-    monkeypatch.setattr(service._runs, "_patience", 0.05)
+    monkeypatch.setattr(service._runs._turns, "_patience", 0.05)
     hanging, requests = [], []
     for calls.run_id in names[:4]:
         requests.append(calls.allocate(step=1))
