@@ -47,6 +47,10 @@ class Call:
         """What tells it from a call with other content."""
         return wire.digest_of(self.payload)
 
+    def serialise(self) -> None:
+        """Work out content and digest now, where others do not wait for it."""
+        _ = self.digest
+
     def repeated(
         self, run: LoadedRun, answer: Callable[[bytes], Answer]
     ) -> Repeated[Answer] | None:

@@ -75,13 +75,14 @@ def decide_report(
 
 
 def decide_import(
-    call: Call, stream: wire.ImportStream, run: LoadedRun
+    call: Call, run_id: str, answer: pb.ImportOutcomesResponse, run: LoadedRun
 ) -> Decided[pb.ImportOutcomesResponse] | Repeated[pb.ImportOutcomesResponse]:
     """Return what becomes of the outcomes of an earlier run: they are recorded.
 
     Args:
         call: the stream's.
-        stream: received whole.
+        run_id: of the run.
+        answer: what it is answered.
         run: level with the journal; not changed.
 
     Raises:
@@ -90,20 +91,11 @@ def decide_import(
     before = call.repeated(run, pb.ImportOutcomesResponse.FromString)
     if before is not None:
         return before
-    prompts = {
-        p
-        for message in stream.messages or ()
-        for p, n in zip(message.prompt_ids, message.num_rewards, strict=True)
-        if n
-    }
-    answer = pb.ImportOutcomesResponse(
-        imported_rollouts=stream.rollouts, imported_prompts=len(prompts)
-    )
 
     def imported(counted: Counted) -> OutcomesCounted | None:
         if not counted.accepted:
             return None
-        return OutcomesCounted(stream.run_id, -1, 0, counted, prompts_of(run), imported=True)
+        return OutcomesCounted(run_id, -1, 0, counted, prompts_of(run), imported=True)
 
     return Decided(answer, call.entry(ALWAYS, answer), event=imported)
 

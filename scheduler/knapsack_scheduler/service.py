@@ -187,10 +187,10 @@ class SchedulerService:
 
     async def allocate(self, request: pb.AllocateRequest) -> pb.Allocation:
         """Divide a budget among the prompts of a batch."""
-        ids = await self._checked(
-            len(request.prompt_ids), lambda: wire.check_allocate(request, self._limits)
-        )
         call = Call.of("allocate", request.request_id, request)
+        ids = await self._checked(
+            call, len(request.prompt_ids), lambda: wire.check_allocate(request, self._limits)
+        )
         return await self._runs.alone(
             request.run_id,
             lambda run: decide_allocation(call, request, ids, self._limits, run),
@@ -199,12 +199,21 @@ class SchedulerService:
             heavy=len(ids) > _MANY,
         )
 
-    async def _checked(self, numbers: int, check: Callable[[], Checked]) -> Checked:
+    async def _checked(self, call: Call, numbers: int, check: Callable[[], Checked]) -> Checked:
         """Check a request of so many prompts or rewards: a small one here and now.
 
-        A thread would take longer to begin than to check it.
+        A thread would take longer to begin than to check it. A large one is serialised too, so
+        that its run is not held meanwhile.
         """
-        return check() if numbers <= _FEW else await self._runs.in_thread(check)
+        if numbers <= _FEW:
+            return check()
+
+        def check_and_serialise() -> Checked:
+            checked = check()
+            call.serialise()
+            return checked
+
+        return await self._runs.in_thread(check_and_serialise)
 
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
         """Spend what an allocation has left."""
@@ -222,15 +231,14 @@ class SchedulerService:
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
-        rewards = await self._checked(
-            len(request.rewards), lambda: wire.check_report(request, self._limits)
-        )
         call = Call.of("report", request.report_id, request)
+        rewards = await self._checked(
+            call, len(request.rewards), lambda: wire.check_report(request, self._limits)
+        )
         return await self._runs.alone(
             request.run_id,
             lambda run: decide_report(call, request, rewards, run),
             create=not request.allocation_id,
-            large=lambda _run: len(request.rewards) > _FEW,
             heavy=len(request.rewards) > _MANY,
         )
 
@@ -305,13 +313,18 @@ class SchedulerService:
     async def import_received(self, stream: wire.ImportStream) -> pb.ImportOutcomesResponse:
         """Add the outcomes of a whole stream."""
         call = Call("import", stream.request_id, stream.payload)
-        # Refused here if it held no message, before a run is made for it.
-        await self._runs.in_thread(lambda: call.digest)
+
+        def prepare() -> pb.ImportOutcomesResponse:
+            call.serialise()
+            return pb.ImportOutcomesResponse(
+                imported_rollouts=stream.rollouts, imported_prompts=stream.prompts()
+            )
+
+        answer = await self._runs.in_thread(prepare)
         return await self._runs.alone(
             stream.run_id,
-            lambda run: decide_import(call, stream, run),
+            lambda run: decide_import(call, stream.run_id, answer, run),
             create=True,
-            large=lambda _run: stream.rollouts > _FEW,
             heavy=True,
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
+from gates import Gate
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
@@ -100,6 +101,14 @@ class Calls:
 def calls() -> Calls:
     """Short forms of requests to the run "run"."""
     return Calls()
+
+
+@pytest.fixture
+def gate() -> Any:
+    """A gate, open at the end whatever happens."""
+    made = Gate()
+    yield made
+    made.open()
 
 
 @pytest.fixture
