@@ -143,15 +143,10 @@ class LoadedRun:
     def stands_at(self, row: RunRow) -> bool:
         """Return whether the run is still what it is here, by its row as it is read now.
 
-        False after any call, rewind or compaction, and for another run of the same name.
+        False after any call or rewind, after a compaction, and for another run of the name.
         """
-        mine = self.row
-        return (
-            self.intact
-            and (self.seq, self._floor) == (row.last_seq, row.floor_seq)
-            and (mine.run_key, mine.identity) == (row.run_key, row.identity)
-            and (mine.branch, mine.closed_step) == (row.branch, row.closed_step)
-        )
+        here = (self.row.run_key, self.row.identity, self.seq, self._floor)
+        return self.intact and here == (row.run_key, row.identity, row.last_seq, row.floor_seq)
 
     def catch_up(self, reading: Reading) -> bool:
         """Fold what was appended since; false if that takes a fold of the whole anew."""

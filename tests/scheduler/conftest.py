@@ -14,7 +14,6 @@ from typing import Any
 
 import grpc
 import pytest
-from gates import Gate
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
@@ -22,6 +21,7 @@ from knapsack_scheduler.cli import main
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.service import SchedulerService
 
+from gates import Gate
 from held_port import HeldPort
 
 ANY_PORT = "127.0.0.1:0"

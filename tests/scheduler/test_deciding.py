@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gates import Gate, soon
+import sqlalchemy as sa
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import allocating
@@ -21,6 +21,8 @@ from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.transaction import Writing
 from knapsack_scheduler.service import SchedulerService
 from knapsack_scheduler.workers import Workers
+
+from gates import Gate, soon
 
 IDS = [f"prompt-{number}" for number in range(8)]
 
@@ -67,16 +69,34 @@ def entries_of(service: SchedulerService) -> list[tuple[str, str]]:
         return [(entry.kind, entry.key) for entry in reading.outline()]
 
 
+def is_held(service: SchedulerService) -> bool:
+    """Return whether somebody holds the run's row on PostgreSQL."""
+    free = "SELECT 1 FROM runs WHERE run_id = 'run' FOR UPDATE SKIP LOCKED"
+    with service._journal.transaction() as connection:
+        return connection.execute(sa.text(free)).first() is None
+
+
 def rewards_for(made: pb.Allocation) -> list[list[float]]:
     """Return a success and failures for each position."""
     return [[1.0, *[0.0] * (n - 1)] for n in made.num_rollouts]
 
 
-def stalls_decisions(monkeypatch: pytest.MonkeyPatch, gate: Gate, total_rollouts: int) -> None:
-    """Let allocations of this budget wait at a gate while they are decided."""
+def stalls_decisions(monkeypatch: pytest.MonkeyPatch, gate: Gate, total_rollouts: int) -> list[int]:
+    """Let allocations of this budget wait at a gate while they are decided.
+
+    Returns a list that grows by one with each.
+    """
     plan = allocating.plan_allocation
-    gated = gate.before(plan, lambda *arguments: arguments[4].total_rollouts == total_rollouts)
-    monkeypatch.setattr(allocating, "plan_allocation", gated)
+    decided: list[int] = []
+
+    def is_gated(*arguments: Any) -> bool:
+        if arguments[4].total_rollouts != total_rollouts:
+            return False
+        decided.append(total_rollouts)
+        return True
+
+    monkeypatch.setattr(allocating, "plan_allocation", gate.before(plan, is_gated))
+    return decided
 
 
 async def run_and_stats(service: SchedulerService) -> tuple[bytes, bytes]:
@@ -146,7 +166,7 @@ async def test_a_decision_that_another_replica_overtakes_is_made_anew(
         expected = await one.allocate(request)
     async with two_services(postgres.new_store()) as (one, two):
         await one.report(warm)
-        stalls_decisions(monkeypatch, gate, 77)
+        decided = stalls_decisions(monkeypatch, gate, 77)
         held = asyncio.ensure_future(one.allocate(request))
         await gate.reached()
         await soon(two.report(between))
@@ -155,6 +175,7 @@ async def test_a_decision_that_another_replica_overtakes_is_made_anew(
         assert not held.done()
         gate.open()
         assert list((await soon(held)).num_rollouts) == list(expected.num_rollouts)
+        assert len(decided) == 2
         assert [kind for kind, _ in entries_of(one)] == ["report", "report", "allocate", "allocate"]
         assert await run_and_stats(one) == await run_and_stats(two)
 
@@ -169,18 +190,18 @@ async def test_a_decision_that_is_always_overtaken_comes_to_an_end(
     one, two = replicas
     loop = asyncio.get_running_loop()
     plan = allocating.plan_allocation
-    planned: list[int] = []
+    held: list[bool] = []
 
     def overtaken(*arguments: Any) -> Any:
-        planned.append(len(entries_of(one)))
-        if len(planned) <= 3:
-            report = two.report(calls.own_report(IDS, [[1.0, 0.0]] * 8, step=len(planned)))
+        held.append(is_held(two))
+        if not held[-1]:
+            report = two.report(calls.own_report(IDS, [[1.0, 0.0]] * 8, step=len(held)))
             asyncio.run_coroutine_threadsafe(report, loop).result(30)
         return plan(*arguments)
 
     monkeypatch.setattr(allocating, "plan_allocation", overtaken)
     answer = await soon(one.allocate(calls.allocate(IDS, 77, 4)))
-    assert planned == [0, 1, 2, 3]
+    assert held == [False, False, False, True]
     assert answer.summary.unseen_prompts == 0
     assert [kind for kind, _ in entries_of(two)] == ["report"] * 3 + ["allocate"]
 
@@ -268,13 +289,34 @@ async def test_a_report_of_what_is_compacted_meanwhile_is_refused(
         held = asyncio.ensure_future(service.report(report))
         await gate.reached()
         plan = await asyncio.to_thread(
-            compact, service._journal, "run", 9, Retention(horizon=1, snapshot_calls=2)
+            compact, service._journal, "run", 9, Retention(horizon=100, max_calls=1)
         )
         assert plan.floor is not None
         gate.open()
         with pytest.raises(NotFound, match="long since closed"):
             await soon(held)
         assert await run_and_stats(service) == before
+
+
+async def test_a_run_made_anew_by_another_replica_is_another_run(
+    replicas: tuple[SchedulerService, SchedulerService],
+    calls: Any,
+    all_large: None,
+    monkeypatch: pytest.MonkeyPatch,
+    gate: Gate,
+) -> None:
+    """As empty as the one that was decided of, and with a config of its own."""
+    one, two = replicas
+    stalls_decisions(monkeypatch, gate, 77)
+    held = asyncio.ensure_future(one.allocate(calls.allocate(IDS, 77)))
+    await gate.reached()
+    await soon(two.delete_run(pb.DeleteRunRequest(run_id="run")))
+    config = pb.RunConfig(policy="uniform")
+    await soon(two.create_run(pb.CreateRunRequest(run_id="run", config=config)))
+    gate.open()
+    made = await soon(held)
+    assert made.summary.policy == "uniform"
+    await soon(two.report(calls.report(made.allocation_id, rewards_for(made))))
 
 
 async def test_a_large_decision_whose_commit_was_cut_off_is_stored_once(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gates import Gate, soon
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import loaded
@@ -22,6 +21,8 @@ from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.loadedruns import LoadedRuns
 from knapsack_scheduler.service import SchedulerService
+
+from gates import Gate, soon
 
 
 @pytest.fixture
