@@ -5,8 +5,8 @@ the run. So what a call comes to is worked out of the run in memory, which its c
 locked, without the store. The transaction then holds the run, looks whether it is where that
 was decided, and appends. Where it is not, because another replica appended or the journal was
 compacted, the decision is given up and made anew, a refusal too: what is answered is true of
-the run as the transaction finds it. As often as not that would go on for ever in a run with
-many callers, so the last attempt decides with the run held.
+the run as the transaction finds it. In a run with many callers that could go on for ever, so
+the last attempt decides with the run held.
 
 A small call is decided by the thread that writes it, as another one would take longer to
 begin. On a store that is shared it is decided with the run held from the beginning: that takes
