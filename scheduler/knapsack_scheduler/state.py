@@ -21,7 +21,7 @@ from knapsack_scheduler.allocations import (
     allocation_columns,
     allocations_of,
 )
-from knapsack_scheduler.core.aging import Discounts, EvidenceOfAll
+from knapsack_scheduler.core.aging import FEW_VISITS, Discounts, EvidenceOfAll
 from knapsack_scheduler.core.bands import BANDS, BandArray, bands_of, population
 from knapsack_scheduler.core.calibration import Calibration
 from knapsack_scheduler.core.drift import PROMPTS as DRIFT_PROMPTS
@@ -343,6 +343,7 @@ class RunState:
         by_level = self._levelled(rewards, rows, unique)
         merge_visits(self._visits, unique, step, policy_version, rollouts, successes, by_level)
         self._evidence.visited(unique)
+        self._evidence.prepare(self._visits, self.discounts, FEW_VISITS)
         self._visited.add(unique, self._visits)
         self._revisited.add(unique, self._visits)
         self._prior = self._drift = None

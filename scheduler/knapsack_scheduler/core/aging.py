@@ -27,9 +27,12 @@ _MAX_EXPONENT = 2**20
 _TABLE = 2**14
 """Powers below this one are looked up."""
 
-_MOST_STALE = 2**17
-"""Visits that are summed at once, which takes some tens of milliseconds. More of them wait for
-the batches that ask for them."""
+FEW_VISITS = 2**16
+"""Visits that may wait until they are asked for: it takes some tens of milliseconds to sum so
+many."""
+
+_CHUNK = 2**14
+"""Prompts at once: their windows stay in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +166,21 @@ class EvidenceOfAll:
     def visited(self, rows: IntArray) -> None:
         """Take note that something more is known of these rows, int64[n]."""
         self._successes[rows] = np.nan
-        if self._stale_rows <= _MOST_STALE:
-            self._stale.append(rows)
-            self._stale_rows += rows.size
+        self._stale.append(rows)
+        self._stale_rows += rows.size
 
-    def prepare(self, visits: Visits, discounts: Discounts) -> None:
-        """Sum what was visited since the last time, if it is not very much."""
-        if self._stale and self._stale_rows <= _MOST_STALE:
-            self.of(np.unique(np.concatenate(self._stale)), visits, discounts)
+    def prepare(self, visits: Visits, discounts: Discounts, few: int = 0) -> None:
+        """Sum what was visited since the last time, unless it is only a few visits.
+
+        Args:
+            visits, discounts: as for ``of``.
+            few: so many visits may wait for the batches that ask for them.
+        """
+        if self._stale_rows <= few:
+            return
+        rows = np.unique(np.concatenate(self._stale))
+        for start in range(0, rows.size, _CHUNK):
+            self.of(rows[start : start + _CHUNK], visits, discounts)
         self._stale, self._stale_rows = [], 0
 
     def of(self, rows: IntArray, visits: Visits, discounts: Discounts) -> Evidence:
