@@ -28,6 +28,7 @@ from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.logs import REQUEST_ID
 from knapsack_scheduler.memory import give_back
 from knapsack_scheduler.pages import page_size
+from knapsack_scheduler.protection import protected
 from knapsack_scheduler.security import EVERYBODY, Caller, TokenGuard
 from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
 from knapsack_scheduler.wire import ImportStream
@@ -216,7 +217,7 @@ class SchedulerServicer:
 
     def _begin(self, work: Any, ticket: Ticket, *, large: bool = False) -> asyncio.Task[Message]:
         """Start work that goes on when its caller goes away, and holds its room until then."""
-        task: asyncio.Task[Message] = asyncio.ensure_future(work)
+        task: asyncio.Task[Message] = protected(work)
         self._work.add(task)
 
         def done(_task: object) -> None:
