@@ -165,7 +165,7 @@ class Decisions:
         try:
             return await self._transacted(lambda: self._transact(run_id, run, verdict, None))
         finally:
-            # An error holds the frames that it passed, and with them the request.
+            # As there.
             verdict = None
 
     async def _transacted(self, attempt: Callable[[], Stored[Answer]]) -> Stored[Answer]:
@@ -178,10 +178,7 @@ class Decisions:
 
     def _large(self, run_id: str, run: LoadedRun, decide: Decide[Answer]) -> _Verdict[Answer]:
         again(lambda: looked(self._journal, self._loaded, run_id, run, lambda *_: None))
-        self._loaded.take(run_id)
-        verdict = _verdict(run, decide)
-        self._loaded.keep(run_id, run)
-        return verdict
+        return _verdict(run, decide)
 
     def _transact(
         self,
@@ -216,6 +213,7 @@ class Decisions:
         except (*REFUSALS, StoreUnavailable, _Moved):
             if run.intact:
                 self._loaded.keep(run_id, run)
+            # An error holds the frames that it passed: it must not be held by them.
             verdict = None
             raise
         if not writing.appended:
