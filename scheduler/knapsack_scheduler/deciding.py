@@ -165,7 +165,7 @@ class Decisions:
         try:
             return await self._transacted(lambda: self._transact(run_id, run, verdict, None))
         finally:
-            # As there.
+            # For the same reason as in _transact.
             verdict = None
 
     async def _transacted(self, attempt: Callable[[], Stored[Answer]]) -> Stored[Answer]:
