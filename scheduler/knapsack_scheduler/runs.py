@@ -33,6 +33,7 @@ from knapsack_scheduler.journal.transaction import Reading, Writing
 from knapsack_scheduler.levelling import Behind, looked
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.loadedruns import LoadedRuns
+from knapsack_scheduler.protection import finished
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.snapshotting import Snapshotter
 from knapsack_scheduler.transactions import again, transacted
@@ -139,17 +140,26 @@ class Runs:
                 stored = await self._stored(run_id, decide, create, large)
                 if not stored.entries:
                     return stored.decided.answer
-                settling = asyncio.ensure_future(self._settle(run_id, stored, held.pop_all()))
+                folded = asyncio.Event()
+                settling = asyncio.ensure_future(
+                    self._settle(run_id, stored, held.pop_all(), folded)
+                )
                 self._settling.add(settling)
                 settling.add_done_callback(self._settling.discard)
             if heavy:
-                await settling
+                await folded.wait()
             return stored.decided.answer
 
-        return await asyncio.shield(asyncio.ensure_future(locked()))
+        return await finished(locked())
 
-    async def _settle(self, run_id: str, stored: Stored[Answer], held: AsyncExitStack) -> None:
-        """Fold what was stored, tell of it, and let go of the run."""
+    async def _settle(
+        self, run_id: str, stored: Stored[Answer], held: AsyncExitStack, folded: asyncio.Event
+    ) -> None:
+        """Fold what was stored, tell of it, and let go of the run.
+
+        When all of an allocation has come, what the next decision needs of the statistics is
+        worked out too. A trainer updates its weights before that: it costs nobody anything.
+        """
         async with held:
             # The answer goes first: it takes some turns of the event loop, and a thread at
             # work would hold each of them up.
@@ -158,14 +168,19 @@ class Runs:
                     break
                 await asyncio.sleep(0)
             try:
-                event = await self._readers.run(lambda: self._fold(run_id, stored))
+                event, completes = await self._readers.run(lambda: self._fold(run_id, stored))
+                folded.set()
                 if event is not None:
                     self._events.emit(event)
+                if completes:
+                    await self._readers.run(stored.run.state.prepare)
             except (RuntimeError, Busy) as error:
                 # A service that ends has no threads any more.
                 _LOG.info("run %r: not folded, to be read anew: %s", run_id, error)
             except Exception:
                 _LOG.exception("run %r: could not be folded, to be read anew", run_id)
+            finally:
+                folded.set()
 
     async def look(self, run_id: str, work: Callable[[LoadedRun, Reading], Answer]) -> Answer:
         """Return what work makes of a run that is level with the journal, changing nothing.
@@ -185,7 +200,7 @@ class Runs:
                     ),
                 )
 
-        return await asyncio.shield(asyncio.ensure_future(locked()))
+        return await finished(locked())
 
     async def rewound(
         self,
@@ -223,7 +238,7 @@ class Runs:
                 # So many calls come that it has to be done with the run held.
                 return await self._swap(run_id, step, None, work)
 
-        return await asyncio.shield(asyncio.ensure_future(rewinding()))
+        return await finished(rewinding())
 
     async def _swap(
         self,
@@ -244,9 +259,7 @@ class Runs:
     async def delete(self, run_id: str) -> None:
         """Delete a run; RunNotFound if there is none."""
         async with self._turns.of(run_id):
-            await asyncio.shield(
-                asyncio.ensure_future(self._writers.run(lambda: self._delete(run_id)))
-            )
+            await finished(self._writers.run(lambda: self._delete(run_id)))
 
     async def preload(self, count: int) -> list[LoadedRun]:
         """Load and return the runs that were written to last: their next call does not wait.
@@ -349,22 +362,16 @@ class Runs:
     ) -> Answer:
         return looked(self._journal, self._loaded, run_id, run, work)
 
-    def _fold(self, run_id: str, stored: Stored[Answer]) -> Event | None:
-        """Take in what was stored; returns what there is to tell of it.
-
-        When all of an allocation has come, what the next decision needs of the statistics is
-        worked out too. A trainer updates its weights before that: it costs nobody anything.
-        """
+    def _fold(self, run_id: str, stored: Stored[Answer]) -> tuple[Event | None, bool]:
+        """Take in what was stored; returns what there is to tell, and if an allocation is whole."""
         run, counted = stored.run, Counted()
         for entry in stored.entries:
             counted = run.applied(entry, stored.decided.fact)
         run.row = stored.row
         event = stored.decided.event(counted)
-        if counted.completes:
-            run.state.prepare()
         self._loaded.keep(run_id, run)
         self._snapshots.offer(run)
-        return event
+        return event, counted.completes
 
     def _rewind(
         self,
