@@ -10,7 +10,7 @@ import numpy as np
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
 from knapsack_scheduler.allocations import Counted
-from knapsack_scheduler.calls import Call
+from knapsack_scheduler.calls import Call, Repeated
 from knapsack_scheduler.core.outlook import outlook
 from knapsack_scheduler.core.policy import begun_groups, plan_allocation, plan_extension
 from knapsack_scheduler.core.problem import (
@@ -21,7 +21,7 @@ from knapsack_scheduler.core.problem import (
     InfeasibleBudget,
     IntArray,
 )
-from knapsack_scheduler.deciding import Decided, Repeated
+from knapsack_scheduler.deciding import Decided
 from knapsack_scheduler.errors import FailedPrecondition, InvalidArgument
 from knapsack_scheduler.events import BudgetDivided
 from knapsack_scheduler.facts import AllocationExtended, AllocationMade

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
 from knapsack_scheduler import wire
-from knapsack_scheduler.deciding import Repeated
 from knapsack_scheduler.journal.records import Entry
 from knapsack_scheduler.loaded import LoadedRun
 
-Answer = TypeVar("Answer", bound=Message)
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated(Generic[Answer]):
+    """A call that was made before: its answer is the stored one.
+
+    Attributes:
+        seq: number of its entry.
+        answer: reads the stored answer.
+    """
+
+    seq: int
+    answer: Callable[[bytes], Answer]
 
 
 class Call:
     """A request by its kind, its id and its content.
 
-    A large one takes long to serialise: that is done once, by whoever asks first.
+    A large one takes long to serialise: that is done once, where others do not wait for it.
 
     Args:
         kind: allocate, extend, report, import or rewind.
@@ -48,7 +61,7 @@ class Call:
         return wire.digest_of(self.payload)
 
     def serialise(self) -> None:
-        """Work out content and digest now, where others do not wait for it."""
+        """Work out content and digest now."""
         _ = self.digest
 
     def repeated(

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from knapsack_scheduler.allocations import Counted
+from knapsack_scheduler.calls import Call, Repeated
 from knapsack_scheduler.errors import (
     AlreadyExists,
     FailedPrecondition,
@@ -68,19 +69,6 @@ class Decided(Generic[Answer]):
     entry: Entry | None = None
     fact: Fact | None = None
     event: Callable[[Counted], Event | None] = lambda _counted: None
-
-
-@dataclass(frozen=True, slots=True)
-class Repeated(Generic[Answer]):
-    """A call that was made before: its answer is the stored one.
-
-    Attributes:
-        seq: number of its entry.
-        answer: reads the stored answer.
-    """
-
-    seq: int
-    answer: Callable[[bytes], Answer]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +121,14 @@ class Decisions:
         self._deciders.close()
 
     async def stored(
-        self, run_id: str, run: LoadedRun, decide: Decide[Answer], *, large: bool
+        self, run_id: str, run: LoadedRun, call: Call, decide: Decide[Answer], *, large: bool
     ) -> Stored[Answer]:
         """Return what the call has come to, committed. Call with the run locked.
 
         Args:
             run_id: of the run.
             run: in memory; set aside, and not kept before its entries are folded.
+            call: serialised before its transaction begins.
             decide: works out what the call comes to.
             large: that takes long.
 
@@ -149,18 +138,18 @@ class Decisions:
             Busy: no thread came free in time; nothing was stored.
         """
         if not large:
-            return await self._transacted(lambda: self._small(run_id, run, decide))
+            return await self._transacted(lambda: self._small(run_id, run, call, decide))
         for _ in range(_ATTEMPTS):
             with suppress(_Moved):
-                return await self._attempted(run_id, run, decide)
+                return await self._attempted(run_id, run, call, decide)
         return await self._transacted(lambda: self._transact(run_id, run, None, decide))
 
     async def _attempted(
-        self, run_id: str, run: LoadedRun, decide: Decide[Answer]
+        self, run_id: str, run: LoadedRun, call: Call, decide: Decide[Answer]
     ) -> Stored[Answer]:
         """Decide a large call and store it; _Moved if the run moved on between the two."""
         verdict: _Verdict[Answer] | None = await self._deciders.run(
-            lambda: self._large(run_id, run, decide)
+            lambda: self._large(run_id, run, call, decide)
         )
         try:
             return await self._transacted(lambda: self._transact(run_id, run, verdict, None))
@@ -171,12 +160,18 @@ class Decisions:
     async def _transacted(self, attempt: Callable[[], Stored[Answer]]) -> Stored[Answer]:
         return await transacted(self._writers, self._events, attempt)
 
-    def _small(self, run_id: str, run: LoadedRun, decide: Decide[Answer]) -> Stored[Answer]:
+    def _small(
+        self, run_id: str, run: LoadedRun, call: Call, decide: Decide[Answer]
+    ) -> Stored[Answer]:
         self._loaded.take(run_id)
+        call.serialise()
         first = run.intact and not self._journal.shared
         return self._transact(run_id, run, _verdict(run, decide) if first else None, decide)
 
-    def _large(self, run_id: str, run: LoadedRun, decide: Decide[Answer]) -> _Verdict[Answer]:
+    def _large(
+        self, run_id: str, run: LoadedRun, call: Call, decide: Decide[Answer]
+    ) -> _Verdict[Answer]:
+        call.serialise()
         again(lambda: looked(self._journal, self._loaded, run_id, run, lambda *_: None))
         return _verdict(run, decide)
 

@@ -7,8 +7,8 @@ import numpy as np
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
 from knapsack_scheduler.allocations import Counted, OpenAllocation
-from knapsack_scheduler.calls import Call
-from knapsack_scheduler.deciding import Decided, Repeated
+from knapsack_scheduler.calls import Call, Repeated
+from knapsack_scheduler.deciding import Decided
 from knapsack_scheduler.errors import FailedPrecondition, InvalidArgument
 from knapsack_scheduler.events import OutcomesCounted, Prompts
 from knapsack_scheduler.facts import ALWAYS, OutcomesReported, Rewards

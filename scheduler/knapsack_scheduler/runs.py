@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from knapsack_scheduler import wire
 from knapsack_scheduler.allocations import Counted
+from knapsack_scheduler.calls import Call
 from knapsack_scheduler.deciding import REFUSALS, Decide, Decisions, Stored
 from knapsack_scheduler.errors import AlreadyExists, Busy, RunNotFound, StoreUnavailable
 from knapsack_scheduler.events import Event, Events
@@ -106,6 +107,7 @@ class Runs:
     async def alone(
         self,
         run_id: str,
+        call: Call,
         decide: Decide[Answer],
         *,
         create: bool = False,
@@ -119,6 +121,7 @@ class Runs:
 
         Args:
             run_id: of the run.
+            call: that is to be recorded.
             decide: works out what the call comes to; what it raises leaves everything as it
                 was.
             create: create an unknown run if the server may create runs by itself.
@@ -137,7 +140,7 @@ class Runs:
         async def locked() -> Answer:
             async with AsyncExitStack() as held:
                 await held.enter_async_context(self._turns.of(run_id))
-                stored = await self._stored(run_id, decide, create, large)
+                stored = await self._stored(run_id, call, decide, create, large)
                 if not stored.entries:
                     return stored.decided.answer
                 folded = asyncio.Event()
@@ -301,12 +304,13 @@ class Runs:
     async def _stored(
         self,
         run_id: str,
+        call: Call,
         decide: Decide[Answer],
         create: bool,
         large: Callable[[LoadedRun], bool],
     ) -> Stored[Answer]:
         def attempt(run: LoadedRun) -> Awaitable[Stored[Answer]]:
-            return self._decisions.stored(run_id, run, decide, large=large(run))
+            return self._decisions.stored(run_id, run, call, decide, large=large(run))
 
         try:
             return await self._level(run_id, attempt)

@@ -187,33 +187,25 @@ class SchedulerService:
 
     async def allocate(self, request: pb.AllocateRequest) -> pb.Allocation:
         """Divide a budget among the prompts of a batch."""
-        call = Call.of("allocate", request.request_id, request)
         ids = await self._checked(
-            call, len(request.prompt_ids), lambda: wire.check_allocate(request, self._limits)
+            len(request.prompt_ids), lambda: wire.check_allocate(request, self._limits)
         )
+        call = Call.of("allocate", request.request_id, request)
         return await self._runs.alone(
             request.run_id,
+            call,
             lambda run: decide_allocation(call, request, ids, self._limits, run),
             create=True,
             large=lambda _run: len(ids) > _FEW,
             heavy=len(ids) > _MANY,
         )
 
-    async def _checked(self, call: Call, numbers: int, check: Callable[[], Checked]) -> Checked:
+    async def _checked(self, numbers: int, check: Callable[[], Checked]) -> Checked:
         """Check a request of so many prompts or rewards: a small one here and now.
 
-        A thread would take longer to begin than to check it. A large one is serialised too, so
-        that its run is not held meanwhile.
+        A thread would take longer to begin than to check it.
         """
-        if numbers <= _FEW:
-            return check()
-
-        def check_and_serialise() -> Checked:
-            checked = check()
-            call.serialise()
-            return checked
-
-        return await self._runs.in_thread(check_and_serialise)
+        return check() if numbers <= _FEW else await self._runs.in_thread(check)
 
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
         """Spend what an allocation has left."""
@@ -226,17 +218,18 @@ class SchedulerService:
             return allocation is None or allocation.rows.size > _FEW
 
         return await self._runs.alone(
-            request.run_id, lambda run: decide_extension(call, request, run), large=large
+            request.run_id, call, lambda run: decide_extension(call, request, run), large=large
         )
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
-        call = Call.of("report", request.report_id, request)
         rewards = await self._checked(
-            call, len(request.rewards), lambda: wire.check_report(request, self._limits)
+            len(request.rewards), lambda: wire.check_report(request, self._limits)
         )
+        call = Call.of("report", request.report_id, request)
         return await self._runs.alone(
             request.run_id,
+            call,
             lambda run: decide_report(call, request, rewards, run),
             create=not request.allocation_id,
             heavy=len(request.rewards) > _MANY,
@@ -323,6 +316,7 @@ class SchedulerService:
         answer = await self._runs.in_thread(prepare)
         return await self._runs.alone(
             stream.run_id,
+            call,
             lambda run: decide_import(call, stream.run_id, answer, run),
             create=True,
             heavy=True,
