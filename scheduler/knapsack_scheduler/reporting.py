@@ -75,14 +75,13 @@ def decide_report(
 
 
 def decide_import(
-    call: Call, run_id: str, answer: pb.ImportOutcomesResponse, run: LoadedRun
+    call: Call, stream: wire.ImportStream, run: LoadedRun
 ) -> Decided[pb.ImportOutcomesResponse] | Repeated[pb.ImportOutcomesResponse]:
     """Return what becomes of the outcomes of an earlier run: they are recorded.
 
     Args:
         call: the stream's.
-        run_id: of the run.
-        answer: what it is answered.
+        stream: received whole.
         run: level with the journal; not changed.
 
     Raises:
@@ -92,10 +91,15 @@ def decide_import(
     if before is not None:
         return before
 
+    # With the run locked: the ids of several imports at once would take much memory.
+    answer = pb.ImportOutcomesResponse(
+        imported_rollouts=stream.rollouts, imported_prompts=stream.prompts()
+    )
+
     def imported(counted: Counted) -> OutcomesCounted | None:
         if not counted.accepted:
             return None
-        return OutcomesCounted(run_id, -1, 0, counted, prompts_of(run), imported=True)
+        return OutcomesCounted(stream.run_id, -1, 0, counted, prompts_of(run), imported=True)
 
     return Decided(answer, call.entry(ALWAYS, answer), event=imported)
 

@@ -307,18 +307,13 @@ class SchedulerService:
         """Add the outcomes of a whole stream."""
         call = Call("import", stream.request_id, stream.payload)
 
-        def prepare() -> pb.ImportOutcomesResponse:
-            call.serialise()
-            return pb.ImportOutcomesResponse(
-                imported_rollouts=stream.rollouts, imported_prompts=stream.prompts()
-            )
-
-        answer = await self._runs.in_thread(prepare)
+        await self._runs.in_thread(call.serialise)
         return await self._runs.alone(
             stream.run_id,
             call,
-            lambda run: decide_import(call, stream.run_id, answer, run),
+            lambda run: decide_import(call, stream, run),
             create=True,
+            large=lambda _run: True,
             heavy=True,
         )
 
