@@ -77,6 +77,7 @@ class Server:
         self._settings = settings
         self._limits = Limits(
             prompts=settings.max_prompts,
+            jump=settings.max_jump,
             concurrent_calls=settings.max_concurrent_calls,
             message_bytes=settings.max_message_bytes,
             inflight_bytes=settings.max_inflight_bytes,

@@ -56,6 +56,7 @@ from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.records import Entry, RunRow
 from knapsack_scheduler.journal.transaction import Reading, Writing
+from knapsack_scheduler.jumps import step_jump, version_jump
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.loadedruns import LOADED_BYTES
@@ -227,6 +228,7 @@ class SchedulerService:
         if before is not None:
             return Done(pb.Allocation.FromString(before))
         state = run.state
+        jump = step_jump(request.step, state, self._limits)
         bounds = wire.bounds_of(request, state.config)
         wire.check_bounds(bounds, self._limits)
         wire.check_policy(request, bounds, state.config.policy)
@@ -269,9 +271,10 @@ class SchedulerService:
         def divided(_counted: Counted) -> BudgetDivided:
             rows = state.rows_of(ids)
             begun = np.zeros_like(rows)
-            return _divided(
+            event = _divided(
                 run, request.step, 1, rows, begun, beliefs, bounds, decision, seconds, end_time
             )
+            return replace(event, step_jump=jump)
 
         return Done(answer, divided)
 
@@ -384,6 +387,11 @@ class SchedulerService:
             # Nothing is recorded: its id is free for a report of the step done anew.
             return Done(pb.ReportResponse(ignored_rollouts=count))
         ignored = run.is_abandoned(request.allocation_id)
+        jumps = (0, 0)
+        if not ignored:
+            by_versions = version_jump(request.policy_version, run.state, self._limits)
+            own = not request.allocation_id
+            jumps = (step_jump(request.step, run.state, self._limits) if own else 0, by_versions)
         if ignored:
             answer = pb.ReportResponse(ignored_rollouts=count)
             step = ALWAYS
@@ -410,7 +418,7 @@ class SchedulerService:
             rewards,
             ignored,
         )
-        return Done(answer, lambda counted: _reported(run, step, request, counted))
+        return Done(answer, lambda counted: _reported(run, step, request, counted, jumps))
 
     async def rewind_run(self, request: pb.RewindRunRequest) -> pb.Run:
         """Forget what came after a step."""
@@ -603,9 +611,16 @@ def _divided(
 
 
 def _reported(
-    run: LoadedRun, step: int, request: pb.ReportRequest, counted: Counted
+    run: LoadedRun,
+    step: int,
+    request: pb.ReportRequest,
+    counted: Counted,
+    jumps: tuple[int, int],
 ) -> OutcomesCounted | None:
-    """Return the event of a report that was folded; None if no rollout was in it."""
+    """Return the event of a report that was folded; None if no rollout was in it.
+
+    ``jumps`` are those of its step and of its policy version.
+    """
     if not (counted.accepted or counted.ignored):
         return None
     state = run.state
@@ -618,6 +633,8 @@ def _reported(
         allocated=bool(request.allocation_id),
         step_lag=max(state.last_step - step, 0),
         version_lag=max(state.last_policy_version - request.policy_version, 0),
+        step_jump=jumps[0],
+        version_jump=jumps[1],
     )
 
 
