@@ -118,6 +118,13 @@ class RunLoaded:
 
 
 @dataclass(frozen=True, slots=True)
+class RunRead:
+    """A call had to read its run from the store. Emitted in the thread that read it."""
+
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class OutcomesCounted:
     """A report or an import was counted.
 
@@ -212,6 +219,7 @@ Event = (
     | BudgetDivided
     | OutcomesCounted
     | RunLoaded
+    | RunRead
     | RunRewound
     | RunRemoved
     | Committed

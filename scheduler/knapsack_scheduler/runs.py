@@ -36,7 +36,7 @@ from knapsack_scheduler.errors import (
     StoreUnavailable,
     Unavailable,
 )
-from knapsack_scheduler.events import Committed, Event, Events
+from knapsack_scheduler.events import Committed, Event, Events, RunRead
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.records import Entry, RunRow
@@ -443,6 +443,7 @@ class Runs:
 
     def _fetch(self, run_id: str) -> LoadedRun:
         run = self._load(run_id)
+        self._events.emit(RunRead(run_id))
         self._loaded.keep(run_id, run)
         return run
 
