@@ -56,7 +56,7 @@ def test_it_runs_without_rights_and_without_writing(built) -> None:
     assert settings["store"] == "sqlite:////var/lib/knapsack-rl/stats.db"
 
 
-@pytest.mark.parametrize("library", ["pydantic_core", "cygrpc"])
+@pytest.mark.parametrize("library", ["python3", "pydantic_core", "cygrpc"])
 def test_sigterm_amid_its_start_ends_it(built, library: str) -> None:
     """The first process of a container, which no signal ends by itself, ends while it is loaded."""
     podman = built.podman
