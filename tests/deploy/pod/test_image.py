@@ -44,7 +44,8 @@ def test_it_says_what_it_is(built) -> None:
     image = json.loads(built.podman("image", "inspect", SCHEDULER))[0]
     config = image["Config"]
     assert config["User"] == "10001:10001"
-    assert config["Entrypoint"] == ["/opt/knapsack-rl/bin/knapsack-scheduler"]
+    program = "/opt/knapsack-rl/bin/knapsack-scheduler"
+    assert config["Entrypoint"] == ["/usr/bin/env", "--block-signal=TERM", program]
     assert image["Healthcheck"]["Test"][0] == "CMD"
 
 
