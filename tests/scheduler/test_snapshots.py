@@ -532,6 +532,19 @@ def test_a_rewind_takes_a_step_far_beyond_the_others_back() -> None:
     assert 600 - 140 <= run.row.floor_step <= 500
 
 
+def test_a_store_that_was_compacted_up_to_such_a_step_recovers() -> None:
+    """An older scheduler let nothing be gone back to below it; a horizon later all is well."""
+    run = Compacted(Retention(horizon=50, max_calls=NEVER), 5)
+    run.row = dataclasses.replace(run.row, last_seq=100, floor_seq=100, floor_step=2**40)
+    run.marks = marks_of((100, 2**40))
+    for step in range(1000, 1200):
+        assert not run.can_go_back(step - 1) or step > 1000 + 50
+        run.call(step)
+        assert run.can_go_back(step) or step < 1000 + 50 + 12 + 10
+    assert all(run.can_go_back(asked) for asked in range(1200 - 50, 1200))
+    assert len(run.outline) <= 50 + 12 + 10
+
+
 def test_a_run_that_begins_again_at_lower_steps_is_compacted() -> None:
     """Its trainer forgot to rewind: what came before is not waited for for ever."""
     run = Compacted(Retention(horizon=50, max_calls=NEVER), 5)
