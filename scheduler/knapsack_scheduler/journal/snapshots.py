@@ -1,8 +1,8 @@
 """Snapshots of a run: written in small pieces, believed only when their checksum is right.
 
-A snapshot is the state after an entry. It holds nothing that a later rewind to its own
-step or beyond would forget, so a rewind is folded from the newest snapshot whose step it
-does not pass.
+A snapshot is the state after an entry. It holds nothing that a later rewind to its highest
+step or beyond would forget, so a rewind is folded from the newest snapshot whose highest step
+it does not pass; what is compacted counts there as ``RunRow.floor_step`` says.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sqlalchemy.exc import DatabaseError
 
 from knapsack_scheduler.journal.columns import Columns, ColumnsDamaged, decode, encode
 from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.recordedsteps import RecordedSteps
 from knapsack_scheduler.journal.records import Outline, RunRow, SnapshotMark
 from knapsack_scheduler.journal.schema import runs, snapshot_parts, snapshots
 from knapsack_scheduler.journal.transaction import Reading, columns_of
@@ -48,12 +49,23 @@ def limits_after(outline: Sequence[Outline], rewound_to: int | None) -> Callable
 
 
 def usable(
-    marks: Sequence[SnapshotMark], outline: Sequence[Outline], rewound_to: int | None = None
+    marks: Sequence[SnapshotMark],
+    run: RunRow,
+    outline: Sequence[Outline],
+    rewound_to: int | None = None,
 ) -> list[SnapshotMark]:
-    """Return the snapshots of which no rewind forgets a part, oldest first."""
+    """Return the snapshots of which no rewind forgets a part, oldest first.
+
+    None is older than the floor: it lacks the entries between.
+    """
     limit = limits_after(outline, rewound_to)
-    # What begins anew begins with imports, not with a snapshot.
-    return [mark for mark in marks if mark.step <= limit(mark.seq) >= 0]
+    highest = RecordedSteps.of(run, outline, marks).highest
+    return [
+        mark
+        for mark in marks
+        # What begins anew begins with imports, not with a snapshot.
+        if mark.seq in highest and highest[mark.seq] <= limit(mark.seq) >= 0
+    ]
 
 
 def read_snapshot(reading: Reading, mark: SnapshotMark) -> dict[str, npt.NDArray[Any]]:
