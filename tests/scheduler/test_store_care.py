@@ -10,6 +10,7 @@ import pytest
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
+from knapsack_scheduler.errors import StoreUnavailable
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.service import SchedulerService
 
@@ -157,6 +158,45 @@ def test_a_damaged_file_is_refused_whole(store: str, tmp_path: Path, command) ->
     assert command("check", "--store", other).stdout == "0 runs\n"
 
 
+@pytest.mark.parametrize("column", ["key", "step", "digest", "payload", "answer"])
+async def test_a_changed_byte_of_an_entry_is_found(store: str, column: str, command, calls) -> None:
+    """SQLite notices nothing. Neither the check nor a scheduler takes it for what was written."""
+    with sqlite3.connect(store.removeprefix("sqlite:///")) as database:
+        (last,) = database.execute("SELECT max(seq) FROM entries").fetchone()
+        (value,) = database.execute(f"SELECT {column} FROM entries WHERE seq = {last}").fetchone()
+        changed: object = value[:-1] + bytes([value[-1] ^ 1]) if isinstance(value, bytes) else 7
+        database.execute("DELETE FROM snapshots WHERE seq > ?", (last - 1,))
+        database.execute(f"UPDATE entries SET {column} = ? WHERE seq = {last}", (changed,))
+    database.close()
+    done = command("check", "--store", store)
+    assert done.returncode == 1
+    assert f"run 'run': entry {last} is damaged" in done.stderr
+    async with open_service(store) as service:
+        with pytest.raises(StoreUnavailable, match=f"entry {last} is damaged"):
+            await service.allocate(calls.allocate())
+
+
+def test_the_check_finds_what_is_missing(store: str, command) -> None:
+    """A part of a snapshot, the snapshot that the journal begins with, or a rewind."""
+    file = Path(store.removeprefix("sqlite:///"))
+    whole = file.read_bytes()
+    for damage, found in (
+        ("DELETE FROM snapshot_parts WHERE part = 1", "is damaged"),
+        ("DELETE FROM snapshots WHERE seq = (SELECT floor_seq FROM runs)", "there is no snapshot"),
+        ("DELETE FROM entries WHERE kind = 'rewind' AND seq < (SELECT floor_seq FROM runs)",
+         "its number of rewinds is not that of its entries"),
+        ("PRAGMA foreign_keys=OFF; UPDATE entries SET run_key = 9 WHERE kind = 'import'",
+         "is of no run"),
+    ):  # fmt: skip
+        with sqlite3.connect(file) as database:
+            database.executescript(damage)
+        database.close()
+        done = command("check", "--store", store)
+        assert (done.returncode, found in done.stderr) == (1, True), (damage, done.stderr)
+        file.write_bytes(whole)
+    assert command("check", "--store", store).returncode == 0
+
+
 def test_the_check_finds_a_damaged_and_a_false_snapshot(store: str, command) -> None:
     """By its checksum, or because the entries come to something else."""
     assert command("check", "--store", store).returncode == 0
@@ -172,7 +212,8 @@ def test_the_check_finds_a_damaged_and_a_false_snapshot(store: str, command) -> 
         request = pb.ReportRequest.FromString(payload)
         request.rewards[0] = 0.0
         database.execute(
-            "UPDATE entries SET payload = ? WHERE seq = ?", (request.SerializeToString(), later)
+            "UPDATE entries SET payload = ?, checksum = NULL WHERE seq = ?",
+            (request.SerializeToString(), later),
         )
     database.close()
     done = command("check", "--store", store)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -136,12 +136,13 @@ def insert_mark(connection: sa.Connection, run_key: int, mark: SnapshotMark) -> 
     )
 
 
-def checksum(run: RunRow, mark: SnapshotMark, parts: Iterable[bytes]) -> bytes:
-    """Return what the checksum of a snapshot with these parts must be."""
-    digest = _digest(run, mark.seq, mark.step)
-    for part in parts:
+def is_whole(reading: Reading, mark: SnapshotMark) -> bool:
+    """Return whether all parts of a snapshot are there, and are what was written."""
+    digest, count, size = _digest(reading.run, mark.seq, mark.step), 0, 0
+    for part in reading.snapshot_parts(mark):
         digest.update(part)
-    return digest.digest()
+        count, size = count + 1, size + len(part)
+    return (count, size, digest.digest()) == (mark.parts, mark.size, mark.checksum)
 
 
 def _still_there(connection: sa.Connection, run: RunRow) -> None:
