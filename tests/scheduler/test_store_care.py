@@ -42,9 +42,14 @@ async def store(tmp_path: Path, calls) -> str:
             await service.report(calls.report(answer.allocation_id, [[1.0], [0.0]]))
             if step % 9 == 8:
                 await service.rewind_run(calls.rewind(step - 2))
-            await service.settled()
-            service._runs._snapshots._thread.submit(lambda: None).result(30)
+            await settled(service)
     return url
+
+
+async def settled(service: SchedulerService) -> None:
+    """Wait until all that was answered is folded, and for the snapshot under way."""
+    await service.settled()
+    service._runs._snapshots._thread.submit(lambda: None).result(30)
 
 
 def test_a_backup_of_a_store_in_use_is_whole(
@@ -225,3 +230,17 @@ def test_the_check_finds_a_damaged_and_a_false_snapshot(store: str, command) -> 
     done = command("check", "--store", store)
     assert done.returncode == 1
     assert f"its snapshot at entry {first} is damaged" in done.stderr
+
+
+async def test_the_check_finds_nothing_where_an_old_call_was_made_again(
+    tmp_path: Path, calls, command
+) -> None:
+    """Its id is not recognised any more, and its allocation has the name of a compacted one."""
+    url = f"sqlite:///{tmp_path / 'stats.db'}"
+    async with open_service(url, retention=Retention(4, NEVER, 3)) as service:
+        for step in (*range(16), *range(9), *range(16, 19)):
+            answer = await service.allocate(calls.allocate(["a", "b"], 8, step, f"step-{step}"))
+            await service.report(calls.report(answer.allocation_id, [[1.0], [0.0]]))
+            await settled(service)
+    done = command("check", "--store", url)
+    assert done.returncode == 0, done.stderr
