@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import threading
 from pathlib import Path
@@ -105,6 +106,44 @@ def test_a_backup_that_cannot_be_made_leaves_nothing(tmp_path: Path, postgres, c
         assert done.returncode == 2
         assert why in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["text.db"]
+
+
+def test_a_backup_is_put_back_without_the_log_of_what_it_replaces(
+    start_scheduler, tmp_path: Path, calls, command
+) -> None:
+    """After a kill that log is beside the file, and SQLite would play it into the backup."""
+    scheduler = start_scheduler("--auto-create-runs")
+    store, copy = f"sqlite:///{tmp_path / 'stats.db'}", tmp_path / "copy.db"
+
+    def write(first: int, last: int) -> None:
+        for number in range(first, last):
+            ids = [f"{number}-{k}" for k in range(300)]
+            scheduler.stub.Report(calls.own_report(ids, [[1.0]] * 300, number))
+
+    def restore(source: Path) -> tuple[int, str]:
+        done = command("restore", "--store", store, "--from", source)
+        return done.returncode, done.stdout + done.stderr
+
+    write(0, 3)
+    assert command("backup", "--store", store, "--to", copy).returncode == 0
+    write(3, 130)  # Beyond the thousand pages after which SQLite begins its log anew.
+    assert "in use by another scheduler" in restore(copy)[1]
+    scheduler.end(signal.SIGKILL)
+    assert (tmp_path / "stats.db-wal").stat().st_size > 2**20
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("stats.db*")}
+    (tmp_path / "half.db").write_bytes(copy.read_bytes()[:9000])
+    for wrong, why in (("half.db", "half.db"), ("none.db", "no such file")):
+        code, said = restore(tmp_path / wrong)
+        assert (code, why in said) == (2, True)
+    assert before.keys() == {p.name for p in tmp_path.glob("stats.db*")}
+    assert before["stats.db-wal"] == (tmp_path / "stats.db-wal").read_bytes()
+    code, said = restore(copy)
+    assert (code, f"{tmp_path / 'stats.db.replaced'}" in said) == (0, True)
+    for name, rollouts in (("stats.db", 900), ("stats.db.replaced", 39_000)):
+        done = command("check", "--store", f"sqlite:///{tmp_path / name}")
+        assert (done.returncode, f"{rollouts} rollouts" in done.stdout) == (0, True), done.stderr
+    code, said = restore(copy)
+    assert (code, "move it away" in said) == (2, True)
 
 
 async def test_a_run_goes_through_a_file_to_the_bit(

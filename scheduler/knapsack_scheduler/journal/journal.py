@@ -63,7 +63,9 @@ class Journal:
         self._statements = CallStatements(self._engine.dialect)
         self._reading_engine = reading_engine(url, self._engine)
         self._file = sqlite_file(url) if self._sqlite else None
-        self._file_lock = FileLock(self._file) if self._file and not read_only else None
+        # SQLite follows links too: its log is beside the file itself.
+        self._true_file = self._file.resolve() if self._file else None
+        self._file_lock = FileLock(self._true_file) if self._true_file and not read_only else None
         self._read_only = read_only
         self._presence: Presence | None = None
         self._writer: sa.Connection | None = None
@@ -101,7 +103,7 @@ class Journal:
                     # A database that can only be read is found out now, not by a trainer.
                     with self._engine.begin() as connection:
                         connection.execute(sa.update(runs).where(sa.false()).values(last_seq=0))
-                    self._presence = Presence(self._file) if self._file else None
+                    self._presence = Presence(self._true_file) if self._true_file else None
         except (
             *(SQLAlchemyError, self._driver.Error, OSError, CommandError),
             UnicodeDecodeError,
