@@ -1,4 +1,4 @@
-"""The command line: knapsack-scheduler serve | check | migrate | backup | restore | export | import."""
+"""The commands: knapsack-scheduler serve, check, migrate, backup, restore, export, import."""
 
 from __future__ import annotations
 
