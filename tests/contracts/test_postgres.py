@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from knapsack_scheduler.errors import ConfigError, StoreInterrupted, StoreUnavailable
+from knapsack_scheduler.journal.compaction import Retention, compact
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.records import Entry
+from knapsack_scheduler.journal.snapshots import Abandoned, is_whole, write_snapshot
 
 
 def entry(key: str) -> Entry:
@@ -145,6 +149,31 @@ def test_a_claim_is_one_journals_until_it_ends(journals: list[Journal]) -> None:
         assert (mine, too, other) == (True, False, True)
     with journals[1].claim(7) as mine:
         assert mine
+
+
+def test_a_snapshot_that_lost_its_claim_is_not_taken_for_a_whole_one(
+    journals: list[Journal],
+) -> None:
+    """Another process, which took its parts for left-overs, has deleted some of them."""
+    first, other, _ = journals
+    run = first.create_run("run", b"", 0)
+    with first.writing("run") as writing:
+        for number in range(4):
+            writing.append(entry(f"{number}"))
+    columns = {"noise": np.random.default_rng(0).integers(0, 2**62, 2**20)}
+    asked = itertools.count(1)
+
+    def meanwhile() -> bool:
+        if next(asked) == 2:
+            compact(other, "run", 0, Retention())
+        return False
+
+    with pytest.raises(Abandoned, match="another process"):
+        write_snapshot(first, run, 4, 0, columns, meanwhile)
+    mark = write_snapshot(other, run, 4, 0, columns)
+    with first.reading("run") as reading:
+        assert reading.snapshots() == [mark]
+        assert is_whole(reading, mark)
 
 
 def test_a_server_that_cannot_be_reached_is_named_without_its_password(tmp_path) -> None:

@@ -27,7 +27,7 @@ _BREATH = 0.002
 
 
 class Abandoned(Exception):
-    """The snapshot was given up: the run is gone, or the process ends."""
+    """The snapshot was given up: the run or a part of it is gone, or the process ends."""
 
 
 def limits_after(outline: Sequence[Outline], rewound_to: int | None) -> Callable[[int], int]:
@@ -97,7 +97,8 @@ def write_snapshot(
         stop: asked between two parts; true gives up.
 
     Raises:
-        Abandoned: the run was deleted meanwhile, or ``stop`` said so.
+        Abandoned: the run was deleted meanwhile, or parts by a process that had claimed the
+            run when this one's connection was lost; or ``stop`` said so.
         StoreUnavailable: the store cannot be written; nothing but parts are left of it.
     """
     with journal.transaction() as connection:
@@ -122,6 +123,10 @@ def write_snapshot(
     mark = SnapshotMark(seq, step, count, size, digest.digest())
     with journal.transaction() as connection:
         _still_there(connection, run)
+        parts = snapshot_parts.c
+        there = sa.select(sa.func.count()).where(parts.run_key == run.run_key, parts.seq == seq)
+        if connection.execute(there).scalar_one() != count:
+            raise Abandoned("another process, that took it for a left-over, deleted parts of it")
         insert_mark(connection, run.run_key, mark)
     return mark
 
