@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from knapsack_scheduler.errors import ConfigError
-from knapsack_scheduler.journal.store import FileLock, safe_url, sqlite_file
+from knapsack_scheduler.journal.store import FileLock, readable_uri, safe_url, sqlite_file
 
 
 def back_up(url: str, to: Path) -> int:
@@ -83,7 +83,7 @@ def _copied(file: Path, to: Path, shown: str) -> Iterator[Path]:
     try:
         partial.unlink(missing_ok=True)
         with (
-            closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as source,
+            closing(sqlite3.connect(readable_uri(file), uri=True)) as source,
             closing(sqlite3.connect(partial)) as copy,
         ):
             # In one step, which reads one moment; in several, every commit of the

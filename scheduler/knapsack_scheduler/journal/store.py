@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import sqlite3
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,11 +55,18 @@ def reading_engine(url: str, writing: sa.Engine) -> sa.Engine | None:
         return writing.execution_options(
             isolation_level="REPEATABLE READ", postgresql_readonly=True
         )
-    if sqlite_file(url) is None:
+    file = sqlite_file(url)
+    if file is None:
         return None
-    engine = sa.create_engine(
-        _parse(url), poolclass=QueuePool, connect_args={"check_same_thread": False, "timeout": 5}
-    )
+    arguments: dict[str, Any] = {"check_same_thread": False, "timeout": 5}
+    if is_frozen(file):
+        engine = sa.create_engine(
+            "sqlite://",
+            poolclass=QueuePool,
+            creator=lambda: sqlite3.connect(readable_uri(file), uri=True, **arguments),
+        )
+    else:
+        engine = sa.create_engine(_parse(url), poolclass=QueuePool, connect_args=arguments)
     _on_sqlite(engine, ("query_only=ON",), "DEFERRED")
     return engine
 
@@ -161,6 +169,19 @@ def sqlite_file(url: str) -> Path | None:
     if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
         return None
     return Path(str(parsed.database))
+
+
+def is_frozen(file: Path) -> bool:
+    """Return whether nobody can change a SQLite file: on a disk that is read-only, without a log.
+
+    SQLite would make files beside it to read it, and cannot.
+    """
+    return not os.access(file.parent, os.W_OK) and not Path(f"{file}-wal").exists()
+
+
+def readable_uri(file: Path) -> str:
+    """Return what SQLite's driver opens to read a file, on whatever disk it is."""
+    return f"{file.absolute().as_uri()}?{'immutable=1' if is_frozen(file) else 'mode=rw'}"
 
 
 class FileLock:
