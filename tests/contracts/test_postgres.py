@@ -143,6 +143,20 @@ def test_a_commit_is_on_disk_even_where_the_server_is_set_up_otherwise(postgres)
     journal.close()
 
 
+def test_a_database_that_cannot_hold_every_name_is_refused(postgres) -> None:
+    """One without conversion holds the bytes, whatever they mean; others say what is wrong."""
+    for encoding, holds in (("LATIN1", False), ("SQL_ASCII", True)):
+        store = postgres.new_store(f"ENCODING '{encoding}' TEMPLATE template0")
+        journal = Journal(store)
+        if holds:
+            journal.open()
+            assert journal.create_run("l\u00e4uf-\U0001f600", b"", 0) == journal.list_runs("", 1)[0]
+        else:
+            with pytest.raises(ConfigError, match="has the encoding LATIN1"):
+                journal.open()
+        journal.close()
+
+
 def test_a_claim_is_one_journals_until_it_ends(journals: list[Journal]) -> None:
     """Whoever comes second is told so."""
     with journals[0].claim(7) as mine, journals[1].claim(7) as too, journals[1].claim(8) as other:

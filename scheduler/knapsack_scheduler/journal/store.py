@@ -105,6 +105,8 @@ def _postgres_engine(url: sa.URL) -> sa.Engine:
                 "keepalives_count": 3,
                 "tcp_user_timeout": 15_000,
                 "application_name": "knapsack-scheduler",
+                # Else the driver takes the database's own, SQL_ASCII for one, and gives bytes.
+                "client_encoding": "UTF8",
                 # A replica that hangs with a run locked must not hold the others up for
                 # longer than their clients' patience.
                 "options": "-c lock_timeout=5s -c idle_in_transaction_session_timeout=120s",
@@ -120,6 +122,12 @@ def _postgres_engine(url: sa.URL) -> sa.Engine:
 
     @sa.event.listens_for(engine, "connect")
     def on_connect(connection: Any, _record: object) -> None:
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding not in ("UTF8", "SQL_ASCII"):
+            raise ConfigError(
+                f"store = {safe_url(url)!r}: the database has the encoding {encoding}, which "
+                "cannot hold every name of a run; make it with ENCODING 'UTF8'"
+            )
         # A server may be set up to answer before a commit is on disk; we may not.
         with connection.cursor() as cursor:
             cursor.execute("SHOW synchronous_commit")
