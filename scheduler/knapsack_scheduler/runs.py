@@ -363,11 +363,6 @@ class Runs:
         self._loaded.keep(run_id, run)
         return run
 
-    def _looked(
-        self, run_id: str, run: LoadedRun, work: Callable[[LoadedRun, Reading], Answer]
-    ) -> Answer:
-        return looked(self._journal, self._loaded, run_id, run, work)
-
     def _fold(self, run_id: str, stored: Stored[Answer]) -> tuple[Event | None, bool]:
         """Take in what was stored; returns what there is to tell, and if an allocation is whole."""
         run, counted = stored.run, Counted()

@@ -21,6 +21,7 @@ from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.errors import FailedPrecondition, NotFound, SchedulerError, StoreUnavailable
 from knapsack_scheduler.idorder import IdOrder
+from knapsack_scheduler.inspection import StoreReport, check_run
 from knapsack_scheduler.journal.columns import (
     ColumnsDamaged,
     decode,
@@ -341,6 +342,10 @@ class Twins:
         assert set(small.allocations) >= set(self.recent()) - set(self.lost)
         whole.allocations = {name: whole.allocations[name] for name in small.allocations}
         assert differences(small, whole) == []
+        for service in self.services:
+            report = StoreReport()
+            check_run(service._journal, "run", report)
+            assert report.faults == []
 
 
 OPERATIONS = st.lists(

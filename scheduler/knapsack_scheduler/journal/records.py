@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 
@@ -67,6 +68,16 @@ class Entry:
     digest: bytes
     payload: bytes
     answer: bytes
+
+    @property
+    def checksum(self) -> bytes:
+        """8-byte BLAKE2b of all there is to it: databases do not notice a byte that changed."""
+        texts = (self.kind, self.key)
+        head = [str(n) for n in (self.seq, self.branch, self.step, len(self.payload))]
+        digest = hashlib.blake2b("/".join((*head, *texts)).encode(), digest_size=8)
+        for data in (self.digest, self.payload, self.answer):
+            digest.update(data)
+        return digest.digest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -28,7 +28,7 @@ _BREATH = 0.002
 
 
 class Abandoned(Exception):
-    """The snapshot was given up: the run is gone, or the process ends."""
+    """The snapshot was given up: the run or a part of it is gone, or the process ends."""
 
 
 def limits_after(outline: Sequence[Outline], rewound_to: int | None) -> Callable[[int], int]:
@@ -109,7 +109,8 @@ def write_snapshot(
         stop: asked between two parts; true gives up.
 
     Raises:
-        Abandoned: the run was deleted meanwhile, or ``stop`` said so.
+        Abandoned: the run was deleted meanwhile, or parts by a process that had claimed the
+            run when this one's connection was lost; or ``stop`` said so.
         StoreUnavailable: the store cannot be written; nothing but parts are left of it.
     """
     with journal.transaction() as connection:
@@ -134,6 +135,10 @@ def write_snapshot(
     mark = SnapshotMark(seq, step, count, size, digest.digest())
     with journal.transaction() as connection:
         _still_there(connection, run)
+        parts = snapshot_parts.c
+        there = sa.select(sa.func.count()).where(parts.run_key == run.run_key, parts.seq == seq)
+        if connection.execute(there).scalar_one() != count:
+            raise Abandoned("another process, that took it for a left-over, deleted parts of it")
         insert_mark(connection, run.run_key, mark)
     return mark
 
@@ -148,12 +153,13 @@ def insert_mark(connection: sa.Connection, run_key: int, mark: SnapshotMark) -> 
     )
 
 
-def checksum(run: RunRow, mark: SnapshotMark, parts: Iterable[bytes]) -> bytes:
-    """Return what the checksum of a snapshot with these parts must be."""
-    digest = _digest(run, mark.seq, mark.step)
-    for part in parts:
+def is_whole(reading: Reading, mark: SnapshotMark) -> bool:
+    """Return whether all parts of a snapshot are there, and are what was written."""
+    digest, count, size = _digest(reading.run, mark.seq, mark.step), 0, 0
+    for part in reading.snapshot_parts(mark):
         digest.update(part)
-    return digest.digest()
+        count, size = count + 1, size + len(part)
+    return (count, size, digest.digest()) == (mark.parts, mark.size, mark.checksum)
 
 
 def _still_there(connection: sa.Connection, run: RunRow) -> None:
