@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from knapsack_scheduler.errors import ResourceExhausted, TooSlow
 
@@ -29,17 +30,17 @@ class Ticket:
         size: bytes.
         abandoned: the caller has gone; whoever works for it still closes the ticket.
         since: when the transfer under way began, on the loop's clock.
-        scope: ends the transfer under way.
+        give_way: ends the transfer under way.
     """
 
-    __slots__ = ("_admission", "abandoned", "scope", "since", "size")
+    __slots__ = ("_admission", "abandoned", "give_way", "since", "size")
 
     def __init__(self, admission: Admission, size: int) -> None:
         self._admission = admission
         self.size = size
         self.abandoned = False
         self.since = 0.0
-        self.scope: asyncio.Timeout | None = None
+        self.give_way: Callable[[], object] | None = None
 
     @asynccontextmanager
     async def transfer(self, seconds: float, what: str) -> AsyncIterator[None]:
@@ -55,7 +56,8 @@ class Ticket:
         loop = asyncio.get_running_loop()
         self.since = loop.time()
         try:
-            async with asyncio.timeout(seconds) as self.scope:
+            async with asyncio.timeout(seconds) as scope:
+                self.give_way = partial(_end, scope)
                 self._admission.watch(self)
                 yield
         except TimeoutError:
@@ -66,7 +68,31 @@ class Ticket:
             ) from None
         finally:
             self._admission.unwatch(self)
-            self.scope = None
+            self.give_way = None
+
+    def deliver(self, seconds: float, hang_up: Callable[[], object]) -> None:
+        """Keep the room until the call that is being answered has ended, then close.
+
+        gRPC sends what a handler returns after it, and waits for the other side for ever.
+
+        Args:
+            seconds: longest wait if nobody else needs the room.
+            hang_up: called if the answer is not taken in time; must make the call end.
+        """
+        call = asyncio.current_task()
+        assert call is not None
+        loop = asyncio.get_running_loop()
+        self.since = loop.time()
+        timer = loop.call_later(seconds, hang_up)
+        self.give_way = hang_up
+        self._admission.watch(self)
+
+        def ended(_call: object) -> None:
+            timer.cancel()
+            self._admission.unwatch(self)
+            self.close()
+
+        call.add_done_callback(ended)
 
     def resize(self, size: int) -> None:
         """Keep this much instead; ResourceExhausted if there is no room for more."""
@@ -75,6 +101,12 @@ class Ticket:
     def close(self) -> None:
         """Give the room back. May be called twice."""
         self._admission.resize(self, 0)
+
+
+def _end(scope: asyncio.Timeout) -> None:
+    # One whose own limit has just passed ends by itself.
+    if not scope.expired():
+        scope.reschedule(asyncio.get_running_loop().time())
 
 
 class Admission:
@@ -176,9 +208,8 @@ class Admission:
         due = oldest.since + GRACE_SECONDS
         if due <= loop.time():
             self.unwatch(oldest)
-            # One whose own limit has just passed ends by itself.
-            if oldest.scope is not None and not oldest.scope.expired():
-                oldest.scope.reschedule(loop.time())
+            if oldest.give_way is not None:
+                oldest.give_way()
             due = loop.time()
         # Looks again while somebody waits; the next one may be past its grace already.
         self._timer = loop.call_at(max(due, loop.time() + 0.01), self._make_room)

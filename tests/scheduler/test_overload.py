@@ -23,6 +23,7 @@ import grpc.aio
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from silent_client import SilentClient
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
@@ -246,6 +247,73 @@ async def test_slow_senders_give_way_to_those_who_wait(
         for call in stuck:
             call.cancel()
         await asyncio.gather(*stuck, return_exceptions=True)
+
+
+@pytest.mark.parametrize("method", ["GetRun", "ListPromptStats"])
+async def test_who_takes_no_answers_is_hung_up_on(
+    start_scheduler: Callable[..., Any], calls: Any, method: str
+) -> None:
+    """Answers that nobody takes hold room and places for a grace; then their connection ends."""
+    scheduler = start_scheduler(
+        "--auto-create-runs", "--max-concurrent-calls=40",
+        f"--max-message-bytes={16 * MIB}", f"--max-inflight-bytes={64 * MIB}",
+    )  # fmt: skip
+    prompts = [f"{i:0100d}" for i in range(4000)]
+    scheduler.stub.Report(calls.own_report(prompts, [[1.0]] * 4000))
+    request = {
+        "GetRun": pb.GetRunRequest(run_id="run"),
+        "ListPromptStats": pb.ListPromptStatsRequest(run_id="run", page_size=4000),
+    }[method].SerializeToString()
+    address = scheduler.addresses["listen"]
+    with contextlib.closing(SilentClient(address)) as silent, health_asked(address):
+        for _ in range(60):
+            silent.call(f"/{_SERVICE}/{method}", request)
+        await asyncio.to_thread(silent.wait_until_hung_up)
+    scheduler.stub.GetRun(pb.GetRunRequest(run_id="run"), timeout=30)
+    admin = scheduler.addresses["admin"]
+    # Refusals for want of a place are seen as all others are.
+    refused = f'calls_total{{code="RESOURCE_EXHAUSTED",method="{method}"}}'
+    assert gauge(admin, re.escape(refused)) > 0
+    async with asyncio.timeout(60):
+        while gauge(admin, "inflight_bytes"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert "did not take its answers" in scheduler.log()
+
+
+async def test_strangers_take_neither_memory_nor_places(
+    start_scheduler: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Health checks need no token, on two ports: huge ones, hundreds of watches, none taken."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("secret *\n")
+    scheduler = start_scheduler(
+        f"--token-file={tokens}", "--max-concurrent-calls=100", "--drain-seconds=1"
+    )
+    watch = "/grpc.health.v1.Health/Watch"
+    huge = health_pb2.HealthCheckRequest(service="s" * 30 * MIB).SerializeToString()
+    before = psutil.Process(scheduler.process.pid).memory_info().rss
+    with contextlib.ExitStack() as stack:
+        for port in ("listen", "health"):
+            silent = stack.enter_context(
+                contextlib.closing(SilentClient(scheduler.addresses[port]))
+            )
+            silent.call(watch, b"")
+        async with grpc.aio.insecure_channel(scheduler.addresses["listen"], SIZES) as channel:
+            raw = channel.unary_unary("/grpc.health.v1.Health/Check")
+            with Peak(scheduler.process.pid) as peak, health_asked(scheduler.addresses["listen"]):
+                refused = await asyncio.gather(*(code_of(raw(huge, timeout=60)) for _ in "123456"))
+            assert set(refused) == {CODE.RESOURCE_EXHAUSTED}
+            assert peak.bytes - before < 150 * MIB
+            watches = [channel.unary_stream(watch)(b"") for _ in range(150)]
+            held = [call for call in watches if await code_of(call.read()) is CODE.OK]
+            assert 0 < len(held) < 100
+            mine = (("authorization", "Bearer secret"),)
+            await stub_of(channel).ListRuns(pb.ListRunsRequest(), metadata=mine, timeout=30)
+            assert scheduler.end() == 0
+            # Who watches is told of the end before it.
+            assert await held[0].read() == b"\x08\x02"
+            assert await held[0].read() is grpc.aio.EOF
+    assert "still under way" not in scheduler.log()
 
 
 async def test_thousands_of_connections_leave_the_others_served(

@@ -38,7 +38,7 @@ class Authority:
     def _openssl(self, *words: Any) -> None:
         subprocess.run(["openssl", *words], check=True, capture_output=True)
 
-    def issue(self, name: str) -> tuple[bytes, bytes]:
+    def issue(self, name: str, days: str = "2") -> tuple[bytes, bytes]:
         """Return key and certificate of somebody, good for localhost."""
         key, request, cert = (self._folder / f"{self.name}-{name}.{end}" for end in
                               ("key", "csr", "pem"))  # fmt: skip
@@ -46,7 +46,7 @@ class Authority:
         names.write_text("subjectAltName=DNS:localhost")
         self._openssl("req", *CURVE[:-2], "-keyout", key, "-out", request, "-subj", f"/CN={name}")
         self._openssl("x509", "-req", "-in", request, "-CA", self.cert, "-CAkey", self.key,
-                      "-days", "2", "-extfile", names, "-out", cert)  # fmt: skip
+                      "-days", days, "-extfile", names, "-out", cert)  # fmt: skip
         return key.read_bytes(), cert.read_bytes()
 
 
@@ -89,8 +89,19 @@ def test_certificates_rotate_without_restart(
     # A pair that does not fit, as while the two files are written, leaves what there was.
     key.write_bytes(old.issue("server")[0])
     assert call(new, new_client) == "OK"
-    install(new)
     assert call(new, new_client) == "OK"
+    assert scheduler.log().count("certificates cannot be used, the old ones stay") == 1
+    # One of the files away for a moment: what else changed meanwhile is not forgotten.
+    aside = tmp_path / "aside"
+    clients.rename(aside)
+    pair = old.issue("server")
+    key.write_bytes(pair[0])
+    cert.write_bytes(pair[1])
+    assert call(new, new_client) == "OK"
+    aside.rename(clients)
+    assert call(old, new_client) == "OK"
+    expired = new.issue("trainer", days="-1")
+    assert call(old, expired) == "UNAVAILABLE"
     assert scheduler.process.pid == pid
     assert scheduler.process.poll() is None
 
@@ -257,9 +268,12 @@ def test_secrets_are_in_no_log_and_no_message(
         f"nonsense://user:{password}@host/name",
         f"sqlite://user:{password}@host/nowhere/stats.db",
         f"postgresql+nodriver://user:{password}@host/name",
+        f"postgresql://user@127.0.0.1:1/name?password={password}",
+        f"postgresql://user@127.0.0.1:1/name?sslpassword={password}",
     ]
     commands = [["check"], ["migrate"], ["export", "--run", "r"]]
-    for command, url in [*((["serve"], url) for url in urls), *((c, urls[0]) for c in commands)]:
+    serve = ["serve", "--insecure"]
+    for command, url in [*((serve, url) for url in urls), *((c, urls[0]) for c in commands)]:
         said = run(*command, "--store", url)
         assert said, command
         assert password not in said, (command, said)
