@@ -56,7 +56,7 @@ _CONNECTION_OPTIONS = [
     # Clients may ask whether the server is there every 10 s, not more often.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.server_handshake_timeout_ms", 5_000),
     ("grpc.max_metadata_size", 16 * 1024),
     # What a call may send before it is read. The size that the probe finds on a fast network
     # is 16 MiB, of every call that waits.
