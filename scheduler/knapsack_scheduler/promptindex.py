@@ -9,7 +9,6 @@ dict, and the ids found are compared after that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +29,8 @@ class PromptIndex:
 
     def __init__(self) -> None:
         self.ids: list[str] = []
+        # The same once more, as an array: the ids of a batch are taken out at once.
+        self._ids = np.empty(64, np.object_)
         # Hash of each row, and a row or -1 in each slot. The number of slots is a power of 2.
         self._hashes = np.zeros(64, np.int64)
         self._slots: npt.NDArray[np.int32] = np.full(64 * _SLOTS_PER_ID, -1, np.int32)
@@ -58,6 +59,7 @@ class PromptIndex:
         if rows.size and len(self.ids) > self._hashes.size:
             self._grow(2 * len(self.ids))
         self._hashes[rows] = hashes
+        self._ids[first : len(self.ids)] = ids
         # The first of those with the same hash, unless one before them has it.
         _, at = np.unique(hashes, return_index=True)
         new = np.zeros(rows.size, np.bool_)
@@ -69,6 +71,9 @@ class PromptIndex:
 
     def _grow(self, capacity: int) -> None:
         self._hashes = np.resize(self._hashes, capacity)
+        ids = np.empty(capacity, np.object_)
+        ids[: self._ids.size] = self._ids
+        self._ids = ids
         bits = (_SLOTS_PER_ID * capacity - 1).bit_length()
         before = self._slots
         self._slots = np.full(1 << bits, -1, np.int32)
@@ -79,18 +84,23 @@ class PromptIndex:
     def _find(self, hashes: IntArray) -> IntArray:
         """Return a row with each hash; -1 where there is none."""
         rows = np.full(hashes.shape, -1, np.int64)
-        left = np.arange(hashes.size)
+        left: IntArray | None = None
         slots, steps = self._way(hashes)
-        while left.size:
-            there = self._slots.take(slots).astype(np.int64)
+        while True:
+            there = self._slots.take(slots)
             taken = there >= 0
             # The last row, which -1 would name, is there too; it does not count.
             found = taken & (self._hashes.take(there, mode="wrap") == hashes)
-            rows[left[found]] = there[found]
-            going = taken & ~found
-            left, hashes, steps = left[going], hashes[going], steps[going]
+            if left is None:
+                np.copyto(rows, there, where=found)
+            else:
+                rows[left[found]] = there[found]
+            going = np.flatnonzero(taken & ~found)
+            if not going.size:
+                return rows
+            left = going if left is None else left[going]
+            hashes, steps = hashes[going], steps[going]
             slots = (slots[going] + steps) & (self._slots.size - 1)
-        return rows
 
     def _insert(self, rows: IntArray) -> None:
         """Put rows, whose hashes differ from all others, where ``_find`` looks for them."""
@@ -110,11 +120,8 @@ class PromptIndex:
 
     def _differ(self, ids: Sequence[str], rows: IntArray) -> BoolArray:
         """Return which rows have another id than these."""
-        if len(ids) < 2:
-            there: tuple[str, ...] = tuple(self.ids[row] for row in rows.tolist())
-        else:
-            there = itemgetter(*rows.tolist())(self.ids)
-        if there == tuple(ids):
+        there = self._ids.take(rows).tolist()
+        if there == list(ids):
             return np.zeros(len(ids), np.bool_)
         return np.array([a != b for a, b in zip(there, ids, strict=True)])
 

@@ -29,6 +29,7 @@ from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.logs import REQUEST_ID
 from knapsack_scheduler.memory import give_back
 from knapsack_scheduler.pages import page_size
+from knapsack_scheduler.protection import protected
 from knapsack_scheduler.security import EVERYBODY, Caller, TokenGuard
 from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
 from knapsack_scheduler.wire import ImportStream
@@ -115,7 +116,8 @@ class SchedulerServicer:
                 _LOG.exception("%s failed", method)
                 await call.abort()
             finally:
-                call.handled()
+                # The answer goes first: whoever listens takes some of its time.
+                asyncio.get_running_loop().call_soon(call.handled, time.perf_counter())
 
         return handle
 
@@ -243,7 +245,7 @@ class SchedulerServicer:
 
     def _begin(self, work: Any, ticket: Ticket, *, large: bool = False) -> asyncio.Task[Message]:
         """Start work that goes on when its caller goes away, and holds its room until then."""
-        task: asyncio.Task[Message] = asyncio.ensure_future(work)
+        task: asyncio.Task[Message] = protected(work)
         self._work.add(task)
 
         def done(_task: object) -> None:
@@ -348,13 +350,13 @@ class _Call:
         said = str(self._metadata.get(PENDING_REPORTS_KEY, ""))
         return int(said) if _PENDING_REPORTS.fullmatch(said) else None
 
-    def handled(self) -> None:
-        """Tell how it ended."""
+    def handled(self, end: float) -> None:
+        """Tell how it ended, at a time of ``time.perf_counter``."""
         self._events.emit(
             CallHandled(
                 self.method,
                 self.code,
-                time.perf_counter() - self._start,
+                end - self._start,
                 *self._about,
                 self.message,
                 self._id,

@@ -367,7 +367,9 @@ class Runs:
             failed = True
             raise
         finally:
-            self._events.emit(Committed(time.perf_counter() - start, failed))
+            # The answer goes first: whoever listens takes some of its time.
+            committed = Committed(time.perf_counter() - start, failed)
+            asyncio.get_running_loop().call_soon(self._events.emit, committed)
 
     def _delete(self, run_id: str) -> None:
         self._loaded.take(run_id)

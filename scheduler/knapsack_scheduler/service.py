@@ -554,7 +554,7 @@ def _check_report(request: pb.ReportRequest, rewards: Rewards, allocation: OpenA
             "step", request.step, f"must be the allocation's, {allocation.step}, or not set"
         )
     positions = allocation.rows.size
-    if max(request.prompt_indices, default=0) >= positions:
+    if np.asarray(request.prompt_indices, np.int64).max(initial=0) >= positions:
         wire.rewards_of(request, positions)
     delivered = allocation.delivered + np.bincount(rewards.owner, minlength=positions)
     over = delivered > allocation.allocated

@@ -21,6 +21,7 @@ from knapsack_scheduler.allocations import (
     allocation_columns,
     allocations_of,
 )
+from knapsack_scheduler.core.aging import FEW_VISITS, Discounts, EvidenceOfAll
 from knapsack_scheduler.core.bands import BANDS, BandArray, bands_of, population
 from knapsack_scheduler.core.calibration import Calibration
 from knapsack_scheduler.core.drift import PROMPTS as DRIFT_PROMPTS
@@ -35,11 +36,11 @@ from knapsack_scheduler.core.evidence import (
 from knapsack_scheduler.core.paper import recent_outcomes
 from knapsack_scheduler.core.policy import begun_groups, effective_chances
 from knapsack_scheduler.core.posterior import (
-    Discounts,
     Prior,
     newest_drift,
     newest_prior,
     posterior,
+    posterior_apart,
 )
 from knapsack_scheduler.core.problem import (
     Begun,
@@ -96,6 +97,7 @@ class RunState:
         self.calibration = Calibration.nothing()
         self._looked_up: tuple[tuple[str, ...], int, IntArray] = ((), 0, np.zeros(0, np.int64))
         self._visits = Visits()
+        self._evidence = EvidenceOfAll()
         self._bands: BandArray = np.zeros(0, np.int8)
         self.population = np.zeros(len(BANDS), np.int64)
         self._visited = LastVisited(twice=False)
@@ -173,20 +175,28 @@ class RunState:
         return Beliefs(believed, keys, unseen, self._expected_tokens(rows), recent), prior
 
     def _posterior(self, rows: IntArray, step: int | None, prior: Prior) -> Posterior:
-        return posterior(
-            self._visits,
-            rows,
-            step,
-            self.last_policy_version,
-            self.discounts,
-            prior,
-            self.reward_levels,
-            self.drift(prior),
-        )
+        version, drift = self.last_policy_version, self.drift(prior)
+        # Seldom was one of them seen at the step, or rewards have levels.
+        apart = step is not None and self.last_step >= step
+        apart = apart and bool((self._sums[_LAST_STEP, rows[rows >= 0]] >= step).any())
+        if apart or self.reward_levels.plural:
+            return posterior_apart(
+                self._visits,
+                rows,
+                step,
+                version,
+                self.discounts,
+                prior,
+                self.reward_levels,
+                drift,
+            )
+        evidence = self._evidence.of(rows, self._visits, self.discounts)
+        return posterior(evidence, version, self.discounts, prior, drift)
 
     def prepare(self) -> None:
-        """Work out what every decision needs, which only a report changes."""
+        """Work out what later decisions need, which only a report changes."""
         self.drift(self.prior())
+        self._evidence.prepare(self._visits, self.discounts)
 
     def prior(self) -> Prior:
         """Return what is believed of a prompt of the run before it is seen."""
@@ -223,6 +233,7 @@ class RunState:
         self._places.add(new)
         size = len(self.prompt_ids)
         self._visits.grow(size)
+        self._evidence.grow(size)
         if size > self._sums.shape[1]:
             capacity = max(size, self._sums.shape[1] * 5 // 4, 64)
             sums = np.zeros((_SUMS, capacity), np.int64)
@@ -331,6 +342,8 @@ class RunState:
         np.add.at(successes, place, outcomes.successes[some])
         by_level = self._levelled(rewards, rows, unique)
         merge_visits(self._visits, unique, step, policy_version, rollouts, successes, by_level)
+        self._evidence.visited(unique)
+        self._evidence.prepare(self._visits, self.discounts, FEW_VISITS)
         self._visited.add(unique, self._visits)
         self._revisited.add(unique, self._visits)
         self._prior = self._drift = None
@@ -432,6 +445,8 @@ class RunState:
         state._places.add(decode_text(columns["prompt_ids"], columns["prompt_id_lengths"]))
         state._sums, state._keys = columns["sums"], columns["keys"]
         state._visits = Visits.from_columns(_of_name("visits", columns))
+        state._evidence.grow(len(state.prompt_ids))
+        state._evidence.visited(np.arange(len(state.prompt_ids)))
         if "visited.rows" in columns:
             state._visited = LastVisited.from_columns(_of_name("visited", columns), twice=False)
         else:

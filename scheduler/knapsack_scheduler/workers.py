@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import copy_context
-from functools import partial
 from typing import TypeVar
 
 from knapsack_scheduler.errors import Busy
@@ -45,15 +45,39 @@ class Workers:
             await self._wait()
         else:
             await self._free.acquire()
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Answer] = loop.create_future()
+
+        def done(result: Answer | None, error: BaseException | None) -> None:
+            self._free.release()
+            if answer.cancelled():
+                return
+            if error is None:
+                answer.set_result(result)  # type: ignore[arg-type]
+            else:
+                answer.set_exception(error)
+
         # With the call's context, for the request id in the lines of the log.
-        work = partial(copy_context().run, work)
+        context = copy_context()
+
+        def in_thread() -> None:
+            result = error = None
+            try:
+                result = context.run(work)
+            except BaseException as raised:
+                error = raised
+            # Without a loop there is nobody left who waits.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(done, result, error)
+            # An error holds the frames that it passed, this one too, and with them the request.
+            result = error = None
+
         try:
-            future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+            self._threads.submit(in_thread)
         except BaseException:
             self._free.release()
             raise
-        future.add_done_callback(lambda _: self._free.release())
-        return await asyncio.shield(future)
+        return await answer
 
     async def _wait(self) -> None:
         try:

@@ -120,11 +120,11 @@ def both(
 
 
 def measure(
-    scheduler: Any, echo: Any, size: int, known: int, repeat: int, fewest: dict[Any, float]
+    scheduler: Any, echo: Any, size: int, known: int, steps: range, fewest: dict[Any, float]
 ) -> None:
     rng = np.random.default_rng(size)
     times: dict[tuple[str, str], list[float]] = {}
-    for step in range(repeat + 3):
+    for step in steps:
         ids = [f"prompt-{i}" for i in rng.choice(known, size, replace=False)]
         request = pb.AllocateRequest(
             run_id="bench",
@@ -186,8 +186,11 @@ def main() -> None:
             server(__file__, "--echo") as echo,
         ):
             learn(scheduler, known, np.random.default_rng(0))
-            for size in arguments.sizes:
-                measure(scheduler, echo, size, known, arguments.repeat, fewest)
+            steps = arguments.repeat + 3
+            for turn, size in enumerate(arguments.sizes):
+                # As in training, no step comes again.
+                of_size = range(turn * steps, (turn + 1) * steps)
+                measure(scheduler, echo, size, known, of_size, fewest)
 
 
 def scheduler_command(store: Path) -> list[str]:

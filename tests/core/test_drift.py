@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from knapsack_scheduler.core.aging import Discounts
 from knapsack_scheduler.core.drift import FEWEST_PROMPTS, Drift, fit_drift
 from knapsack_scheduler.core.elementary import exp, log
 from knapsack_scheduler.core.evidence import Visits, merge_visits
-from knapsack_scheduler.core.posterior import Discounts, Prior, newest_drift
+from knapsack_scheduler.core.posterior import Prior, newest_drift
 from knapsack_scheduler.core.problem import tie_keys
 from knapsack_scheduler.core.recency import LastVisited
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from knapsack_scheduler.core.aging import Discounts
 from knapsack_scheduler.core.drift import Drift
 from knapsack_scheduler.core.evidence import Visits, merge_visits
-from knapsack_scheduler.core.posterior import (
-    Discounts,
-    Prior,
-    posterior,
-)
+from knapsack_scheduler.core.posterior import Prior, posterior_apart
 from knapsack_scheduler.core.problem import Posterior
 from knapsack_scheduler.core.rates import believed as core_believed
 from knapsack_scheduler.core.rates import fit_rates
@@ -45,7 +42,7 @@ def believed(
 ) -> Posterior:
     """Return the posteriors of rows whose rewards are successes and failures."""
     levels = RewardLevels.none_yet(0.5, True)
-    return posterior(visits, rows, step, newest, discounts, prior, levels, drift or Drift())
+    return posterior_apart(visits, rows, step, newest, discounts, prior, levels, drift or Drift())
 
 
 def test_counts_of_one_visit_are_added_to_the_prior() -> None:
@@ -125,8 +122,8 @@ def test_drift_moves_levels_with_their_class(weights: tuple[float, ...]) -> None
     merge_visits(visits, np.array([0]), 3, 0, np.array([5]), np.array([2]), counted)
     discounts, prior = Discounts(0.5, 1.0, 32.0), Prior(0.5, 1.5, weights)
     drift = Drift(0.7, 0.9)
-    plain = posterior(visits, np.array([0, -1]), 4, 0, discounts, prior, levels, Drift())
-    moved = posterior(visits, np.array([0, -1]), 4, 0, discounts, prior, levels, drift)
+    plain = posterior_apart(visits, np.array([0, -1]), 4, 0, discounts, prior, levels, Drift())
+    moved = posterior_apart(visits, np.array([0, -1]), 4, 0, discounts, prior, levels, drift)
     alpha, beta = drift.moved(plain.alpha[:1], plain.beta[:1])
     assert moved.alpha[0] == pytest.approx(alpha[0])
     assert moved.beta[0] == pytest.approx(beta[0])

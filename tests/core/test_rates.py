@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from knapsack_scheduler.core.aging import Discounts
 from knapsack_scheduler.core.evidence import Visits, merge_visits
-from knapsack_scheduler.core.posterior import Discounts, Prior, newest_prior
+from knapsack_scheduler.core.posterior import Prior, newest_prior
 from knapsack_scheduler.core.rates import believed, fit_rates
 
 ODDS = np.linspace(-8.0, 8.0, 25)

@@ -6,8 +6,6 @@ import numpy as np
 
 from knapsack_scheduler.core.problem import FloatArray, IntArray
 
-_STIRLING_FROM = 10
-
 _CHUNK = 4096
 """Numbers worked on at once: what is in between stays in the cache."""
 
@@ -15,12 +13,13 @@ _CHUNK = 4096
 def moment(alpha: FloatArray, beta: FloatArray, x: int, y: int) -> FloatArray:
     """Return E[p^x q^y] of Beta(alpha, beta), by multiplication and division only."""
     total = alpha + beta
-    product = np.ones_like(alpha)
-    for t in range(x):
-        product = product * ((alpha + float(t)) / (total + float(t)))
-    for t in range(y):
-        product = product * ((beta + float(t)) / (total + float(x + t)))
-    return product
+    factors = [(alpha, t, t) for t in range(x)] + [(beta, t, x + t) for t in range(y)]
+    product = None
+    for weight, above, below in factors:
+        numerator = weight + float(above) if above else weight
+        factor = numerator / (total + float(below) if below else total)
+        product = factor if product is None else product * factor
+    return np.ones_like(alpha) if product is None else product
 
 
 class AllAlike:
@@ -65,17 +64,23 @@ def log_gamma(x: FloatArray) -> FloatArray:
 
 
 def _log_gamma(x: FloatArray) -> FloatArray:
-    product, shifted = x.copy(), x.copy()
-    for _ in range(1, _STIRLING_FROM):
-        shifted += 1.0
-        product *= shifted
-    z = shifted + 1.0
+    # x (x+9), (x+1) (x+8) .. (x+4) (x+5) are this and 0, 8, 14, 18 and 20 more.
+    outer = x * (x + 9.0)
+    product = outer.copy()
+    for more in (8.0, 14.0, 18.0, 20.0):
+        product *= outer + more
+    z = x + 10.0
     inverse = 1.0 / z
     square = inverse * inverse
-    series = np.full_like(z, -1.0 / 1680.0)
-    for term in (1.0 / 1260.0, -1.0 / 360.0, 1.0 / 12.0):
+    series = square * (-1.0 / 1680.0)
+    series += 1.0 / 1260.0
+    for term in (-1.0 / 360.0, 1.0 / 12.0):
         series *= square
         series += term
     series *= inverse
-    result: FloatArray = (z - 0.5) * np.log(z) - z + 0.9189385332046727 + series - np.log(product)
+    result: FloatArray = (z - 0.5) * np.log(z)
+    result -= z
+    result += 0.9189385332046727
+    result += series
+    result -= np.log(product)
     return result

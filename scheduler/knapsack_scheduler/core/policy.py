@@ -37,7 +37,7 @@ from knapsack_scheduler.core.problem import (
     Reasons,
     WaveOutcomes,
 )
-from knapsack_scheduler.core.states import States, find_states
+from knapsack_scheduler.core.states import States, find_states, numbered_states
 from knapsack_scheduler.core.ties import fill_lowest
 from knapsack_scheduler.core.worth import Worth
 
@@ -334,7 +334,11 @@ def _alike(posterior: Posterior, bounds: Bounds, begun: Begun) -> States | None:
     if posterior.levels is not None or posterior.alpha.size < MANY_PROMPTS or begun.size.any():
         return None
     of_bounds = [each for each in (bounds.minimum, bounds.maximum) if (each != each[0]).any()]
-    return find_states([posterior.alpha, posterior.beta, *of_bounds])
+    if posterior.kinds is None:
+        return find_states([posterior.alpha, posterior.beta, *of_bounds])
+    if of_bounds:
+        return find_states([posterior.kinds, *of_bounds])
+    return numbered_states(posterior.kinds)
 
 
 def _problem(

@@ -11,38 +11,16 @@ failed keeps some chance of success: no case needs a rule of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
+from knapsack_scheduler.core.aging import Discounts, Evidence, Weighed, summed
 from knapsack_scheduler.core.drift import FEWEST_PROMPTS, Drift, fit_drift
-from knapsack_scheduler.core.evidence import WINDOW, Visits, Windows
+from knapsack_scheduler.core.evidence import Visits, Windows
 from knapsack_scheduler.core.levels import class_weights
 from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray, Levels, Posterior
-from knapsack_scheduler.core.rates import believed, fit_rates
+from knapsack_scheduler.core.rates import believed, believed_units, fit_rates, kinds_of
 from knapsack_scheduler.core.rewardlevels import RewardLevels
-
-_MAX_EXPONENT = 2**20
-"""Version distances beyond this weigh the same: 0.99999 ** 2**20 is 3e-5."""
-
-_TABLE = 2**14
-"""Powers below this one are looked up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Discounts:
-    """How fast evidence ages.
-
-    Attributes:
-        visit: factor per later visiting step, in (0, 1].
-        version: factor per policy version since, in (0, 1].
-        cap: most rollouts that a prompt's evidence may weigh, > 0.
-    """
-
-    visit: float
-    version: float
-    cap: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +51,42 @@ def newest_prior(
     """
     if rows.size == 0:
         return Prior()
-    windows = Windows.of(visits, rows)
-    weight, _ = _weights(windows, None, newest_policy_version, discounts)
-    weights = fit_rates(*_evidence(windows, weight))
+    evidence = Weighed.of(Windows.of(visits, rows), discounts).evidence
+    weights = fit_rates(*evidence.at(newest_policy_version, discounts))
     alpha, beta = believed(weights, np.zeros(1), np.zeros(1))
     return Prior(float(alpha[0]), float(beta[0]), weights)
 
 
 def posterior(
+    evidence: Evidence,
+    newest_policy_version: int,
+    discounts: Discounts,
+    prior: Prior,
+    drift: Drift,
+) -> Posterior:
+    """Return what is believed of prompts of which nothing was seen at the step itself.
+
+    Their evidence is discounted, added to the prior, and moved by the drift.
+
+    Args:
+        evidence: of each position's prompt, [M]; none for one that was never seen.
+        newest_policy_version: newest version reported to the run.
+        discounts: how fast evidence ages.
+        prior: of the run.
+        drift: of the run.
+    """
+    passed, failed = evidence.at(newest_policy_version, discounts)
+    kinds = kinds_of(passed, failed) if prior.weights else None
+    if kinds is None:
+        return Posterior(*_moved(prior, passed, failed, drift))
+    alpha, beta = believed_units(prior.weights, kinds.passed, kinds.failed)
+    # The last kind has no evidence that could be out of date.
+    moved = drift.moved(alpha[:-1], beta[:-1])
+    alpha, beta = (np.append(new, old[-1]) for new, old in zip(moved, (alpha, beta), strict=True))
+    return Posterior(alpha.take(kinds.of), beta.take(kinds.of), kinds=kinds.of)
+
+
+def posterior_apart(
     visits: Visits,
     rows: IntArray,
     step: int | None,
@@ -90,12 +96,11 @@ def posterior(
     reward_levels: RewardLevels,
     drift: Drift,
 ) -> Posterior:
-    """Return what is believed of the outcomes of each row, with levels if there are more than two.
+    """Return what is believed of each row, with levels if there are more than two of them.
 
-    Evidence of other steps is discounted, added to the prior, and moved by the drift. What
-    was seen at the step itself is newer than any drift: it counts in full, beside the rest.
-    The prior of a class is divided among its levels as the rollouts of the run are; a class
-    of which no level was seen counts as one level.
+    As ``posterior`` where nothing was seen at the step itself. What was is newer than any
+    drift: it counts in full, beside the rest. The prior of a class is divided among its levels
+    as the rollouts of the run are; a class of which no level was seen counts as one level.
 
     Args:
         visits: the run's windows.
@@ -109,21 +114,19 @@ def posterior(
     """
     seen = np.flatnonzero(rows >= 0)
     picked = rows if seen.size == rows.size else rows[seen]
-    windows = Windows.of(visits, picked)
     apart = None if step is None else np.int64(step)
-    weight, now = _weights(windows, apart, newest_policy_version, discounts)
-    passed, failed = _evidence(windows, weight)
-    alpha, beta = _believed(prior, passed, failed)
-    moved = drift.moved(alpha, beta)
-    has_evidence = passed + failed > 0.0
-    alpha = np.where(has_evidence, moved[0], alpha)
-    beta = np.where(has_evidence, moved[1], beta)
+    weighed = Weighed.of(Windows.of(visits, picked), discounts, apart)
+    windows, now, evidence = weighed.windows, weighed.now, weighed.evidence
+    alpha, beta = _moved(prior, *evidence.at(newest_policy_version, discounts), drift)
     if reward_levels.plural and visits.by_level is not None:
         levels, success = _prior_levels(prior, reward_levels)
         columns = np.tile(levels, (rows.size, 1))
         by_level = visits.by_level[picked].transpose(1, 0, 2)
         older = columns[seen]
-        older[:, : by_level.shape[2]] += _summed(weight[:, :, None] * by_level)
+        factor = evidence.factor(newest_policy_version, discounts)
+        older[:, : by_level.shape[2]] += factor[:, None] * summed(
+            weighed.weight[:, :, None] * by_level
+        )
         now_weighs = class_weights(older, success)
         for level, good in enumerate(success.tolist()):
             older[:, level] *= alpha / now_weighs[0] if good else beta / now_weighs[1]
@@ -157,9 +160,11 @@ def newest_drift(
     if rows.size < FEWEST_PROMPTS:
         return Drift()
     windows = Windows.of(visits, rows)
-    weight, now = _weights(windows, windows.step[0], windows.policy_version[0], discounts)
+    weighed = Weighed.of(windows, discounts, windows.step[0])
+    now = weighed.now
     assert now is not None
-    alpha, beta = _believed(prior, *_evidence(windows, weight))
+    older = weighed.evidence.at(windows.policy_version[0], discounts)
+    alpha, beta = _believed(prior, *older)
     rollouts, successes = windows.rollouts, windows.successes
     return fit_drift(alpha, beta, (now * rollouts).sum(axis=0), (now * successes).sum(axis=0))
 
@@ -178,10 +183,13 @@ def _prior_levels(prior: Prior, reward_levels: RewardLevels) -> tuple[FloatArray
     return weights, success
 
 
-def _evidence(windows: Windows, weight: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return the weighed successes and failures of each row, float64[n]."""
-    failures = windows.rollouts - windows.successes
-    return _summed(weight * windows.successes), _summed(weight * failures)
+def _moved(
+    prior: Prior, successes: FloatArray, failures: FloatArray, drift: Drift
+) -> tuple[FloatArray, FloatArray]:
+    alpha, beta = _believed(prior, successes, failures)
+    moved = drift.moved(alpha, beta)
+    has_evidence = successes + failures > 0.0
+    return np.where(has_evidence, moved[0], alpha), np.where(has_evidence, moved[1], beta)
 
 
 def _believed(
@@ -190,80 +198,3 @@ def _believed(
     if prior.weights:
         return believed(prior.weights, successes, failures)
     return prior.alpha + successes, prior.beta + failures
-
-
-def _weights(
-    windows: Windows,
-    apart: npt.NDArray[np.int64] | np.int64 | None,
-    newest_policy_version: int | IntArray,
-    discounts: Discounts,
-) -> tuple[FloatArray, BoolArray | None]:
-    """Return what each visit weighs, [WINDOW, n], and which are at the step apart.
-
-    Visits at the step ``apart`` ([n], one for all, or None) weigh nothing and make the
-    others no older. None where there are no such visits.
-    """
-    step = windows.step
-    others = windows.rollouts > 0
-    now = None
-    if apart is not None:
-        now = others & (step == apart)
-        if now.any():
-            others &= ~now
-        else:
-            now = None
-    # The age of a visit is the number of different steps among the newer ones.
-    begins = others.copy()
-    begins[1:] &= ~(others[:-1] & (step[1:] == step[:-1]))
-    age = np.cumsum(begins, axis=0, dtype=np.int8)
-    # Counted from 1; of 0 are those that weigh nothing.
-    weight: FloatArray = _by_age(discounts.visit).take(age)
-    weight *= others
-    if discounts.version != 1.0:
-        distance = np.maximum(newest_policy_version - windows.policy_version, 0)
-        weight *= _power(discounts.version, distance)
-    total = _summed(weight * windows.rollouts)
-    weight *= discounts.cap / np.maximum(total, discounts.cap)
-    return weight, now
-
-
-def _summed(slots: FloatArray) -> FloatArray:
-    """Sum each row's visits from newest to oldest: np.sum may choose another order."""
-    total: FloatArray = slots[0].copy()
-    for slot in slots[1:]:
-        total += slot
-    return total
-
-
-def _power(base: float, exponents: IntArray) -> FloatArray:
-    """Return base ** exponents, float64 of their shape."""
-    most = int(exponents.max(initial=0))
-    if most < _TABLE:
-        powers: FloatArray = _powers(base, 1 << most.bit_length()).take(exponents)
-        return powers
-    return _squared(base, np.minimum(exponents, _MAX_EXPONENT))
-
-
-@lru_cache(maxsize=64)
-def _powers(base: float, count: int) -> FloatArray:
-    """Return base ** k for k = 0 .. count - 1, not to be written to."""
-    return _squared(base, np.arange(count))
-
-
-@lru_cache(maxsize=64)
-def _by_age(discount: float) -> FloatArray:
-    """Return what a visit weighs by its age, 0 to WINDOW, counted from 1."""
-    return np.concatenate([[1.0], _powers(discount, WINDOW)])
-
-
-def _squared(base: float, exponents: IntArray) -> FloatArray:
-    """Raise by squaring: only multiplications, so reproducible."""
-    result = np.ones(exponents.shape)
-    left = exponents
-    factor = base
-    while left.any():
-        odd = (left & 1).astype(bool)
-        result[odd] *= factor
-        factor *= factor
-        left = left >> 1
-    return result

@@ -117,11 +117,14 @@ class Posterior:
     Attributes:
         alpha, beta: Beta posterior of the success rate, float64[M], finite, > 0.
         levels: shares of the reward levels; None where a reward is one of two.
+        kinds: numbers from 0 of which equal ones have the same alpha and beta, int64[M]; None
+            where that is not known.
     """
 
     alpha: FloatArray
     beta: FloatArray
     levels: Levels | None = None
+    kinds: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ same evidence gives the same bits everywhere.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from knapsack_scheduler.core.distinct import distinct
@@ -32,6 +34,9 @@ _MOST = 32
 """Rollouts that meet the histogram: of more evidence this much, scaled down. The points are
 about as far apart as twice what so many rollouts leave uncertain, so that sums over them are
 as good as integrals; the rest of the evidence is added to the Beta distribution."""
+
+_ROUNDING = 1.0 + 1e-12
+"""By how much evidence that was held to ``_MOST`` rollouts may be more."""
 
 _UNITS = 16
 """Per rollout."""
@@ -93,27 +98,72 @@ def believed(
         weights: of the points, from ``fit_rates``; not ().
         successes, failures: discounted evidence of each prompt, float64[M], >= 0.
     """
+    kinds = kinds_of(successes, failures)
+    if kinds is not None:
+        alpha, beta = believed_units(weights, kinds.passed, kinds.failed)
+        return alpha.take(kinds.of), beta.take(kinds.of)
     passed, failed = _held(successes, failures)
-    units = _units(passed), _units(failed)
-    spread = None
-    if successes.size > _CHUNK:
-        # A large batch holds the same evidence many times, in sixteenths of a rollout.
-        units, spread = _different(*units)
-    mean, strength = np.empty(units[0].shape), np.empty(units[0].shape)
-    for start in range(0, mean.size, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        mean[part], strength[part] = _moments(weights, units[0][part], units[1][part])
-    alpha, beta = mean * strength, (1.0 - mean) * strength
-    if spread is not None:
-        alpha, beta = alpha.take(spread), beta.take(spread)
+    alpha, beta = believed_units(weights, _units(passed), _units(failed))
     return alpha + (successes - passed), beta + (failures - failed)
 
 
-def _different(passed: IntArray, failed: IntArray) -> tuple[tuple[IntArray, IntArray], IntArray]:
-    """Return the different pairs of units, and which of them each position has, int64[M]."""
-    width = _MOST * _UNITS + 1
-    different, which = distinct(passed * width + failed, width * width)
-    return (different // width, different % width), which
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """A batch by the evidence that the histogram tells apart.
+
+    Attributes:
+        passed, failed: of each kind in sixteenths of a rollout, int64[K]. Prompts without any
+            evidence are the last kind, which may have no position.
+        of: the kind of each position, int64[M].
+    """
+
+    passed: IntArray
+    failed: IntArray
+    of: IntArray
+
+
+def kinds_of(successes: FloatArray, failures: FloatArray) -> Kinds | None:
+    """Return the kinds of a large batch; None for a small one, or one with more evidence.
+
+    A large batch holds the same evidence many times. More of it than meets the histogram is
+    added to what comes of that, and then no two prompts need be alike.
+
+    Args:
+        successes, failures: as for ``believed``.
+    """
+    if successes.size <= _CHUNK:
+        return None
+    total = successes + failures
+    if float(total.max()) > _MOST * _ROUNDING:
+        return None
+    width = _MOST * _UNITS + 2
+    code = _units(successes)
+    code *= width
+    code += _units(failures)
+    nothing = width * width
+    code[total == 0.0] = nothing
+    different, which = distinct(code, nothing + 1)
+    if different[-1] != nothing:
+        different = np.append(different, nothing)
+    passed, failed = different // width, different % width
+    passed[-1] = failed[-1] = 0
+    return Kinds(passed, failed, which)
+
+
+def believed_units(
+    weights: tuple[float, ...], passed: IntArray, failed: IntArray
+) -> tuple[FloatArray, FloatArray]:
+    """Return the Beta distributions that some evidence in units leads to, float64[K] each.
+
+    Args:
+        weights: of the points, from ``fit_rates``; not ().
+        passed, failed: in sixteenths of a rollout, int64[K], at most 32 rollouts in all.
+    """
+    mean, strength = np.empty(passed.shape), np.empty(passed.shape)
+    for start in range(0, mean.size, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        mean[part], strength[part] = _moments(weights, passed[part], failed[part])
+    return mean * strength, (1.0 - mean) * strength
 
 
 def _moments(
@@ -134,7 +184,7 @@ def _moments(
 def _held(successes: FloatArray, failures: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Return the evidence, of at most ``_MOST`` rollouts."""
     total = successes + failures
-    factor = _MOST / np.maximum(total, _MOST)
+    factor = np.where(total > _MOST * _ROUNDING, _MOST / np.maximum(total, _MOST), 1.0)
     return successes * factor, failures * factor
 
 

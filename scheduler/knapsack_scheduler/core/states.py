@@ -128,6 +128,21 @@ def find_states(columns: Sequence[FloatArray | IntArray]) -> States | None:
     return States(row_of[slots], counts[slots], slots, of, row_of.size)
 
 
+def numbered_states(of: IntArray) -> States | None:
+    """Return the states of a batch that are numbered already; None if too few are alike.
+
+    Args:
+        of: the state of each position, int64[M], from 0; not every number need be used.
+    """
+    counts = np.bincount(of)
+    slots = np.flatnonzero(counts)
+    if slots.size > _REPEATED * of.size:
+        return None
+    row_of = np.zeros(counts.size, np.int64)
+    row_of[of] = np.arange(of.size)
+    return States(row_of[slots], counts[slots], slots, of.astype(np.int32), counts.size)
+
+
 def _hashed(numbers: list[KeyArray], shift: int, turn: int) -> KeyArray:
     """Return the highest bits of a sum of products, uint64[M]."""
     mixed = numbers[0] * _multiplier(0, turn)

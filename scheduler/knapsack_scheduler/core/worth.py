@@ -47,9 +47,10 @@ class Worth:
     def of_wave(self, new: IntArray) -> tuple[FloatArray, float]:
         """Return the chance that each group is effective with ``new`` rollouts, and all's value."""
         part, numbers, cell = self._cells(new)
-        chances = values = part._values(EFFECTIVE, numbers)
+        alike = part._all_alike(numbers)
+        chances = values = part._values(EFFECTIVE, numbers, alike)
         if self.objective is not EFFECTIVE:
-            values = part._values(self.objective, numbers)
+            values = part._values(self.objective, numbers, alike)
         if cell is not None:
             chances, values = chances.take(cell), values.take(cell)
         return chances, float(values.sum())
@@ -57,7 +58,7 @@ class Worth:
     def total(self, new: IntArray) -> float:
         """Return the value of all groups with ``new`` rollouts each."""
         part, numbers, cell = self._cells(new)
-        values = part._values(self.objective, numbers)
+        values = part._values(self.objective, numbers, part._all_alike(numbers))
         return float((values if cell is None else values.take(cell)).sum())
 
     def _cells(self, new: IntArray) -> tuple[Worth, IntArray, IntArray | None]:
@@ -75,9 +76,14 @@ class Worth:
         posterior = Posterior(self.posterior.alpha[rows], self.posterior.beta[rows])
         return Worth.of(self.objective, posterior, Begun.nothing(rows.size)), there % most, cell
 
-    def _values(self, rule: Rule, new: IntArray) -> FloatArray:
+    def _all_alike(self, new: IntArray) -> tuple[FloatArray, FloatArray] | None:
+        """Return the chances that what is still to come all passes, and all fails, if asked for."""
+        return None if self.alike is None else self.alike.after(self.begun.outstanding + new)
+
+    def _values(
+        self, rule: Rule, new: IntArray, alike: tuple[FloatArray, FloatArray] | None
+    ) -> FloatArray:
         further = self.begun.outstanding + new
-        if isinstance(rule, Objective) and self.alike is not None:
-            alike = self.alike.after(further)
+        if isinstance(rule, Objective) and alike is not None:
             return expected_values(rule, self.posterior, self.begun, further, alike)
         return rule.values(self.posterior, self.begun, further)

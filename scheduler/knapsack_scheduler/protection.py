@@ -1,0 +1,30 @@
+"""Work that is finished also when those who wait for it are cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from contextvars import ContextVar, copy_context
+from typing import Any, TypeVar
+
+Answer = TypeVar("Answer")
+
+_PROTECTED: ContextVar[bool] = ContextVar("protected", default=False)
+
+
+def protected(work: Coroutine[Any, Any, Answer]) -> asyncio.Task[Answer]:
+    """Begin work as a task that nobody may cancel; wait for it by ``asyncio.shield``."""
+    context = copy_context()
+    context.run(_PROTECTED.set, True)
+    return asyncio.get_running_loop().create_task(work, context=context)
+
+
+async def finished(work: Coroutine[Any, Any, Answer]) -> Answer:
+    """Return what work comes to; if the caller is cancelled, it goes on without them.
+
+    Inside of work that is protected already it is just awaited: a task of its own would take
+    some turns of the event loop.
+    """
+    if _PROTECTED.get():
+        return await work
+    return await asyncio.shield(protected(work))
