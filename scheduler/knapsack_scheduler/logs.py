@@ -154,8 +154,8 @@ def log_event(event: Event) -> None:
 
 def _ids(event: CallHandled) -> dict[str, object]:
     return {
-        "run_id": event.run_id[:256],
-        "call_id": event.call_id[:256],
+        "run_id": event.run_id,
+        "call_id": event.call_id,
         "milliseconds": round(event.seconds * 1e3, 2),
     }
 

@@ -41,6 +41,8 @@ REQUEST_ID_KEY = "x-request-id"
 PENDING_REPORTS_KEY = "x-knapsack-pending-reports"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _PENDING_REPORTS = re.compile(r"[0-9]{1,9}")
+_LONGEST_ID = 256
+"""Characters of a refused call's ids that are kept for its line in the log."""
 _PROMPT_BYTES = 4 * 1024 + 80
 _RUN_BYTES = 2048
 _EXTENSION_BYTES = 2**20
@@ -333,7 +335,7 @@ class _Call:
     def about(self, request: Any) -> Any:
         """Note what the call is about; returns its request."""
         call_id = getattr(request, "request_id", "") or getattr(request, "report_id", "")
-        self._about = (getattr(request, "run_id", ""), call_id)
+        self._about = (getattr(request, "run_id", "")[:_LONGEST_ID], call_id[:_LONGEST_ID])
         return request
 
     async def abort(self) -> NoReturn:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import grpc
 
-from knapsack_scheduler.errors import ConfigError, PermissionDenied, Unauthenticated
+from knapsack_scheduler.errors import ConfigError, PermissionDenied, Unauthenticated, short
 
 _LOG = logging.getLogger(__name__)
 _BEARER = "Bearer "
@@ -70,7 +70,7 @@ class Caller:
         refused for want of a name.
         """
         if run_id and not self.covers(run_id):
-            raise PermissionDenied(f"the token does not cover run {run_id!r}")
+            raise PermissionDenied(f"the token does not cover run {short(run_id)}")
 
 
 EVERYBODY = Caller(("*",))
