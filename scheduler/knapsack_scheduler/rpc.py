@@ -71,6 +71,7 @@ class SchedulerServicer:
         self._import_bytes = _IMPORT_FACTOR * limits.import_bytes + limits.receiving_bytes
         self._imports = Admission(limits.imports * self._import_bytes)
         self._large = asyncio.Semaphore(limits.large_calls)
+        self._parsing = asyncio.Lock()
         self._work: set[asyncio.Task[Message]] = set()
         self._under_way = 0
 
@@ -187,7 +188,15 @@ class SchedulerServicer:
     ) -> Message:
         """Return the answer to a large request, which is parsed when it is its turn."""
         async with self._large:
-            request = self._checked(call, caller, kind, data)
+            await self._parsing.acquire()
+            loop = asyncio.get_running_loop()
+            begun = loop.time()
+            try:
+                request = self._checked(call, caller, kind, data)
+            finally:
+                # Nothing else runs while a message is parsed. As long again is for the others,
+                # or health checks would wait for large calls however many there are.
+                loop.call_later(loop.time() - begun, self._parsing.release)
             del data
             return await self._ask(call.method, request, caller)
 
