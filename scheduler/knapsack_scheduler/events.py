@@ -163,7 +163,7 @@ class Committed:
     """A transaction of the store ended.
 
     Attributes:
-        seconds: from beginning to end, the decision inside it included.
+        seconds: from the wait for its thread to its end, the decision of a small call included.
         failed: it could not be committed.
     """
 

@@ -12,8 +12,13 @@ from collections.abc import Sequence
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
-from knapsack_scheduler.allocations import Counted
-from knapsack_scheduler.errors import AlreadyExists, FailedPrecondition, StoreUnavailable
+from knapsack_scheduler.allocations import Counted, OpenAllocation
+from knapsack_scheduler.errors import (
+    AlreadyExists,
+    FailedPrecondition,
+    NotFound,
+    StoreUnavailable,
+)
 from knapsack_scheduler.facts import ALWAYS, AllocationMade, Fact
 from knapsack_scheduler.journal.columns import ColumnsDamaged
 from knapsack_scheduler.journal.records import ALWAYS_KEPT, Entry, Outline, RunRow
@@ -40,8 +45,6 @@ class LoadedRun:
         intact: false while the state is being changed: if that fails, it is no state.
         snapshot_seq: number of the newest entry in the newest snapshot that can be used.
         tail_bytes: of the entries folded after it.
-        decided: what the entry about to be appended says, where its maker knows; whoever
-            applies it after the commit then need not read it from the entry.
     """
 
     def __init__(self, row: RunRow) -> None:
@@ -49,7 +52,6 @@ class LoadedRun:
         self.state = RunState(wire.parse_config(pb.RunConfig.FromString(row.config)))
         self.seq = 0
         self.intact = True
-        self.decided: Fact | None = None
         self.snapshot_seq = 0
         self.tail_bytes = 0
         self._seen_snapshot = row.snapshot_seq
@@ -137,6 +139,14 @@ class LoadedRun:
             f"run {self.row.run_id!r}: none of its snapshots can be read, and its journal begins "
             f"at entry {self.row.floor_seq + 1}; bring the store back from a backup"
         )
+
+    def stands_at(self, row: RunRow) -> bool:
+        """Return whether the run is still what it is here, by its row as it is read now.
+
+        False after any call or rewind, after a compaction, and for another run of the name.
+        """
+        here = (self.row.run_key, self.row.identity, self.seq, self._floor)
+        return self.intact and here == (row.run_key, row.identity, row.last_seq, row.floor_seq)
 
     def catch_up(self, reading: Reading) -> bool:
         """Fold what was appended since; false if that takes a fold of the whole anew."""
@@ -255,8 +265,8 @@ class LoadedRun:
         """Return whether a report is one that a rewind forgot, arriving once more."""
         return (report_id, digest) in self._forgotten
 
-    def answered(self, reading: Reading, kind: str, key: str, digest: bytes) -> bytes | None:
-        """Return the stored answer of a call made before, or None.
+    def recorded(self, kind: str, key: str, digest: bytes) -> int | None:
+        """Return the number of the entry of a call made before, or None.
 
         Raises:
             AlreadyExists: the id was used with other content.
@@ -271,7 +281,25 @@ class LoadedRun:
                 f"{field} = {key!r}: was used before in run {self.row.run_id!r} with other "
                 "content; make a new id for a new call"
             )
-        return reading.entry(seq).answer
+        return seq
+
+    def allocation(self, name: str) -> OpenAllocation:
+        """Return an allocation that reports may still arrive for.
+
+        Raises:
+            NotFound: there is none of that name; says why.
+        """
+        allocation = self.state.allocations.get(name)
+        if allocation is not None:
+            return allocation
+        reason = "does not exist"
+        if self.is_abandoned(name):
+            reason = "was forgotten by a rewind"
+        elif self.row.floor_seq:
+            reason = (
+                f"does not exist or is of step {self.row.floor_step} or before, long since closed,"
+            )
+        raise NotFound(f"allocation_id = {name!r}: {reason} in run {self.row.run_id!r}")
 
     @property
     def bytes(self) -> int:

@@ -1,8 +1,8 @@
 """Runs in memory, kept level with the journal.
 
 A run's state is read and changed only while its lock is held, in one worker thread at a
-time: first everything that was appended since is folded in, then the call decides and
-appends, and only what has been committed is folded. A process that died, or another
+time. Everything that was appended since is folded in, the call is decided and stored (see
+``deciding``), and only what has been committed is folded. A process that died, or another
 replica, thus leaves nothing that this one could miss. What is stored is answered; the fold
 of it comes after the answer, and before the next call of the run.
 
@@ -16,75 +16,33 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
 from functools import partial
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from knapsack_scheduler import wire
 from knapsack_scheduler.allocations import Counted
-from knapsack_scheduler.errors import (
-    AlreadyExists,
-    Busy,
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    ResourceExhausted,
-    RunNotFound,
-    StoreInterrupted,
-    StoreUnavailable,
-    Unavailable,
-)
-from knapsack_scheduler.events import Committed, Event, Events
+from knapsack_scheduler.deciding import REFUSALS, Decide, Decisions, Stored
+from knapsack_scheduler.errors import AlreadyExists, Busy, RunNotFound, StoreUnavailable
+from knapsack_scheduler.events import Event, Events
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
-from knapsack_scheduler.journal.records import Entry, RunRow
+from knapsack_scheduler.journal.records import RunRow
 from knapsack_scheduler.journal.transaction import Reading, Writing
+from knapsack_scheduler.levelling import Behind, looked
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.loadedruns import LoadedRuns
+from knapsack_scheduler.protection import finished
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.snapshotting import Snapshotter
+from knapsack_scheduler.transactions import again, transacted
+from knapsack_scheduler.turns import Turns
 from knapsack_scheduler.workers import Workers
 
 _LOG = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
-
-PATIENCE_SECONDS = 30.0
-"""How long a call waits for those of its run that came before."""
-
-
-@dataclass(slots=True, eq=False)
-class _Turn:
-    """Who works on a run, and how many wait to."""
-
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    users: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Done(Generic[Answer]):
-    """What the work of a call has come to.
-
-    Attributes:
-        answer: of the call.
-        event: returns what there is to tell of it, if anything, from what the fold of it
-            changed. Called in a worker thread, with the run locked.
-    """
-
-    answer: Answer
-    event: Callable[[Counted], Event | None] = lambda _counted: None
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored(Generic[Answer]):
-    """Entries that are committed and not folded yet."""
-
-    done: Done[Answer]
-    run: LoadedRun
-    entries: list[Entry]
-    row: RunRow
 
 
 class Runs:
@@ -97,7 +55,6 @@ class Runs:
         default_config: of runs so created.
         retention: how far back a run goes.
         loaded_bytes: of runs that are kept in memory while nobody uses them.
-        patience: longest wait for the calls of a run that came before, s.
     """
 
     def __init__(
@@ -109,21 +66,20 @@ class Runs:
         default_config: RunConfig,
         retention: Retention,
         loaded_bytes: int,
-        patience: float = PATIENCE_SECONDS,
     ) -> None:
         self._journal = journal
         self._events = events
         self._auto_create = auto_create_runs
         self._default_config = default_config
-        self._patience = patience
         self._loaded = LoadedRuns(loaded_bytes)
-        self._turns: dict[str, _Turn] = {}
-        self._rewinds: dict[str, _Turn] = {}
+        self._turns = Turns()
+        self._rewinds = Turns()
         self._settling: set[asyncio.Task[None]] = set()
         # Others may hold runs of a shared store, and then each of them takes a thread.
         self._writers = Workers("writes", 8 if journal.shared else 4)
         self._readers = Workers("reads", 4)
         self._folders = Workers("folds", 2)
+        self._decisions = Decisions(journal, self._loaded, self._writers, events)
         self._snapshots = Snapshotter(journal, retention, events)
 
     async def settled(self) -> None:
@@ -133,6 +89,7 @@ class Runs:
 
     def close(self) -> None:
         """Wait for what is under way; a snapshot is given up."""
+        self._decisions.close()
         for workers in (self._writers, self._readers, self._folders):
             workers.close()
         self._snapshots.close()
@@ -149,26 +106,28 @@ class Runs:
     async def alone(
         self,
         run_id: str,
-        work: Callable[[LoadedRun, Writing], Done[Answer]],
+        decide: Decide[Answer],
         *,
         create: bool = False,
-        large: bool = False,
+        large: Callable[[LoadedRun], bool] = lambda _run: False,
+        heavy: bool = False,
     ) -> Answer:
-        """Run work with the run locked, level with the journal, in one transaction.
+        """Decide a call with the run locked and level with the journal, and store it.
 
-        A caller that is cancelled does not cancel the work: it is finished and
+        A caller that is cancelled does not cancel the call: it is finished and
         committed, and a retry finds its answer.
 
         Args:
             run_id: of the run.
-            work: called in a worker thread; what it appends is committed when it
-                returns, and what it raises leaves everything as it was.
+            decide: works out what the call comes to; what it raises leaves everything as it
+                was.
             create: create an unknown run if the server may create runs by itself.
-            large: what is appended is so large that its memory counts for as long as the
+            large: returns whether that takes long. Asked before the run is level.
+            heavy: what is appended is so large that its memory counts for as long as the
                 caller waits: it is folded before the answer.
 
         Returns:
-            The answer, as soon as all that work appended is committed.
+            The answer, as soon as all of it is committed.
 
         Raises:
             RunNotFound: no run of that name.
@@ -177,39 +136,51 @@ class Runs:
 
         async def locked() -> Answer:
             async with AsyncExitStack() as held:
-                await held.enter_async_context(self._turn(run_id))
-                with self._timed():
-                    stored = await self._work(run_id, work, create)
+                await held.enter_async_context(self._turns.of(run_id))
+                stored = await self._stored(run_id, decide, create, large)
                 if not stored.entries:
-                    return stored.done.answer
-                settling = asyncio.ensure_future(self._settle(run_id, stored, held.pop_all()))
+                    return stored.decided.answer
+                folded = asyncio.Event()
+                settling = asyncio.ensure_future(
+                    self._settle(run_id, stored, held.pop_all(), folded)
+                )
                 self._settling.add(settling)
                 settling.add_done_callback(self._settling.discard)
-            if large:
-                await settling
-            return stored.done.answer
+            if heavy:
+                await folded.wait()
+            return stored.decided.answer
 
-        return await asyncio.shield(asyncio.ensure_future(locked()))
+        return await finished(locked())
 
-    async def _settle(self, run_id: str, stored: _Stored[Answer], held: AsyncExitStack) -> None:
-        """Fold what was stored, tell of it, and let go of the run."""
+    async def _settle(
+        self, run_id: str, stored: Stored[Answer], held: AsyncExitStack, folded: asyncio.Event
+    ) -> None:
+        """Fold what was stored, tell of it, and let go of the run.
+
+        When all of an allocation has come, what the next decision needs of the statistics is
+        worked out too. A trainer updates its weights before that: it costs nobody anything.
+        """
         async with held:
-            turn = self._turns[run_id]
             # The answer goes first: it takes some turns of the event loop, and a thread at
             # work would hold each of them up.
             for _ in range(_TURNS_OF_AN_ANSWER):
-                if turn.users > 1:
+                if self._turns.awaited(run_id):
                     break
                 await asyncio.sleep(0)
             try:
-                event = await self._readers.run(lambda: self._fold(run_id, stored))
+                event, completes = await self._readers.run(lambda: self._fold(run_id, stored))
+                folded.set()
                 if event is not None:
                     self._events.emit(event)
+                if completes:
+                    await self._readers.run(stored.run.state.prepare)
             except (RuntimeError, Busy) as error:
                 # A service that ends has no threads any more.
                 _LOG.info("run %r: not folded, to be read anew: %s", run_id, error)
             except Exception:
                 _LOG.exception("run %r: could not be folded, to be read anew", run_id)
+            finally:
+                folded.set()
 
     async def look(self, run_id: str, work: Callable[[LoadedRun, Reading], Answer]) -> Answer:
         """Return what work makes of a run that is level with the journal, changing nothing.
@@ -219,14 +190,17 @@ class Runs:
         """
 
         async def locked() -> Answer:
-            async with self._turn(run_id):
+            async with self._turns.of(run_id):
                 return await self._level(
                     run_id,
-                    self._readers,
-                    lambda run: self._again(lambda: self._look(run_id, run, work)),
+                    lambda run: self._readers.run(
+                        lambda: again(
+                            lambda: looked(self._journal, self._loaded, run_id, run, work)
+                        )
+                    ),
                 )
 
-        return await asyncio.shield(asyncio.ensure_future(locked()))
+        return await finished(locked())
 
     async def rewound(
         self,
@@ -241,7 +215,8 @@ class Runs:
             run_id: of the run.
             step: what comes after it is forgotten.
             before: returns the answer of the same rewind if it was done before.
-            work: appends the rewind, as for ``alone``. It is given the run as that leaves it.
+            work: appends the rewind. It is given the run as that leaves it, in a worker thread
+                and with the run held.
 
         Raises:
             RunNotFound: no run of that name.
@@ -251,21 +226,19 @@ class Runs:
 
         async def rewinding() -> Answer:
             # One at a time: a retry of one that is under way waits for its answer.
-            async with self._turn(run_id, self._rewinds):
+            async with self._rewinds.of(run_id):
                 for attempt in range(_ATTEMPTS):
                     if attempt or run_id in self._loaded:
                         answer = await self.look(run_id, before)
                         if answer is not None:
                             return answer
-                    left = await self._folders.run(
-                        lambda: self._again(lambda: self._load(run_id, step))
-                    )
-                    with suppress(_Behind):
+                    left = await self._folders.run(lambda: again(lambda: self._load(run_id, step)))
+                    with suppress(Behind):
                         return await self._swap(run_id, step, left, work)
                 # So many calls come that it has to be done with the run held.
                 return await self._swap(run_id, step, None, work)
 
-        return await asyncio.shield(asyncio.ensure_future(rewinding()))
+        return await finished(rewinding())
 
     async def _swap(
         self,
@@ -274,11 +247,10 @@ class Runs:
         left: LoadedRun | None,
         work: Callable[[LoadedRun, Writing], Answer],
     ) -> Answer:
-        async with self._turn(run_id):
-            with self._timed():
-                return await self._writers.run(
-                    lambda: self._again(lambda: self._rewind(run_id, step, left, work))
-                )
+        async with self._turns.of(run_id):
+            return await transacted(
+                self._writers, self._events, lambda: self._rewind(run_id, step, left, work)
+            )
 
     async def create(self, run_id: str, config: RunConfig) -> None:
         """Create a run; AlreadyExists if one of that name is there."""
@@ -286,10 +258,8 @@ class Runs:
 
     async def delete(self, run_id: str) -> None:
         """Delete a run; RunNotFound if there is none."""
-        async with self._turn(run_id):
-            await asyncio.shield(
-                asyncio.ensure_future(self._writers.run(lambda: self._delete(run_id)))
-            )
+        async with self._turns.of(run_id):
+            await finished(self._writers.run(lambda: self._delete(run_id)))
 
     async def preload(self, count: int) -> list[LoadedRun]:
         """Load and return the runs that were written to last: their next call does not wait.
@@ -320,57 +290,6 @@ class Runs:
 
         return await self._folders.run(load)
 
-    @asynccontextmanager
-    async def _turn(
-        self, run_id: str, turns: dict[str, _Turn] | None = None
-    ) -> AsyncIterator[None]:
-        """Wait until nobody else works on the run; keeps nothing of names nobody uses.
-
-        Not for ever: callers that repeat what was not answered in time would come to wait for
-        calls that nobody wants answered any more.
-        """
-        if turns is None:
-            turns = self._turns
-        turn = turns.setdefault(run_id, _Turn())
-        turn.users += 1
-        try:
-            if turn.lock.locked():
-                await self._wait(run_id, turn.lock)
-            else:
-                await turn.lock.acquire()
-            try:
-                yield
-            finally:
-                turn.lock.release()
-        finally:
-            turn.users -= 1
-            if turn.users == 0:
-                del turns[run_id]
-
-    async def _wait(self, run_id: str, lock: asyncio.Lock) -> None:
-        try:
-            async with asyncio.timeout(self._patience):
-                await lock.acquire()
-        except TimeoutError:
-            raise Busy(
-                f"the calls of run {run_id!r} before this one took longer than "
-                f"{self._patience:g} s; try again"
-            ) from None
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        """Tell of a transaction, and whether it failed."""
-        start, failed = time.perf_counter(), False
-        try:
-            yield
-        except Unavailable:
-            failed = True
-            raise
-        finally:
-            # The answer goes first: whoever listens takes some of its time.
-            committed = Committed(time.perf_counter() - start, failed)
-            asyncio.get_running_loop().call_soon(self._events.emit, committed)
-
     def _delete(self, run_id: str) -> None:
         self._loaded.take(run_id)
         self._journal.delete_run(run_id)
@@ -379,14 +298,18 @@ class Runs:
         message = wire.config_message(config).SerializeToString(deterministic=True)
         return self._journal.create_run(run_id, message, time.time_ns())
 
-    async def _work(
-        self, run_id: str, work: Callable[[LoadedRun, Writing], Done[Answer]], create: bool
-    ) -> _Stored[Answer]:
-        def attempt(run: LoadedRun) -> _Stored[Answer]:
-            return self._again(lambda: self._transact(run_id, run, work))
+    async def _stored(
+        self,
+        run_id: str,
+        decide: Decide[Answer],
+        create: bool,
+        large: Callable[[LoadedRun], bool],
+    ) -> Stored[Answer]:
+        def attempt(run: LoadedRun) -> Awaitable[Stored[Answer]]:
+            return self._decisions.stored(run_id, run, decide, large=large(run))
 
         try:
-            return await self._level(run_id, self._writers, attempt)
+            return await self._level(run_id, attempt)
         except RunNotFound:
             if not (create and self._auto_create):
                 raise
@@ -394,8 +317,8 @@ class Runs:
         with suppress(AlreadyExists):
             created = await self._writers.run(lambda: self._create(run_id, self._default_config))
         try:
-            return await self._level(run_id, self._writers, attempt)
-        except _REFUSALS:
+            return await self._level(run_id, attempt)
+        except REFUSALS:
             if created:
                 # A refused call changes nothing, so neither does it create a run.
                 await self._writers.run(partial(self._undo, run_id, created))
@@ -407,7 +330,7 @@ class Runs:
             self._journal.delete_run(run_id, only_new=created.identity)
 
     async def _level(
-        self, run_id: str, workers: Workers, attempt: Callable[[LoadedRun], Answer]
+        self, run_id: str, attempt: Callable[[LoadedRun], Awaitable[Answer]]
     ) -> Answer:
         """Return what an attempt on the run does, loaded before if it is not or is far behind.
 
@@ -417,27 +340,13 @@ class Runs:
             for _ in range(_ATTEMPTS):
                 run = self._loaded.get(run_id)
                 if run is None:
-                    run = await self._folders.run(lambda: self._again(lambda: self._fetch(run_id)))
-                with suppress(_Behind):
-                    return await workers.run(partial(attempt, run))
+                    run = await self._folders.run(lambda: again(lambda: self._fetch(run_id)))
+                with suppress(Behind):
+                    return await attempt(run)
         except RunNotFound:
             self._loaded.take(run_id)
             raise
         raise StoreUnavailable("the run is rewound faster than it can be read")
-
-    def _again(self, attempt: Callable[[], Answer]) -> Answer:
-        """Return what an attempt does, trying anew what another may do better.
-
-        A call whose commit was cut off may have been stored: the next attempt finds it
-        under its id and returns the stored answer.
-        """
-        for pause in _PAUSES:
-            try:
-                return attempt()
-            except StoreInterrupted as error:
-                _LOG.warning("a transaction is begun anew: %s", error)
-                time.sleep(pause)
-        return attempt()
 
     def _load(self, run_id: str, rewound_to: int | None = None) -> LoadedRun:
         with self._journal.reading(run_id) as reading:
@@ -448,58 +357,21 @@ class Runs:
         self._loaded.keep(run_id, run)
         return run
 
-    def _look(
+    def _looked(
         self, run_id: str, run: LoadedRun, work: Callable[[LoadedRun, Reading], Answer]
     ) -> Answer:
-        self._loaded.take(run_id)
-        level = True
-        try:
-            with self._journal.reading(run_id) as reading:
-                level = run.intact and run.catch_up(reading)
-                if not level:
-                    raise _Behind
-                return work(run, reading)
-        finally:
-            if level and run.intact:
-                self._loaded.keep(run_id, run)
+        return looked(self._journal, self._loaded, run_id, run, work)
 
-    def _transact(
-        self, run_id: str, run: LoadedRun, work: Callable[[LoadedRun, Writing], Done[Answer]]
-    ) -> _Stored[Answer]:
-        # Set aside until all has gone well: half-folded state is no state.
-        self._loaded.take(run_id)
-        try:
-            with self._journal.writing(run_id) as writing:
-                if not (run.intact and run.catch_up(writing)):
-                    raise _Behind
-                # What an attempt decided that was not stored is not what this one does.
-                run.decided = None
-                done = work(run, writing)
-        except (*_REFUSALS, StoreUnavailable):
-            if run.intact:
-                self._loaded.keep(run_id, run)
-            raise
-        if not writing.appended:
-            self._loaded.keep(run_id, run)
-        return _Stored(done, run, writing.appended, writing.run_after)
-
-    def _fold(self, run_id: str, stored: _Stored[Answer]) -> Event | None:
-        """Take in what was stored; returns what there is to tell of it.
-
-        When all of an allocation has come, what the next decision needs of the statistics is
-        worked out too. A trainer updates its weights before that: it costs nobody anything.
-        """
+    def _fold(self, run_id: str, stored: Stored[Answer]) -> tuple[Event | None, bool]:
+        """Take in what was stored; returns what there is to tell, and if an allocation is whole."""
         run, counted = stored.run, Counted()
         for entry in stored.entries:
-            counted = run.applied(entry, run.decided)
-        run.decided = None
+            counted = run.applied(entry, stored.decided.fact)
         run.row = stored.row
-        event = stored.done.event(counted)
-        if counted.completes:
-            run.state.prepare()
+        event = stored.decided.event(counted)
         self._loaded.keep(run_id, run)
         self._snapshots.offer(run)
-        return event
+        return event, counted.completes
 
     def _rewind(
         self,
@@ -512,7 +384,7 @@ class Runs:
             if left is None:
                 left = LoadedRun.load(writing, step)
             elif not (left.intact and left.catch_up_rewound(writing, step)):
-                raise _Behind
+                raise Behind
             answer = work(left, writing)
         if writing.appended:
             for entry in writing.appended:
@@ -523,17 +395,7 @@ class Runs:
         return answer
 
 
-class _Behind(Exception):
-    """The run has to be read anew first, which is done without holding it."""
-
-
 _ATTEMPTS = 4
 """To level with a run that changes while it is folded."""
 
-_PAUSES = (0.05, 0.2, 0.5)
-"""Seconds before a transaction that was cut off is begun anew."""
-
 _TURNS_OF_AN_ANSWER = 16
-
-_REFUSALS = (InvalidArgument, NotFound, AlreadyExists, FailedPrecondition, ResourceExhausted)
-"""Raised by work before it has changed anything."""

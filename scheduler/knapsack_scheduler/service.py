@@ -7,60 +7,37 @@ Knows neither gRPC nor Prometheus: takes and returns messages, raises ``errors``
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
-from google.protobuf.message import Message
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import pages, validation, wire
-from knapsack_scheduler.allocations import Counted, OpenAllocation
-from knapsack_scheduler.core.outlook import outlook
-from knapsack_scheduler.core.policy import begun_groups, plan_allocation, plan_extension
-from knapsack_scheduler.core.problem import (
-    Beliefs,
-    Bounds,
-    Budget,
-    Decision,
-    InfeasibleBudget,
-    IntArray,
-)
+from knapsack_scheduler.allocating import decide_allocation, decide_extension
+from knapsack_scheduler.calls import Call
 from knapsack_scheduler.errors import (
     AlreadyExists,
-    FailedPrecondition,
-    InvalidArgument,
     NotFound,
     StoreUnavailable,
 )
 from knapsack_scheduler.events import (
-    BudgetDivided,
     Events,
-    OutcomesCounted,
-    Prompts,
     RunLoaded,
     RunRemoved,
     RunRewound,
 )
-from knapsack_scheduler.facts import (
-    ALWAYS,
-    AllocationExtended,
-    AllocationMade,
-    OutcomesReported,
-    Rewards,
-)
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
-from knapsack_scheduler.journal.records import Entry, RunRow
+from knapsack_scheduler.journal.records import RunRow
 from knapsack_scheduler.journal.transaction import Reading, Writing
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.loadedruns import LOADED_BYTES
+from knapsack_scheduler.reporting import decide_import, decide_report, prompts_of
 from knapsack_scheduler.runconfig import RunConfig
-from knapsack_scheduler.runs import Done, Runs
+from knapsack_scheduler.runs import Runs
 from knapsack_scheduler.state import RunState
 
 _LOG = logging.getLogger(__name__)
@@ -116,7 +93,9 @@ class SchedulerService:
         for run in await self._runs.preload(count):
             state = run.state
             self.events.emit(
-                RunLoaded(run.row.run_id, _prompts(run), state.last_step, state.last_policy_version)
+                RunLoaded(
+                    run.row.run_id, prompts_of(run), state.last_step, state.last_policy_version
+                )
             )
 
     @property
@@ -208,209 +187,60 @@ class SchedulerService:
 
     async def allocate(self, request: pb.AllocateRequest) -> pb.Allocation:
         """Divide a budget among the prompts of a batch."""
+        call = Call.of("allocate", request.request_id, request)
         ids = await self._checked(
-            len(request.prompt_ids), lambda: wire.check_allocate(request, self._limits)
+            call, len(request.prompt_ids), lambda: wire.check_allocate(request, self._limits)
         )
         return await self._runs.alone(
             request.run_id,
-            lambda run, writing: self._allocate(request, ids, run, writing),
+            lambda run: decide_allocation(call, request, ids, self._limits, run),
             create=True,
-            large=len(ids) > _MANY,
+            large=lambda _run: len(ids) > _FEW,
+            heavy=len(ids) > _MANY,
         )
 
-    def _allocate(
-        self, request: pb.AllocateRequest, ids: tuple[str, ...], run: LoadedRun, writing: Writing
-    ) -> Done[pb.Allocation]:
-        payload = wire.payload_of(request)
-        digest = wire.digest_of(payload)
-        before = run.answered(writing, "allocate", request.request_id, digest)
-        if before is not None:
-            return Done(pb.Allocation.FromString(before))
-        state = run.state
-        bounds = wire.bounds_of(request, state.config)
-        wire.check_bounds(bounds, self._limits)
-        wire.check_policy(request, bounds, state.config.policy)
-        budget = wire.budget_of(request)
-        beliefs, prior = state.beliefs(ids, request.step)
-        if budget.total_tokens and not budget.total_rollouts and not beliefs.expected_tokens.any():
-            raise InvalidArgument(
-                "total_tokens",
-                budget.total_tokens,
-                "needs completion_tokens in earlier reports of the run; set total_rollouts "
-                "until there are some",
-            )
-        wire.check_tokens(budget, bounds, beliefs.expected_tokens, self._limits)
-        if not beliefs.expected_tokens.any():
-            budget = replace(budget, total_tokens=0)
-        start = time.perf_counter()
-        try:
-            decision = plan_allocation(
-                state.config.policy, state.config.objective, beliefs, bounds, budget
-            )
-        except InfeasibleBudget as error:
-            raise InvalidArgument(error.field, error.value, error.allowed) from None
-        seconds = time.perf_counter() - start
-        name = wire.allocation_id(run.row.identity, run.row.branch, request.request_id)
-        answer = wire.allocation_message(name, run.row.run_id, request.step, 1, decision, prior)
-        writing.append(
-            _entry("allocate", request.request_id, request.step, digest, payload, answer)
-        )
-        run.decided = AllocationMade(
-            name,
-            request.step,
-            ids,
-            bounds,
-            wire.budget_of(request),
-            decision.num_rollouts,
-            decision.chances,
-        )
-        end_time = time.time_ns()
-
-        def divided(_counted: Counted) -> BudgetDivided:
-            rows = state.rows_of(ids)
-            begun = np.zeros_like(rows)
-            return _divided(
-                run, request.step, 1, rows, begun, beliefs, bounds, decision, seconds, end_time
-            )
-
-        return Done(answer, divided)
-
-    async def _checked(self, numbers: int, check: Callable[[], Checked]) -> Checked:
+    async def _checked(self, call: Call, numbers: int, check: Callable[[], Checked]) -> Checked:
         """Check a request of so many prompts or rewards: a small one here and now.
 
-        A thread would take longer to begin than to check it.
+        A thread would take longer to begin than to check it. A large one is serialised too, so
+        that its run is not held meanwhile.
         """
-        return check() if numbers <= _FEW else await self._runs.in_thread(check)
+        if numbers <= _FEW:
+            return check()
+
+        def check_and_serialise() -> Checked:
+            checked = check()
+            call.serialise()
+            return checked
+
+        return await self._runs.in_thread(check_and_serialise)
 
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
         """Spend what an allocation has left."""
         wire.check_extend(request)
+        call = Call.of("extend", request.request_id, request)
+
+        def large(run: LoadedRun) -> bool:
+            # Another replica may have made one that is not in memory yet.
+            allocation = run.state.allocations.get(request.allocation_id)
+            return allocation is None or allocation.rows.size > _FEW
+
         return await self._runs.alone(
-            request.run_id, lambda run, writing: self._extend(request, run, writing)
+            request.run_id, lambda run: decide_extension(call, request, run), large=large
         )
-
-    def _extend(
-        self, request: pb.ExtendRequest, run: LoadedRun, writing: Writing
-    ) -> Done[pb.Allocation]:
-        payload = wire.payload_of(request)
-        digest = wire.digest_of(payload)
-        before = run.answered(writing, "extend", request.request_id, digest)
-        if before is not None:
-            return Done(pb.Allocation.FromString(before))
-        state = run.state
-        allocation = _allocation(run, request.allocation_id)
-        nothing_came = allocation.allocated.any() and not allocation.delivered.any()
-        if nothing_came and not request.keep_outstanding:
-            raise FailedPrecondition(
-                f"allocation_id = {request.allocation_id!r}: nothing was reported of it yet; "
-                "Report its rollouts first, or set keep_outstanding to count them as running"
-            )
-        ids = tuple(state.prompt_ids[row] for row in allocation.rows.tolist())
-        beliefs, prior = state.beliefs(ids, allocation.step)
-        budget = allocation.budget
-        tokens = budget.total_tokens if beliefs.expected_tokens.any() else 0
-        start = time.perf_counter()
-        outcomes = allocation.outcomes(state.reward_levels)
-        decision = plan_extension(
-            state.config.policy,
-            state.config.objective,
-            beliefs,
-            allocation.bounds,
-            Budget(budget.total_rollouts, tokens, request.wave_fraction, True),
-            outcomes,
-            request.keep_outstanding,
-        )
-        seconds = time.perf_counter() - start
-        wave = allocation.wave + 1
-        begun = begun_groups(outcomes, request.keep_outstanding).size
-        # What is given anew for rollouts that were lost is of a budget counted before.
-        is_new = decision.allocated > 0 and not 0 < budget.total_rollouts <= int(
-            allocation.allocated.sum()
-        )
-        answer = wire.allocation_message(
-            request.allocation_id, run.row.run_id, allocation.step, wave, decision, prior
-        )
-        writing.append(
-            _entry("extend", request.request_id, allocation.step, digest, payload, answer)
-        )
-        run.decided = AllocationExtended(
-            request.allocation_id,
-            allocation.step,
-            decision.num_rollouts,
-            request.keep_outstanding,
-            decision.chances,
-        )
-        end_time = time.time_ns()
-
-        def divided(_counted: Counted) -> BudgetDivided:
-            return _divided(
-                run,
-                allocation.step,
-                wave,
-                allocation.rows.astype(np.int64),
-                begun,
-                beliefs,
-                allocation.bounds,
-                decision,
-                seconds,
-                end_time,
-                is_new,
-            )
-
-        return Done(answer, divided)
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
+        call = Call.of("report", request.report_id, request)
         rewards = await self._checked(
-            len(request.rewards), lambda: wire.check_report(request, self._limits)
+            call, len(request.rewards), lambda: wire.check_report(request, self._limits)
         )
         return await self._runs.alone(
             request.run_id,
-            lambda run, writing: self._report(request, rewards, run, writing),
+            lambda run: decide_report(call, request, rewards, run),
             create=not request.allocation_id,
-            large=len(request.rewards) > _MANY,
+            heavy=len(request.rewards) > _MANY,
         )
-
-    def _report(
-        self, request: pb.ReportRequest, rewards: Rewards, run: LoadedRun, writing: Writing
-    ) -> Done[pb.ReportResponse]:
-        payload = wire.payload_of(request)
-        digest = wire.digest_of(payload)
-        before = run.answered(writing, "report", request.report_id, digest)
-        if before is not None:
-            return Done(pb.ReportResponse.FromString(before))
-        count = len(request.rewards)
-        if not request.allocation_id and run.has_forgotten(request.report_id, digest):
-            # Nothing is recorded: its id is free for a report of the step done anew.
-            return Done(pb.ReportResponse(ignored_rollouts=count))
-        ignored = run.is_abandoned(request.allocation_id)
-        if ignored:
-            answer = pb.ReportResponse(ignored_rollouts=count)
-            step = ALWAYS
-        elif request.allocation_id:
-            allocation = _allocation(run, request.allocation_id)
-            _check_report(request, rewards, allocation)
-            answer = pb.ReportResponse(accepted_rollouts=count)
-            step = allocation.step
-        else:
-            if request.step <= run.row.closed_step:
-                raise FailedPrecondition(
-                    f"step = {request.step}: run {run.row.run_id!r} takes reports of step "
-                    f"{run.row.closed_step + 1} and later ones; of older steps it could not "
-                    "tell a repeated report from a new one"
-                )
-            answer = pb.ReportResponse(accepted_rollouts=count)
-            step = request.step
-        writing.append(_entry("report", request.report_id, step, digest, payload, answer))
-        run.decided = OutcomesReported(
-            request.allocation_id,
-            step,
-            tuple(request.prompt_ids),
-            request.policy_version,
-            rewards,
-            ignored,
-        )
-        return Done(answer, lambda counted: _reported(run, step, request, counted))
 
     async def rewind_run(self, request: pb.RewindRunRequest) -> pb.Run:
         """Forget what came after a step."""
@@ -418,32 +248,28 @@ class SchedulerService:
         validation.within("step", request.step, -1, self._limits.step)
         if request.request_id:
             validation.name("request_id", request.request_id)
-        digest = wire.digest_of(wire.payload_of(request))
+        call = Call.of("rewind", request.request_id, request)
 
         def before(run: LoadedRun, reading: Reading) -> tuple[pb.Run, LoadedRun | None] | None:
-            if not request.request_id:
-                return None
-            answer = run.answered(reading, "rewind", request.request_id, digest)
-            return (pb.Run.FromString(answer), None) if answer is not None else None
+            same = call.repeated(run, pb.Run.FromString) if request.request_id else None
+            return (same.answer(reading.entry(same.seq).answer), None) if same else None
 
         def rewind(left: LoadedRun, writing: Writing) -> tuple[pb.Run, LoadedRun | None]:
             return before(left, writing) or self._rewind(request, left, writing)
 
         answer, left = await self._runs.rewound(request.run_id, request.step, before, rewind)
         if left:
-            self.events.emit(RunRewound(request.run_id, request.step, _prompts(left)))
+            self.events.emit(RunRewound(request.run_id, request.step, prompts_of(left)))
         return answer
 
     def _rewind(
         self, request: pb.RewindRunRequest, left: LoadedRun, writing: Writing
     ) -> tuple[pb.Run, LoadedRun]:
-        payload = wire.payload_of(request)
         answer = wire.run_message(left.row, left.state)
         answer.rewinds += 1
         # Without an id of its own a rewind is named for its place in the journal.
         key = request.request_id or f"\x01{writing.run.last_seq + 1}"
-        digest = wire.digest_of(payload)
-        writing.append(_entry("rewind", key, request.step, digest, payload, answer))
+        writing.append(Call.of("rewind", key, request).entry(request.step, answer))
         return answer, left
 
     async def list_prompt_stats(
@@ -486,143 +312,21 @@ class SchedulerService:
 
     async def import_received(self, stream: wire.ImportStream) -> pb.ImportOutcomesResponse:
         """Add the outcomes of a whole stream."""
-        payload = await self._runs.in_thread(stream.payload)
+        call = Call("import", stream.request_id, stream.payload)
+
+        def prepare() -> pb.ImportOutcomesResponse:
+            call.serialise()
+            return pb.ImportOutcomesResponse(
+                imported_rollouts=stream.rollouts, imported_prompts=stream.prompts()
+            )
+
+        answer = await self._runs.in_thread(prepare)
         return await self._runs.alone(
             stream.run_id,
-            lambda run, writing: self._import(stream, payload, run, writing),
+            lambda run: decide_import(call, stream.run_id, answer, run),
             create=True,
-            large=True,
+            heavy=True,
         )
-
-    def _import(
-        self, stream: wire.ImportStream, payload: bytes, run: LoadedRun, writing: Writing
-    ) -> Done[pb.ImportOutcomesResponse]:
-        digest = wire.digest_of(payload)
-        before = run.answered(writing, "import", stream.request_id, digest)
-        if before is not None:
-            return Done(pb.ImportOutcomesResponse.FromString(before))
-        prompts = {
-            p
-            for message in stream.messages or ()
-            for p, n in zip(message.prompt_ids, message.num_rewards, strict=True)
-            if n
-        }
-        answer = pb.ImportOutcomesResponse(
-            imported_rollouts=stream.rollouts, imported_prompts=len(prompts)
-        )
-        writing.append(
-            Entry(
-                0,
-                "import",
-                stream.request_id,
-                0,
-                ALWAYS,
-                digest,
-                payload,
-                answer.SerializeToString(),
-            )
-        )
-
-        def imported(counted: Counted) -> OutcomesCounted | None:
-            if not counted.accepted:
-                return None
-            return OutcomesCounted(stream.run_id, -1, 0, counted, _prompts(run), imported=True)
-
-        return Done(answer, imported)
-
-
-def _entry(kind: str, key: str, step: int, digest: bytes, payload: bytes, answer: Message) -> Entry:
-    return Entry(0, kind, key, 0, step, digest, payload, answer.SerializeToString())
-
-
-def _allocation(run: LoadedRun, name: str) -> OpenAllocation:
-    allocation = run.state.allocations.get(name)
-    if allocation is not None:
-        return allocation
-    reason = "does not exist"
-    if run.is_abandoned(name):
-        reason = "was forgotten by a rewind"
-    elif run.row.floor_seq:
-        reason = f"does not exist or is of step {run.row.floor_step} or before, long since closed,"
-    raise NotFound(f"allocation_id = {name!r}: {reason} in run {run.row.run_id!r}")
-
-
-def _check_report(request: pb.ReportRequest, rewards: Rewards, allocation: OpenAllocation) -> None:
-    """Refuse rewards for positions that do not exist and more than were allocated."""
-    if request.step not in (0, allocation.step):
-        raise InvalidArgument(
-            "step", request.step, f"must be the allocation's, {allocation.step}, or not set"
-        )
-    positions = allocation.rows.size
-    if np.asarray(request.prompt_indices, np.int64).max(initial=0) >= positions:
-        wire.rewards_of(request, positions)
-    delivered = allocation.delivered + np.bincount(rewards.owner, minlength=positions)
-    over = delivered > allocation.allocated
-    if over.any():
-        at = int(np.argmax(over))
-        place = list(request.prompt_indices).index(at)
-        raise InvalidArgument(
-            f"num_rewards[{place}]",
-            request.num_rewards[place],
-            f"brings position {at} to {int(delivered[at])} rollouts; "
-            f"{int(allocation.allocated[at])} were allocated (a report repeated under its "
-            "report_id is no second one)",
-        )
-
-
-def _divided(
-    run: LoadedRun,
-    step: int,
-    wave: int,
-    rows: IntArray,
-    begun: IntArray,
-    beliefs: Beliefs,
-    bounds: Bounds,
-    decision: Decision,
-    seconds: float,
-    end_time: int,
-    is_new: bool = True,
-) -> BudgetDivided:
-    """Return the event of a decision; ``is_new``: its budget was not yet given out in full."""
-    state = run.state
-    return BudgetDivided(
-        run.row.run_id,
-        step,
-        wave,
-        decision.num_rollouts.size,
-        decision.allocated,
-        decision.unallocated,
-        decision.reasons,
-        decision.num_rollouts,
-        state.bands(rows),
-        state.evidence_ages(rows, step),
-        outlook(state.config.objective, beliefs, bounds, begun, decision) if is_new else None,
-        seconds,
-        end_time,
-    )
-
-
-def _reported(
-    run: LoadedRun, step: int, request: pb.ReportRequest, counted: Counted
-) -> OutcomesCounted | None:
-    """Return the event of a report that was folded; None if no rollout was in it."""
-    if not (counted.accepted or counted.ignored):
-        return None
-    state = run.state
-    return OutcomesCounted(
-        request.run_id,
-        step,
-        request.policy_version,
-        counted,
-        _prompts(run),
-        allocated=bool(request.allocation_id),
-        step_lag=max(state.last_step - step, 0),
-        version_lag=max(state.last_policy_version - request.policy_version, 0),
-    )
-
-
-def _prompts(run: LoadedRun) -> Prompts:
-    return Prompts(run.state.known_prompts, tuple(run.state.population.tolist()))
 
 
 def _stats_page(run: LoadedRun, after: str, size: int) -> pb.ListPromptStatsResponse:

@@ -162,14 +162,17 @@ class RunState:
         """
         rows = self.rows_of(prompt_ids)
         prior = self.prior()
-        known = rows >= 0
-        keys = np.zeros(rows.shape, np.uint64)
-        keys[known] = self._keys[rows[known]]
-        if not known.all():
-            new = np.flatnonzero(~known)
+        new = np.flatnonzero(rows < 0)
+        if new.size:
+            known = rows >= 0
+            keys = np.zeros(rows.shape, np.uint64)
+            keys[known] = self._keys[rows[known]]
             keys[new] = tie_keys([prompt_ids[k] for k in new])
-        unseen = ~known
-        unseen[known] = self._sums[_ROLLOUTS, rows[known]] == 0
+            unseen = ~known
+            unseen[known] = self._sums[_ROLLOUTS, rows[known]] == 0
+        else:
+            keys = self._keys.take(rows)
+            unseen = self._sums[_ROLLOUTS].take(rows) == 0
         recent = recent_outcomes(self._visits, rows) if self.config.policy == "paper" else None
         believed = self._posterior(rows, step, prior)
         return Beliefs(believed, keys, unseen, self._expected_tokens(rows), recent), prior
@@ -217,11 +220,11 @@ class RunState:
         if self._token_rollouts == 0:
             return np.zeros(rows.shape)
         mean = self._token_sum / self._token_rollouts
-        expected = np.full(rows.shape, mean)
+        # Of a prompt never seen, row -1, there are none.
         known = rows >= 0
-        tokens = self._sums[_TOKENS, rows[known]]
-        rollouts = self._sums[_TOKEN_ROLLOUTS, rows[known]]
-        expected[known] = (tokens + TOKEN_SHRINKAGE * mean) / (rollouts + TOKEN_SHRINKAGE)
+        tokens = self._sums[_TOKENS].take(rows) * known
+        rollouts = self._sums[_TOKEN_ROLLOUTS].take(rows) * known
+        expected: FloatArray = (tokens + TOKEN_SHRINKAGE * mean) / (rollouts + TOKEN_SHRINKAGE)
         return expected
 
     def _add_prompts(self, prompt_ids: tuple[str, ...]) -> IntArray:

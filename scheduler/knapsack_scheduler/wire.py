@@ -369,6 +369,17 @@ class ImportStream:
             )
         self.messages.append(message)
 
+    def prompts(self) -> int:
+        """Count the prompts that have an outcome."""
+        return len(
+            {
+                prompt_id
+                for message in self.messages or ()
+                for prompt_id, n in zip(message.prompt_ids, message.num_rewards, strict=True)
+                if n
+            }
+        )
+
     def payload(self) -> bytes:
         """Return the messages as the journal stores them."""
         if self.messages is None:

@@ -21,6 +21,7 @@ from knapsack_scheduler.cli import main
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.service import SchedulerService
 
+from gates import Gate
 from held_port import HeldPort
 
 ANY_PORT = "127.0.0.1:0"
@@ -100,6 +101,14 @@ class Calls:
 def calls() -> Calls:
     """Short forms of requests to the run "run"."""
     return Calls()
+
+
+@pytest.fixture
+def gate() -> Any:
+    """A gate, open at the end whatever happens."""
+    made = Gate()
+    yield made
+    made.open()
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 import tracemalloc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,44 +22,7 @@ from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.loadedruns import LoadedRuns
 from knapsack_scheduler.service import SchedulerService
 
-LONG = 30
-"""Seconds after which a call that waits for what it must not wait for is given up."""
-
-
-class Gate:
-    """Lets nothing through until it is opened."""
-
-    def __init__(self) -> None:
-        self._come = threading.Semaphore(0)
-        self._open = threading.Event()
-
-    def before(self, work: Callable[..., Any], when: Callable[..., bool]) -> Callable[..., Any]:
-        """Return work that waits here first when it is called in that way."""
-
-        def gated(*arguments: Any, **more: Any) -> Any:
-            if when(*arguments, **more):
-                self._come.release()
-                assert self._open.wait(60)
-            return work(*arguments, **more)
-
-        return gated
-
-    async def reached(self, times: int = 1) -> None:
-        """Wait until so many stand here."""
-        for _ in range(times):
-            assert await asyncio.to_thread(self._come.acquire, timeout=LONG)
-
-    def open(self) -> None:
-        """Let through whoever stands here or comes."""
-        self._open.set()
-
-
-@pytest.fixture
-def gate() -> Any:
-    """A gate, open at the end whatever happens."""
-    made = Gate()
-    yield made
-    made.open()
+from gates import Gate, soon
 
 
 @pytest.fixture
@@ -68,11 +30,6 @@ async def service(tmp_path: Path) -> AsyncIterator[SchedulerService]:
     """A service on a file, so that reading does not wait for writing."""
     async with open_service(f"sqlite:///{tmp_path / 'stats.db'}") as opened:
         yield opened
-
-
-async def soon(call: Any) -> Any:
-    """Return the answer of a call that may not wait for what stands at a gate."""
-    return await asyncio.wait_for(call, LONG)
 
 
 def stalls_rewinds(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
@@ -216,7 +173,7 @@ async def test_a_store_that_stalls_is_read_and_refuses_what_it_cannot_write(
     stalled = gate.before(Journal.writing, lambda _journal, _run_id: True)
     monkeypatch.setattr(Journal, "writing", stalled)
     monkeypatch.setattr(service._runs._writers, "_patience", 0.05)
-    monkeypatch.setattr(service._runs, "_patience", 0.05)
+    monkeypatch.setattr(service._runs._turns, "_patience", 0.05)
     hanging, requests = [], []
     for calls.run_id in names[:4]:
         requests.append(calls.allocate(step=1))

@@ -141,8 +141,8 @@ _CALLS = [
 _STORE = [
     timeseries(
         "Transactions",
-        """Time of a transaction of the store, from beginning to commit, the decision inside it
-        included.""",
+        """Time of a transaction of the store, from the wait for its thread to the commit, the
+        decision on a small batch included.""",
         "s",
         [
             query(_quantile(0.5, "store_transaction_seconds"), "median"),

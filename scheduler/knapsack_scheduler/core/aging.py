@@ -164,7 +164,7 @@ class EvidenceOfAll:
             self._versions = _longer(self._versions, capacity)
 
     def visited(self, rows: IntArray) -> None:
-        """Take note that something more is known of these rows, int64[n]."""
+        """Take note that something more is known of these rows, int64[n], each named once."""
         self._successes[rows] = np.nan
         self._stale.append(rows)
         self._stale_rows += rows.size
@@ -178,7 +178,9 @@ class EvidenceOfAll:
         """
         if self._stale_rows <= few:
             return
-        rows = np.unique(np.concatenate(self._stale))
+        rows = self._stale[0]
+        if len(self._stale) > 1:
+            rows = np.unique(np.concatenate(self._stale))
         for start in range(0, rows.size, _CHUNK):
             self.of(rows[start : start + _CHUNK], visits, discounts)
         self._stale, self._stale_rows = [], 0

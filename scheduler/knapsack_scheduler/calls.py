@@ -1,0 +1,69 @@
+"""A call that changes a run, as the journal stores and recognises it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from knapsack_scheduler import wire
+from knapsack_scheduler.deciding import Repeated
+from knapsack_scheduler.journal.records import Entry
+from knapsack_scheduler.loaded import LoadedRun
+
+Answer = TypeVar("Answer", bound=Message)
+
+
+class Call:
+    """A request by its kind, its id and its content.
+
+    A large one takes long to serialise: that is done once, by whoever asks first.
+
+    Args:
+        kind: allocate, extend, report, import or rewind.
+        key: its request or report id.
+        payload: returns its content, equal for equal requests.
+    """
+
+    def __init__(self, kind: str, key: str, payload: Callable[[], bytes]) -> None:
+        self.kind = kind
+        self.key = key
+        self._payload = payload
+
+    @classmethod
+    def of(cls, kind: str, key: str, request: Message) -> Call:
+        """Return the call of a request that is one message."""
+        return cls(kind, key, lambda: wire.payload_of(request))
+
+    @cached_property
+    def payload(self) -> bytes:
+        """Its content."""
+        return self._payload()
+
+    @cached_property
+    def digest(self) -> bytes:
+        """What tells it from a call with other content."""
+        return wire.digest_of(self.payload)
+
+    def serialise(self) -> None:
+        """Work out content and digest now, where others do not wait for it."""
+        _ = self.digest
+
+    def repeated(
+        self, run: LoadedRun, answer: Callable[[bytes], Answer]
+    ) -> Repeated[Answer] | None:
+        """Return the same call as it was made before, or None.
+
+        Raises:
+            AlreadyExists: the id was used with other content.
+        """
+        seq = run.recorded(self.kind, self.key, self.digest)
+        return None if seq is None else Repeated(seq, answer)
+
+    def entry(self, step: int, answer: Message) -> Entry:
+        """Return what is to be appended for it; see ``Entry`` for the step."""
+        return Entry(
+            0, self.kind, self.key, 0, step, self.digest, self.payload, answer.SerializeToString()
+        )

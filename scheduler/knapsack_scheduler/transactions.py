@@ -1,0 +1,61 @@
+"""Transactions off the event loop: timed, and begun anew when they were cut off."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from knapsack_scheduler.errors import StoreInterrupted, Unavailable
+from knapsack_scheduler.events import Committed, Events
+from knapsack_scheduler.workers import Workers
+
+_LOG = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+_PAUSES = (0.05, 0.2, 0.5)
+"""Seconds before a transaction that was cut off is begun anew."""
+
+
+async def transacted(workers: Workers, events: Events, attempt: Callable[[], Answer]) -> Answer:
+    """Return what a transaction returns, done by one of the workers and told of.
+
+    Raises:
+        Busy: no thread came free in time; nothing was begun.
+    """
+    with _timed(events):
+        return await workers.run(lambda: again(attempt))
+
+
+def again(attempt: Callable[[], Answer]) -> Answer:
+    """Return what an attempt does, trying anew what another may do better.
+
+    A call whose commit was cut off may have been stored: the next attempt finds it
+    under its id and returns the stored answer.
+    """
+    for pause in _PAUSES:
+        try:
+            return attempt()
+        except StoreInterrupted as error:
+            _LOG.warning("a transaction is begun anew: %s", error)
+            time.sleep(pause)
+    return attempt()
+
+
+@contextmanager
+def _timed(events: Events) -> Iterator[None]:
+    """Tell of a transaction, and whether it failed."""
+    start, failed = time.perf_counter(), False
+    try:
+        yield
+    except Unavailable:
+        failed = True
+        raise
+    finally:
+        # The answer goes first: whoever listens takes some of its time.
+        committed = Committed(time.perf_counter() - start, failed)
+        asyncio.get_running_loop().call_soon(events.emit, committed)
