@@ -19,6 +19,8 @@ from knapsack_scheduler.errors import ResourceExhausted, TooSlow
 GRACE_SECONDS = 1.0
 """How long a slow caller may hold room that others wait for."""
 
+_LOOK_SECONDS = 1.0
+
 PATIENCE_SECONDS = 10.0
 """How long a call waits for room before it is refused."""
 
@@ -77,22 +79,20 @@ class Ticket:
 
         Args:
             seconds: longest wait if nobody else needs the room.
-            hang_up: called if the answer is not taken in time; must make the call end.
+            hang_up: called if the answer is not taken in time, to a second; must make the call
+                end.
         """
         call = asyncio.current_task()
         assert call is not None
-        loop = asyncio.get_running_loop()
-        self.since = loop.time()
-        timer = loop.call_later(seconds, hang_up)
+        self.since = asyncio.get_running_loop().time()
         self.give_way = hang_up
         self._admission.watch(self)
+        self._admission.expect(self, self.since + seconds)
+        call.add_done_callback(self._delivered)
 
-        def ended(_call: object) -> None:
-            timer.cancel()
-            self._admission.unwatch(self)
-            self.close()
-
-        call.add_done_callback(ended)
+    def _delivered(self, _call: object) -> None:
+        self._admission.unwatch(self)
+        self.close()
 
     def resize(self, size: int) -> None:
         """Keep this much instead; ResourceExhausted if there is no room for more."""
@@ -117,6 +117,8 @@ class Admission:
         self.used = 0
         self._waiting: OrderedDict[str, deque[tuple[int, asyncio.Future[None]]]] = OrderedDict()
         self._transfers: dict[Ticket, None] = {}
+        self._deliveries: dict[Ticket, float] = {}
+        self._looks_later = False
         self._timer: asyncio.TimerHandle | None = None
 
     async def admit(self, size: int, peer: str, patience: float = PATIENCE_SECONDS) -> Ticket:
@@ -180,6 +182,28 @@ class Admission:
     def unwatch(self, ticket: Ticket) -> None:
         """Note that it waits no longer."""
         self._transfers.pop(ticket, None)
+        self._deliveries.pop(ticket, None)
+
+    def expect(self, ticket: Ticket, due: float) -> None:
+        """End a transfer that is not over by then, on the loop's clock.
+
+        Looked at once a second: a timer for every answer would cost more than the answer's room.
+        """
+        self._deliveries[ticket] = due
+        if not self._looks_later:
+            self._looks_later = True
+            asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._end_overdue)
+
+    def _end_overdue(self) -> None:
+        loop = asyncio.get_running_loop()
+        overdue = [ticket for ticket, due in self._deliveries.items() if due <= loop.time()]
+        for ticket in overdue:
+            self.unwatch(ticket)
+            if ticket.give_way is not None:
+                ticket.give_way()
+        self._looks_later = bool(self._deliveries)
+        if self._looks_later:
+            loop.call_later(_LOOK_SECONDS, self._end_overdue)
 
     def _let_in(self) -> None:
         while self._waiting:
