@@ -317,13 +317,23 @@ async def test_strangers_take_neither_memory_nor_places(
     assert "still under way" not in scheduler.log()
 
 
+@pytest.fixture
+def most_files() -> Iterator[int]:
+    """As many files as this process may have open, which it has by default on few systems."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = min(hard, 11_000)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(allowed, soft), hard))
+    yield max(allowed, soft)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 async def test_thousands_of_connections_leave_the_others_served(
-    start_scheduler: Callable[..., Any], calls: Any
+    start_scheduler: Callable[..., Any], calls: Any, most_files: int
 ) -> None:
     """Beyond the limit connections are closed; calls of a client that is there go on."""
     scheduler = start_scheduler("--auto-create-runs", "--max-connections=500")
     host, port = scheduler.addresses["listen"].rsplit(":", 1)
-    most = min(10_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500)
+    most = min(10_000, most_files - 500)
     async with grpc.aio.insecure_channel(scheduler.addresses["listen"]) as channel:
         stub = stub_of(channel)
         await stub.Allocate(calls.allocate())

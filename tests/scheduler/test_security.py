@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import pytest
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
 from knapsack_scheduler.config import load_settings
-from knapsack_scheduler.errors import ConfigError
+from knapsack_scheduler.errors import ConfigError, Unauthenticated
+from knapsack_scheduler.security import TokenGuard
 
 CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
 DENIED = grpc.StatusCode.PERMISSION_DENIED
@@ -319,3 +321,29 @@ def test_what_others_can_reach_must_be_guarded(tmp_path: Path) -> None:
         ("--health-listen=0.0.0.0:1",),
     ):
         assert said(*fine) == ""
+
+
+def test_a_token_file_that_cannot_be_read_leaves_the_old_tokens(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once; and a file in place of another is read, though its time and size are the same."""
+    file, other = tmp_path / "tokens", tmp_path / "other"
+    file.write_text("old-token *\n")
+    guard = TokenGuard(file)
+    stamp = file.stat()
+    for broken in ("old-token team-a/ team-b/\n", "", None):
+        file.unlink()
+        if broken is not None:
+            file.write_text(broken)
+        caplog.clear()
+        for _ in range(3):
+            assert guard.bearer("old-token").is_everywhere
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        assert "old-token" not in caplog.text
+        file.touch()
+    other.write_text("new-token *\n")
+    os.utime(other, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    other.replace(file)
+    assert guard.bearer("new-token").is_everywhere
+    with pytest.raises(Unauthenticated):
+        guard.bearer("old-token")
