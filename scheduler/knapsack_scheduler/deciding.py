@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Generic, TypeVar
 
 from knapsack_scheduler.allocations import Counted
@@ -152,10 +151,22 @@ class Decisions:
         if not large:
             return await self._transacted(lambda: self._small(run_id, run, decide))
         for _ in range(_ATTEMPTS):
-            verdict = await self._deciders.run(lambda: self._large(run_id, run, decide))
             with suppress(_Moved):
-                return await self._transacted(partial(self._transact, run_id, run, verdict, None))
+                return await self._attempted(run_id, run, decide)
         return await self._transacted(lambda: self._transact(run_id, run, None, decide))
+
+    async def _attempted(
+        self, run_id: str, run: LoadedRun, decide: Decide[Answer]
+    ) -> Stored[Answer]:
+        """Decide a large call and store it; _Moved if the run moved on between the two."""
+        verdict: _Verdict[Answer] | None = await self._deciders.run(
+            lambda: self._large(run_id, run, decide)
+        )
+        try:
+            return await self._transacted(lambda: self._transact(run_id, run, verdict, None))
+        finally:
+            # For the same reason as in _transact.
+            verdict = None
 
     async def _transacted(self, attempt: Callable[[], Stored[Answer]]) -> Stored[Answer]:
         return await transacted(self._writers, self._events, attempt)
@@ -167,10 +178,7 @@ class Decisions:
 
     def _large(self, run_id: str, run: LoadedRun, decide: Decide[Answer]) -> _Verdict[Answer]:
         again(lambda: looked(self._journal, self._loaded, run_id, run, lambda *_: None))
-        self._loaded.take(run_id)
-        verdict = _verdict(run, decide)
-        self._loaded.keep(run_id, run)
-        return verdict
+        return _verdict(run, decide)
 
     def _transact(
         self,
@@ -197,12 +205,16 @@ class Decisions:
                     if not (run.intact and run.catch_up(writing)):
                         raise Behind
                     verdict = _verdict(run, decide)
-                decided = _concluded(verdict, writing)
+                if isinstance(verdict, Refused):
+                    raise verdict.error
+                decided = _decided(verdict, writing)
                 if decided.entry is not None:
                     writing.append(decided.entry)
         except (*REFUSALS, StoreUnavailable, _Moved):
             if run.intact:
                 self._loaded.keep(run_id, run)
+            # An error holds the frames that it passed: it must not be held by them.
+            verdict = None
             raise
         if not writing.appended:
             self._loaded.keep(run_id, run)
@@ -220,9 +232,7 @@ def _verdict(run: LoadedRun, decide: Decide[Answer]) -> _Verdict[Answer]:
         return Refused(refusal)
 
 
-def _concluded(verdict: _Verdict[Answer], writing: Writing) -> Decided[Answer]:
-    if isinstance(verdict, Refused):
-        raise verdict.error
+def _decided(verdict: Decided[Answer] | Repeated[Answer], writing: Writing) -> Decided[Answer]:
     if isinstance(verdict, Repeated):
         return Decided(verdict.answer(writing.entry(verdict.seq).answer))
     return verdict

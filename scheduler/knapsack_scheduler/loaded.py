@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 _LONG_TAIL = 500
 """Entries more than these are folded without holding the run."""
 
-_RUN_BYTES, _PROMPT_BYTES, _CALL_BYTES, _POSITION_BYTES = 50_000, 500, 400, 40
+_RUN_BYTES, _PROMPT_BYTES, _CALL_BYTES, _POSITION_BYTES = 50_000, 530, 400, 40
 """What a run, a known prompt, a recognised call and a prompt of an allocation take."""
 
 

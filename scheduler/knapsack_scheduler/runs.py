@@ -17,7 +17,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -135,52 +135,53 @@ class Runs:
         """
 
         async def locked() -> Answer:
-            async with AsyncExitStack() as held:
-                await held.enter_async_context(self._turns.of(run_id))
+            await self._turns.take(run_id)
+            settling = False
+            try:
                 stored = await self._stored(run_id, decide, create, large)
                 if not stored.entries:
                     return stored.decided.answer
                 folded = asyncio.Event()
-                settling = asyncio.ensure_future(
-                    self._settle(run_id, stored, held.pop_all(), folded)
-                )
-                self._settling.add(settling)
-                settling.add_done_callback(self._settling.discard)
+                task = asyncio.ensure_future(self._settle(run_id, stored, folded))
+                settling = True
+            finally:
+                if not settling:
+                    self._turns.end(run_id)
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
             if heavy:
                 await folded.wait()
             return stored.decided.answer
 
         return await finished(locked())
 
-    async def _settle(
-        self, run_id: str, stored: Stored[Answer], held: AsyncExitStack, folded: asyncio.Event
-    ) -> None:
-        """Fold what was stored, tell of it, and let go of the run.
+    async def _settle(self, run_id: str, stored: Stored[Answer], folded: asyncio.Event) -> None:
+        """Fold what was stored, tell of it, and end the turn.
 
         When all of an allocation has come, what the next decision needs of the statistics is
         worked out too. A trainer updates its weights before that: it costs nobody anything.
         """
-        async with held:
+        try:
             # The answer goes first: it takes some turns of the event loop, and a thread at
             # work would hold each of them up.
             for _ in range(_TURNS_OF_AN_ANSWER):
                 if self._turns.awaited(run_id):
                     break
                 await asyncio.sleep(0)
-            try:
-                event, completes = await self._readers.run(lambda: self._fold(run_id, stored))
-                folded.set()
-                if event is not None:
-                    self._events.emit(event)
-                if completes:
-                    await self._readers.run(stored.run.state.prepare)
-            except (RuntimeError, Busy) as error:
-                # A service that ends has no threads any more.
-                _LOG.info("run %r: not folded, to be read anew: %s", run_id, error)
-            except Exception:
-                _LOG.exception("run %r: could not be folded, to be read anew", run_id)
-            finally:
-                folded.set()
+            event, completes = await self._readers.run(lambda: self._fold(run_id, stored))
+            folded.set()
+            if event is not None:
+                self._events.emit(event)
+            if completes:
+                await self._readers.run(stored.run.state.prepare)
+        except (RuntimeError, Busy) as error:
+            # A service that ends has no threads any more.
+            _LOG.info("run %r: not folded, to be read anew: %s", run_id, error)
+        except Exception:
+            _LOG.exception("run %r: could not be folded, to be read anew", run_id)
+        finally:
+            folded.set()
+            self._turns.end(run_id)
 
     async def look(self, run_id: str, work: Callable[[LoadedRun, Reading], Answer]) -> Answer:
         """Return what work makes of a run that is level with the journal, changing nothing.

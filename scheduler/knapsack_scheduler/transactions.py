@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 from knapsack_scheduler.errors import StoreInterrupted, Unavailable
@@ -27,8 +26,16 @@ async def transacted(workers: Workers, events: Events, attempt: Callable[[], Ans
     Raises:
         Busy: no thread came free in time; nothing was begun.
     """
-    with _timed(events):
+    start, failed = time.perf_counter(), False
+    try:
         return await workers.run(lambda: again(attempt))
+    except Unavailable:
+        failed = True
+        raise
+    finally:
+        # The answer goes first: whoever listens takes some of its time.
+        committed = Committed(time.perf_counter() - start, failed)
+        asyncio.get_running_loop().call_soon(events.emit, committed)
 
 
 def again(attempt: Callable[[], Answer]) -> Answer:
@@ -44,18 +51,3 @@ def again(attempt: Callable[[], Answer]) -> Answer:
             _LOG.warning("a transaction is begun anew: %s", error)
             time.sleep(pause)
     return attempt()
-
-
-@contextmanager
-def _timed(events: Events) -> Iterator[None]:
-    """Tell of a transaction, and whether it failed."""
-    start, failed = time.perf_counter(), False
-    try:
-        yield
-    except Unavailable:
-        failed = True
-        raise
-    finally:
-        # The answer goes first: whoever listens takes some of its time.
-        committed = Committed(time.perf_counter() - start, failed)
-        asyncio.get_running_loop().call_soon(events.emit, committed)

@@ -42,7 +42,15 @@ class Turns:
 
     @asynccontextmanager
     async def of(self, run_id: str) -> AsyncIterator[None]:
-        """Wait until nobody else works on the run.
+        """Take a turn for as long as a block takes; see ``take``."""
+        await self.take(run_id)
+        try:
+            yield
+        finally:
+            self.end(run_id)
+
+    async def take(self, run_id: str) -> None:
+        """Wait until nobody else works on the run; who has taken a turn has to end it.
 
         Not for ever: callers that repeat what was not answered in time would come to wait for
         calls that nobody wants answered any more.
@@ -57,14 +65,20 @@ class Turns:
                 await self._wait(run_id, turn.lock)
             else:
                 await turn.lock.acquire()
-            try:
-                yield
-            finally:
-                turn.lock.release()
-        finally:
-            turn.users -= 1
-            if turn.users == 0:
-                del self._turns[run_id]
+        except BaseException:
+            self._leave(run_id, turn)
+            raise
+
+    def end(self, run_id: str) -> None:
+        """End the turn that was taken: the next call may work on the run."""
+        turn = self._turns[run_id]
+        turn.lock.release()
+        self._leave(run_id, turn)
+
+    def _leave(self, run_id: str, turn: _Turn) -> None:
+        turn.users -= 1
+        if turn.users == 0:
+            del self._turns[run_id]
 
     async def _wait(self, run_id: str, lock: asyncio.Lock) -> None:
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from knapsack_scheduler.errors import Busy
 
@@ -46,14 +46,14 @@ class Workers:
         else:
             await self._free.acquire()
         loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Answer] = loop.create_future()
+        answer: Any = loop.create_future()
 
         def done(result: Answer | None, error: BaseException | None) -> None:
             self._free.release()
-            if answer.cancelled():
+            if answer is None or answer.cancelled():
                 return
             if error is None:
-                answer.set_result(result)  # type: ignore[arg-type]
+                answer.set_result(result)
             else:
                 answer.set_exception(error)
 
@@ -77,7 +77,11 @@ class Workers:
         except BaseException:
             self._free.release()
             raise
-        return await answer
+        try:
+            return await answer  # type: ignore[no-any-return]
+        finally:
+            # So does this frame, and the future has the error; nobody waits any more.
+            answer = None
 
     async def _wait(self) -> None:
         try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import sqlalchemy as sa
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import allocating
 from knapsack_scheduler import service as service_module
+from knapsack_scheduler.calls import Call
 from knapsack_scheduler.embedded import open_service
-from knapsack_scheduler.errors import AlreadyExists, NotFound, StoreInterrupted
+from knapsack_scheduler.errors import AlreadyExists, InvalidArgument, NotFound, StoreInterrupted
 from knapsack_scheduler.journal.compaction import Retention, compact
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.transaction import Writing
@@ -151,6 +154,33 @@ async def test_a_small_call_is_handed_to_one_thread(
             # The last one folds.
             assert kinds == [*expected, "reads"]
             kinds.clear()
+
+
+@pytest.mark.parametrize("few", [4, 8])
+async def test_a_refused_call_is_let_go_of_at_once(
+    calls: Any, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    """Its error holds no circle of references, in which a request of many megabytes would stay."""
+    monkeypatch.setattr(service_module, "_FEW", few)
+    made: list[weakref.ref[Call]] = []
+    init = Call.__init__
+
+    def noted(call: Call, *arguments: Any) -> None:
+        init(call, *arguments)
+        made.append(weakref.ref(call))
+
+    monkeypatch.setattr(Call, "__init__", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        # At its end no thread is left that could be about to let go.
+        async with open_service("sqlite://") as service:
+            await service.create_run(pb.CreateRunRequest(run_id="run"))
+            with suppress(InvalidArgument):
+                await service.allocate(calls.allocate(IDS, 1))
+        assert [call() for call in made] == [None]
+    finally:
+        gc.enable()
 
 
 async def test_a_decision_that_another_replica_overtakes_is_made_anew(

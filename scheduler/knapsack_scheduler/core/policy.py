@@ -331,14 +331,14 @@ def _alike(posterior: Posterior, bounds: Bounds, begun: Begun) -> States | None:
 
     None too where a group is begun or rewards have levels, which seldom leaves many alike.
     """
-    if posterior.levels is not None or posterior.alpha.size < MANY_PROMPTS or begun.size.any():
+    kinds = posterior.kinds
+    few = kinds is None and posterior.alpha.size < MANY_PROMPTS
+    if posterior.levels is not None or few or begun.size.any():
         return None
     of_bounds = [each for each in (bounds.minimum, bounds.maximum) if (each != each[0]).any()]
-    if posterior.kinds is None:
+    if kinds is None:
         return find_states([posterior.alpha, posterior.beta, *of_bounds])
-    if of_bounds:
-        return find_states([posterior.kinds, *of_bounds])
-    return numbered_states(posterior.kinds)
+    return find_states([kinds, *of_bounds]) if of_bounds else numbered_states(kinds)
 
 
 def _problem(

@@ -49,6 +49,9 @@ _ROUNDS = 4
 _LEAST_VARIANCE = 1e-9
 _LEAST_STRENGTH = 0.05
 
+_REPEATING = 1200
+"""Prompts among whom so many have the same evidence that it is worth while to find them."""
+
 _CHUNK = 1 << 11
 """Prompts at once: an array of 400 kB, which stays in the cache."""
 
@@ -131,7 +134,7 @@ def kinds_of(successes: FloatArray, failures: FloatArray) -> Kinds | None:
     Args:
         successes, failures: as for ``believed``.
     """
-    if successes.size <= _CHUNK:
+    if successes.size < _REPEATING:
         return None
     total = successes + failures
     if float(total.max()) > _MOST * _ROUNDING:

@@ -27,6 +27,9 @@ _REPEATED = 0.75
 """At most this part of the sample is different in a batch whose states repeat."""
 
 _REPEATED_OFTEN = 0.35
+_NUMBERED = 0.5
+"""The same where states need not be found."""
+
 _LARGE = 1 << 17
 """Up to so many positions are swept fast enough one by one, so that states have to be few."""
 
@@ -136,7 +139,7 @@ def numbered_states(of: IntArray) -> States | None:
     """
     counts = np.bincount(of)
     slots = np.flatnonzero(counts)
-    if slots.size > _REPEATED * of.size:
+    if slots.size > _NUMBERED * of.size:
         return None
     row_of = np.zeros(counts.size, np.int64)
     row_of[of] = np.arange(of.size)
