@@ -330,7 +330,6 @@ def test_a_token_file_that_cannot_be_read_leaves_the_old_tokens(
     file, other = tmp_path / "tokens", tmp_path / "other"
     file.write_text("old-token *\n")
     guard = TokenGuard(file)
-    stamp = file.stat()
     for broken in ("old-token team-a/ team-b/\n", "", None):
         file.unlink()
         if broken is not None:
@@ -341,8 +340,10 @@ def test_a_token_file_that_cannot_be_read_leaves_the_old_tokens(
         assert [record.levelname for record in caplog.records] == ["ERROR"]
         assert "old-token" not in caplog.text
         file.touch()
+    file.write_text("old-token *\n")
+    assert guard.bearer("old-token").is_everywhere
     other.write_text("new-token *\n")
-    os.utime(other, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
     other.replace(file)
     assert guard.bearer("new-token").is_everywhere
     with pytest.raises(Unauthenticated):
