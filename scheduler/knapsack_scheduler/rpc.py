@@ -166,11 +166,14 @@ class SchedulerServicer:
             else:
                 request = self._checked(call, caller, kind, data)
                 # Room for the answer is kept of what receiving took, and not asked for anew.
-                ticket.resize(len(data) + _answer_bytes(request))
+                size = len(data) + _answer_bytes(request)
+                ticket.resize(min(size, self._limits.receiving_bytes))
                 work = self._answer(call.method, request, caller)
             del data
             task = self._begin(work, ticket, large=large)
             answer = (await asyncio.shield(task)).SerializeToString()
+            # Never more than was kept for it: what is done is not refused.
+            ticket.resize(min(len(answer), ticket.size))
             self._deliver(ticket, call)
             is_answered = True
             return answer
