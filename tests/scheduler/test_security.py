@@ -20,7 +20,9 @@ from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
 from knapsack_scheduler.config import load_settings
 from knapsack_scheduler.errors import ConfigError, Unauthenticated
-from knapsack_scheduler.security import TokenGuard
+from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.security import Caller, TokenGuard
+from knapsack_scheduler.service import SchedulerService
 
 CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
 DENIED = grpc.StatusCode.PERMISSION_DENIED
@@ -348,3 +350,24 @@ def test_a_token_file_that_cannot_be_read_leaves_the_old_tokens(
     assert guard.bearer("new-token").is_everywhere
     with pytest.raises(Unauthenticated):
         guard.bearer("old-token")
+
+
+async def test_runs_of_others_are_passed_over_in_few_queries(
+    service: SchedulerService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small the pages are of a caller who may see one run of hundreds."""
+    for number in range(300):
+        await service.create_run(pb.CreateRunRequest(run_id=f"others/{number:03d}"))
+    await service.create_run(pb.CreateRunRequest(run_id="team-a/x"))
+    queries = []
+    ask = Journal.list_runs
+
+    def counted(journal: Journal, *arguments: Any) -> Any:
+        queries.append(arguments)
+        return ask(journal, *arguments)
+
+    monkeypatch.setattr(Journal, "list_runs", counted)
+    request = pb.ListRunsRequest(page_size=1)
+    page = await service.list_runs(request, Caller(("team-a/",)).covers)
+    assert [run.run_id for run in page.runs] == ["team-a/x"]
+    assert len(queries) <= 2
