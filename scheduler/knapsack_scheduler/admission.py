@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from knapsack_scheduler.errors import ResourceExhausted, TooSlow
 
 GRACE_SECONDS = 1.0
 """How long a slow caller may hold room that others wait for."""
+
+_LOOK_SECONDS = 1.0
 
 PATIENCE_SECONDS = 10.0
 """How long a call waits for room before it is refused."""
@@ -29,17 +32,17 @@ class Ticket:
         size: bytes.
         abandoned: the caller has gone; whoever works for it still closes the ticket.
         since: when the transfer under way began, on the loop's clock.
-        scope: ends the transfer under way.
+        give_way: ends the transfer under way.
     """
 
-    __slots__ = ("_admission", "abandoned", "scope", "since", "size")
+    __slots__ = ("_admission", "abandoned", "give_way", "since", "size")
 
     def __init__(self, admission: Admission, size: int) -> None:
         self._admission = admission
         self.size = size
         self.abandoned = False
         self.since = 0.0
-        self.scope: asyncio.Timeout | None = None
+        self.give_way: Callable[[], object] | None = None
 
     @asynccontextmanager
     async def transfer(self, seconds: float, what: str) -> AsyncIterator[None]:
@@ -55,7 +58,8 @@ class Ticket:
         loop = asyncio.get_running_loop()
         self.since = loop.time()
         try:
-            async with asyncio.timeout(seconds) as self.scope:
+            async with asyncio.timeout(seconds) as scope:
+                self.give_way = partial(_end, scope)
                 self._admission.watch(self)
                 yield
         except TimeoutError:
@@ -66,7 +70,29 @@ class Ticket:
             ) from None
         finally:
             self._admission.unwatch(self)
-            self.scope = None
+            self.give_way = None
+
+    def deliver(self, seconds: float, hang_up: Callable[[], object]) -> None:
+        """Keep the room until the call that is being answered has ended, then close.
+
+        gRPC sends what a handler returns after it, and waits for the other side for ever.
+
+        Args:
+            seconds: longest wait if nobody else needs the room.
+            hang_up: called if the answer is not taken in time, to a second; must make the call
+                end.
+        """
+        call = asyncio.current_task()
+        assert call is not None
+        self.since = asyncio.get_running_loop().time()
+        self.give_way = hang_up
+        self._admission.watch(self)
+        self._admission.expect(self, self.since + seconds)
+        call.add_done_callback(self._delivered)
+
+    def _delivered(self, _call: object) -> None:
+        self._admission.unwatch(self)
+        self.close()
 
     def resize(self, size: int) -> None:
         """Keep this much instead; ResourceExhausted if there is no room for more."""
@@ -77,6 +103,12 @@ class Ticket:
         self._admission.resize(self, 0)
 
 
+def _end(scope: asyncio.Timeout) -> None:
+    # One whose own limit has just passed ends by itself.
+    if not scope.expired():
+        scope.reschedule(asyncio.get_running_loop().time())
+
+
 class Admission:
     """Room for a number of bytes."""
 
@@ -85,6 +117,8 @@ class Admission:
         self.used = 0
         self._waiting: OrderedDict[str, deque[tuple[int, asyncio.Future[None]]]] = OrderedDict()
         self._transfers: dict[Ticket, None] = {}
+        self._deliveries: dict[Ticket, float] = {}
+        self._looks_later = False
         self._timer: asyncio.TimerHandle | None = None
 
     async def admit(self, size: int, peer: str, patience: float = PATIENCE_SECONDS) -> Ticket:
@@ -148,6 +182,28 @@ class Admission:
     def unwatch(self, ticket: Ticket) -> None:
         """Note that it waits no longer."""
         self._transfers.pop(ticket, None)
+        self._deliveries.pop(ticket, None)
+
+    def expect(self, ticket: Ticket, due: float) -> None:
+        """End a transfer that is not over by then, on the loop's clock.
+
+        Looked at once a second: a timer for every answer would cost more than the answer's room.
+        """
+        self._deliveries[ticket] = due
+        if not self._looks_later:
+            self._looks_later = True
+            asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._end_overdue)
+
+    def _end_overdue(self) -> None:
+        loop = asyncio.get_running_loop()
+        overdue = [ticket for ticket, due in self._deliveries.items() if due <= loop.time()]
+        for ticket in overdue:
+            self.unwatch(ticket)
+            if ticket.give_way is not None:
+                ticket.give_way()
+        self._looks_later = bool(self._deliveries)
+        if self._looks_later:
+            loop.call_later(_LOOK_SECONDS, self._end_overdue)
 
     def _let_in(self) -> None:
         while self._waiting:
@@ -176,9 +232,8 @@ class Admission:
         due = oldest.since + GRACE_SECONDS
         if due <= loop.time():
             self.unwatch(oldest)
-            # One whose own limit has just passed ends by itself.
-            if oldest.scope is not None and not oldest.scope.expired():
-                oldest.scope.reschedule(loop.time())
+            if oldest.give_way is not None:
+                oldest.give_way()
             due = loop.time()
         # Looks again while somebody waits; the next one may be past its grace already.
         self._timer = loop.call_at(max(due, loop.time() + 0.01), self._make_room)

@@ -56,6 +56,9 @@ def _serve(settings: Settings, _options: argparse.Namespace) -> int:
 
 def _check(settings: Settings, options: argparse.Namespace) -> int:
     if options.store is None:
+        from knapsack_scheduler.server import secrets_of
+
+        secrets_of(settings)
         print(as_json(settings))
         print("settings are right; --store URL checks a store too", file=sys.stderr)
         return 0

@@ -201,6 +201,12 @@ def check(settings: Settings) -> None:
             f"max_inflight_bytes = {settings.max_inflight_bytes}: must be at least twice "
             f"max_message_bytes, {2 * settings.max_message_bytes}; no request could be received"
         )
+    for key in ("password", "sslpassword"):
+        if key in store_query(settings.store):
+            raise ConfigError(
+                f"store: no {key} may stand behind the @ of the URL, where it would be shown; "
+                "the user's stands before it, of a key in none"
+            )
     _check_reach(settings)
     default_config(settings)
 
@@ -209,8 +215,6 @@ def _check_reach(settings: Settings) -> None:
     """Refuse addresses that others can reach without proving who they are."""
     if settings.insecure:
         return
-    if "password" in store_query(settings.store):
-        raise ConfigError("store: its password must stand before the @ of the URL, not behind it")
     host, _ = host_and_port("listen", settings.listen)
     if not is_loopback(host):
         if not settings.tls_cert:

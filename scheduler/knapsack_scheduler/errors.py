@@ -46,7 +46,7 @@ class InvalidArgument(SchedulerError):
         self.field = field
         self.value = value
         self.allowed = allowed
-        super().__init__(f"{field} = {_short(value)}: {allowed}")
+        super().__init__(f"{field} = {short(value)}: {allowed}")
 
 
 class NotFound(SchedulerError):
@@ -119,7 +119,8 @@ class ConfigError(Exception):
     """A setting that the server cannot start with; names it and the consequence."""
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """Return a value as a message shows it: of what a caller made long, the beginning."""
     text = repr(value)
     if len(text) <= 120:
         return text

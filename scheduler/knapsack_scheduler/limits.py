@@ -22,6 +22,7 @@ class Limits:
         message_bytes: bytes of one message.
         concurrent_calls: calls served at once.
         inflight_bytes: bytes of requests and answers in memory at once.
+        open_messages: of health checks and reflection received at once.
         imports: streams of outcomes received or applied at once.
         large_bytes: a call with more bytes than this waits for its turn among large calls.
         large_calls: large calls worked on at once; fewer than there are worker threads, so
@@ -42,6 +43,7 @@ class Limits:
     message_bytes: int = 64 * 2**20
     concurrent_calls: int = 1024
     inflight_bytes: int = 512 * 2**20
+    open_messages: int = 1
     imports: int = 2
     large_bytes: int = 2**20
     large_calls: int = 2
@@ -57,11 +59,12 @@ class Limits:
     def memory_bytes(self) -> int:
         """What calls may take at most, beside what is known of the runs themselves.
 
-        Requests and answers, two large calls worked on and one parsed (40 times a message,
-        measured), imports.
+        Requests and answers, health checks, two large calls worked on and one parsed (40 times a
+        message, measured), imports.
         """
         return (
             self.inflight_bytes
+            + self.open_messages * self.receiving_bytes
             + 40 * self.message_bytes
             + self.imports * (3 * self.import_bytes + self.receiving_bytes)
         )

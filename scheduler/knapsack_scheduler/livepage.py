@@ -97,7 +97,7 @@ class LivePage:
         rows = "".join(_run_row(name, run) for name, run in reversed(self._runs.items()))
         recent = "".join(_allocation_row(event) for event in self._recent)
         return _PAGE.format(
-            state="serving" if ready else "draining",
+            state="serving" if ready else "not ready",
             colour="good" if ready else "bad",
             steps=_STEPS,
             runs=rows or _NOTHING.format(10, "No allocation or report since the start."),
@@ -116,7 +116,7 @@ def _run_row(run_id: str, run: _Run) -> str:
     last = run.last
     newest = run.steps.get(last.step) if last else None
     return _row(
-        _text(run_id),
+        _name(run_id),
         _text(max(run.steps, default="–")),
         _text(run.policy_version),
         _text(f"{run.known_prompts:,}"),
@@ -132,7 +132,6 @@ def _run_row(run_id: str, run: _Run) -> str:
 def _allocation_row(event: BudgetDivided) -> str:
     reasons = event.reasons
     cells = (
-        event.run_id,
         event.step,
         event.wave,
         f"{event.prompts:,}",
@@ -141,7 +140,7 @@ def _allocation_row(event: BudgetDivided) -> str:
         f"{reasons.unseen_prompts:,}",
         f"{1e3 * event.seconds:.1f} ms",
     )
-    return _row(*map(_text, cells))
+    return _row(_name(event.run_id), *map(_text, cells))
 
 
 def _lines(predicted: list[float | None], realised: list[float | None]) -> str:
@@ -170,6 +169,12 @@ def _row(*cells: str) -> str:
 
 def _text(value: object) -> str:
     return html.escape(str(value))
+
+
+def _name(run_id: str) -> str:
+    """Return a run's name as it was given, whole where a column is too narrow for it."""
+    shown = _text(run_id)
+    return f'<bdi title="{shown}">{shown}</bdi>'
 
 
 def _percent(share: float | None) -> str:

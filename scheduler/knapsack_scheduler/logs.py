@@ -56,7 +56,16 @@ class Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as a line with its fields behind it."""
         fields = _fields(record)
-        return super().format(record) + "".join(f" {key}={value}" for key, value in fields.items())
+        return super().format(record) + "".join(
+            f" {key}={_shown(value)}" for key, value in fields.items()
+        )
+
+
+def _shown(value: object) -> str:
+    """Return a field as one word: a caller's ids must not pass for lines or fields of ours."""
+    text = str(value)
+    is_word = text.isprintable() and not any(c in " =\"'\\" for c in text)
+    return text if is_word else repr(text)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:
@@ -87,7 +96,8 @@ def configure(level: str, kind: str, secret: tuple[str, str]) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Hidden(JsonLines() if kind == "json" else Text(), secret))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for noisy in ("alembic", "grpc", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("aiohttp.server").addFilter(_without_request)
 
@@ -160,8 +170,8 @@ def _warn_of_jump(run_id: str, field: str, value: int, jump: int) -> None:
 
 def _ids(event: CallHandled) -> dict[str, object]:
     return {
-        "run_id": event.run_id[:256],
-        "call_id": event.call_id[:256],
+        "run_id": event.run_id,
+        "call_id": event.call_id,
         "milliseconds": round(event.seconds * 1e3, 2),
     }
 

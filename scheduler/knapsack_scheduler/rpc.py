@@ -21,9 +21,10 @@ import grpc.aio
 from google.protobuf.message import DecodeError, Message
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
-from knapsack_scheduler.admission import PATIENCE_SECONDS, Admission, Ticket
+from knapsack_scheduler.admission import GRACE_SECONDS, PATIENCE_SECONDS, Admission, Ticket
 from knapsack_scheduler.errors import InvalidArgument, ResourceExhausted, SchedulerError
 from knapsack_scheduler.events import CallBegun, CallHandled
+from knapsack_scheduler.hangup import hang_up
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.logs import REQUEST_ID
 from knapsack_scheduler.memory import give_back
@@ -40,8 +41,12 @@ REQUEST_ID_KEY = "x-request-id"
 PENDING_REPORTS_KEY = "x-knapsack-pending-reports"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _PENDING_REPORTS = re.compile(r"[0-9]{1,9}")
+_LONGEST_ID = 256
+"""Characters of a refused call's ids that are kept for its line in the log."""
 _PROMPT_BYTES = 4 * 1024 + 80
 _RUN_BYTES = 2048
+_EXTENSION_BYTES = 2**20
+"""More than the numbers of the prompts of any allocation take."""
 _IMPORT_FACTOR = 3
 """An import is in memory as messages, as the parts of its entry and as the entry."""
 
@@ -66,20 +71,17 @@ class SchedulerServicer:
         self._import_bytes = _IMPORT_FACTOR * limits.import_bytes + limits.receiving_bytes
         self._imports = Admission(limits.imports * self._import_bytes)
         self._large = asyncio.Semaphore(limits.large_calls)
+        self._parsing = asyncio.Lock()
         self._work: set[asyncio.Task[Message]] = set()
+        self._under_way = 0
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Serve the contract's methods on a server."""
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
         for method in SERVICE.methods:
             # On the wire a unary call is a stream of one message. Only what is received
-            # message by message can be kept within bounds; pages are sent so too.
-            as_stream = (
-                grpc.stream_stream_rpc_method_handler
-                if method.name in _PAGED
-                else grpc.stream_unary_rpc_method_handler
-            )
-            handlers[method.name] = as_stream(self._handler(method.name))
+            # message by message can be kept within bounds.
+            handlers[method.name] = grpc.stream_unary_rpc_method_handler(self._handler(method.name))
         generic = grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)
         server.add_generic_rpc_handlers((generic,))
 
@@ -94,12 +96,13 @@ class SchedulerServicer:
             await asyncio.wait(self._work)
 
     def _handler(self, method: str) -> Callable[[Any, Any], Any]:
-        async def handle(_messages: object, context: Any) -> bytes | None:
+        async def handle(_messages: object, context: Any) -> bytes:
             call = _Call(method, context, self._service)
             try:
+                self._count()
                 caller = call.caller(self._guard)
                 if method == "ImportOutcomes":
-                    answer: bytes | None = await self._import(call, caller)
+                    answer = await self._import(call, caller)
                 else:
                     answer = await self._unary(call, caller, _REQUESTS[method])
                 call.code = "OK"
@@ -121,9 +124,34 @@ class SchedulerServicer:
 
         return handle
 
-    async def _unary(self, call: _Call, caller: Caller, kind: type[Message]) -> bytes | None:
+    def _count(self) -> None:
+        """Count the call until its answer is taken; ResourceExhausted if there are too many."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._under_way += 1
+        task.add_done_callback(self._ended)
+        most = self._limits.concurrent_calls
+        if self._under_way > most:
+            raise ResourceExhausted(
+                f"{most} calls are under way, which is as many as are served at once; try again"
+            )
+
+    def _ended(self, _call: object) -> None:
+        self._under_way -= 1
+
+    def _deliver(self, ticket: Ticket, call: _Call) -> None:
+        """Keep the room of an answer, and its place among the calls, no longer than is fair."""
+        loop = asyncio.get_running_loop()
+        is_crowded = 2 * self._under_way > self._limits.concurrent_calls
+        ticket.deliver(
+            GRACE_SECONDS if is_crowded else self._limits.transfer_seconds,
+            lambda: loop.run_in_executor(None, _hang_up, call.context.peer()),
+        )
+
+    async def _unary(self, call: _Call, caller: Caller, kind: type[Message]) -> bytes:
         ticket = await self._admitted(self._calls, self._limits.receiving_bytes, call)
         task = None
+        is_answered = False
         try:
             async with ticket.transfer(
                 self._limits.transfer_seconds, "the request did not arrive whole"
@@ -138,20 +166,20 @@ class SchedulerServicer:
             else:
                 request = self._checked(call, caller, kind, data)
                 # Room for the answer is kept of what receiving took, and not asked for anew.
-                ticket.resize(max(len(data), _answer_bytes(request)))
+                size = len(data) + _answer_bytes(request)
+                ticket.resize(min(size, self._limits.receiving_bytes))
                 work = self._answer(call.method, request, caller)
             del data
             task = self._begin(work, ticket, large=large)
             answer = (await asyncio.shield(task)).SerializeToString()
-            if call.method not in _PAGED:
-                return answer
-            async with ticket.transfer(
-                self._limits.transfer_seconds, "the answer was not taken whole"
-            ):
-                await call.context.write(answer)
-            return None
+            # Never more than was kept for it: what is done is not refused.
+            ticket.resize(min(len(answer), ticket.size))
+            self._deliver(ticket, call)
+            is_answered = True
+            return answer
         finally:
-            _leave(ticket, task)
+            if not is_answered:
+                _leave(ticket, task)
 
     def _checked(self, call: _Call, caller: Caller, kind: type[Message], data: bytes) -> Any:
         request = call.about(_parsed(kind, data, self._limits))
@@ -163,7 +191,15 @@ class SchedulerServicer:
     ) -> Message:
         """Return the answer to a large request, which is parsed when it is its turn."""
         async with self._large:
-            request = self._checked(call, caller, kind, data)
+            await self._parsing.acquire()
+            loop = asyncio.get_running_loop()
+            begun = loop.time()
+            try:
+                request = self._checked(call, caller, kind, data)
+            finally:
+                # Nothing else runs while a message is parsed. As long again is for the others,
+                # or health checks would wait for large calls however many there are.
+                loop.call_later(loop.time() - begun, self._parsing.release)
             del data
             return await self._ask(call.method, request, caller)
 
@@ -175,6 +211,7 @@ class SchedulerServicer:
         limits = self._limits
         ticket = await self._admitted(self._imports, self._import_bytes, call)
         task = None
+        is_answered = False
 
         async def messages() -> AsyncIterator[pb.ImportOutcomesRequest]:
             is_first = True
@@ -202,9 +239,14 @@ class SchedulerServicer:
             ticket.resize(_IMPORT_FACTOR * received.size)
             large = received.size > limits.large_bytes
             task = self._begin(self._apply(received, large), ticket, large=large)
-            return (await asyncio.shield(task)).SerializeToString()
+            answer = (await asyncio.shield(task)).SerializeToString()
+            ticket.resize(len(answer))
+            self._deliver(ticket, call)
+            is_answered = True
+            return answer
         finally:
-            _leave(ticket, task)
+            if not is_answered:
+                _leave(ticket, task)
 
     async def _apply(self, received: ImportStream, large: bool) -> Message:
         async with self._large if large else nullcontext():
@@ -262,7 +304,12 @@ def _leave(ticket: Ticket, task: asyncio.Task[Message] | None) -> None:
         ticket.abandoned = True
 
 
-_PAGED = ("ListRuns", "ListPromptStats")
+def _hang_up(peer: str) -> None:
+    """End a connection, and with it what its answers take."""
+    if hang_up(peer):
+        give_back()
+
+
 _REQUESTS: dict[str, type[Message]] = {
     "CreateRun": pb.CreateRunRequest,
     "GetRun": pb.GetRunRequest,
@@ -300,7 +347,7 @@ class _Call:
     def about(self, request: Any) -> Any:
         """Note what the call is about; returns its request."""
         call_id = getattr(request, "request_id", "") or getattr(request, "report_id", "")
-        self._about = (getattr(request, "run_id", ""), call_id)
+        self._about = (getattr(request, "run_id", "")[:_LONGEST_ID], call_id[:_LONGEST_ID])
         return request
 
     async def abort(self) -> NoReturn:
@@ -370,10 +417,10 @@ def _parsed(kind: type[Message], data: bytes, limits: Limits) -> Any:
 
 
 def _answer_bytes(request: Message) -> int:
-    """Return at most how many bytes the answer to a list call will have; 0 for others."""
+    """Return at most how many bytes an answer will have beyond those of its request."""
     if isinstance(request, pb.ListPromptStatsRequest):
         size = page_size(request.page_size, 1000, 100_000)
         return min(size * _PROMPT_BYTES, LARGEST_PAGE_BYTES)
     if isinstance(request, pb.ListRunsRequest):
         return page_size(request.page_size, 100, 1000) * _RUN_BYTES
-    return 0
+    return _EXTENSION_BYTES if isinstance(request, pb.ExtendRequest) else _RUN_BYTES

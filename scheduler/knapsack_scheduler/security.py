@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import ssl
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,24 +18,25 @@ from pathlib import Path
 
 import grpc
 
-from knapsack_scheduler.errors import ConfigError, PermissionDenied, Unauthenticated
+from knapsack_scheduler.errors import ConfigError, PermissionDenied, Unauthenticated, short
 
 _LOG = logging.getLogger(__name__)
 _BEARER = "Bearer "
 
 
 class Watched:
-    """A file's bytes, read again when its time or size changes."""
+    """A file's bytes, read again when the file changes or is replaced."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, ...] | None = None
         self.data = b""
 
     def changed(self) -> bool:
         """Return whether the file was read anew; OSError if it cannot be."""
         status = self._path.stat()
-        stamp = (status.st_mtime_ns, status.st_size)
+        # A file put in place of another may have its time and its size.
+        stamp = (status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns)
         if stamp == self._stamp:
             return False
         self.data = self._path.read_bytes()
@@ -68,7 +70,7 @@ class Caller:
         refused for want of a name.
         """
         if run_id and not self.covers(run_id):
-            raise PermissionDenied(f"the token does not cover run {run_id!r}")
+            raise PermissionDenied(f"the token does not cover run {short(run_id)}")
 
 
 EVERYBODY = Caller(("*",))
@@ -81,7 +83,12 @@ class TokenGuard:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = Watched(path)
-        self._file.changed()
+        try:
+            self._file.changed()
+        except OSError as error:
+            raise ConfigError(
+                f"token_file = {str(path)!r}: cannot be read: {error.strerror}"
+            ) from None
         self._prefixes = _parse(path, self._file.data)
         self._failed = ""
 
@@ -143,29 +150,87 @@ def warn_of_readable(paths: Iterable[Path | None]) -> None:
             _LOG.warning("%s can be read by every user of this machine; chmod o-r it", path)
 
 
-def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
-    """Return TLS credentials that follow their files: rotation needs no restart."""
-    files = [Watched(path) for path in (cert, key, *([client_ca] if client_ca else []))]
-    for file in files:
-        file.changed()
+class Certificates:
+    """The server's certificate, its key and its clients' authorities, as files that may change.
 
-    def configuration() -> grpc.ServerCertificateConfiguration:
-        return grpc.ssl_server_certificate_configuration(
-            [(files[1].data, files[0].data)],
-            root_certificates=files[2].data if client_ca else None,
+    What was read again serves the next connections, and what cannot serve leaves what there was:
+    a file that is missing for a moment, a certificate beside another one's key.
+
+    Args:
+        cert: PEM certificate chain.
+        key: PEM private key of the certificate.
+        client_ca: PEM authorities of clients; None for clients without certificates.
+
+    Raises:
+        ConfigError: they cannot serve; says why.
+    """
+
+    def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
+        self._paths = (cert, key, client_ca)
+        self._files = [Watched(path) for path in self._paths if path is not None]
+        self._is_new = False
+        self._failed = ""
+        try:
+            self._read()
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Return credentials that follow the files."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration(),
+            self._fetch,  # type: ignore[arg-type]  # None, for no change, is missing in the stubs.
+            require_client_authentication=self._paths[2] is not None,
         )
 
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
+    def _read(self) -> bool:
+        """Return whether there is something new that can serve."""
+        for file in self._files:
+            # Remembered when another file cannot be read, and used when it can.
+            self._is_new |= file.changed()
+        if not self._is_new:
+            return False
+        self._is_new = False
+        _check_certificates(*self._paths)
+        return True
+
+    def _configuration(self) -> grpc.ServerCertificateConfiguration:
+        cert, key, *authorities = (file.data for file in self._files)
+        return grpc.ssl_server_certificate_configuration(
+            [(key, cert)], root_certificates=authorities[0] if authorities else None
+        )
+
+    def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
         try:
-            changed = [file.changed() for file in files]
-            if any(changed):
-                return configuration()
-        except OSError as error:
-            _LOG.error("certificates cannot be read, the old ones stay: %s", error)
+            if self._read():
+                _LOG.warning("certificates read again")
+                self._failed = ""
+                return self._configuration()
+        except (OSError, ConfigError) as error:
+            # Said once, not with every connection.
+            if self._failed != str(error):
+                _LOG.error("certificates cannot be used, the old ones stay: %s", error)
+            self._failed = str(error)
         return None
 
-    return grpc.dynamic_ssl_server_credentials(
-        configuration(),
-        fetch,  # type: ignore[arg-type]  # None, for no change, is missing in the stubs.
-        require_client_authentication=client_ca is not None,
-    )
+
+def _check_certificates(cert: Path, key: Path, client_ca: Path | None) -> None:
+    """Raise ConfigError unless they can serve: gRPC itself says nothing of what is wrong."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # Asked for a password, it would wait at the terminal.
+        context.load_cert_chain(cert, key, password="")
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"tls_cert = {str(cert)!r}, tls_key = {str(key)!r}: must be a PEM certificate and its "
+            f"own key, not encrypted: {error.reason or error}"
+        ) from None
+    if client_ca is None:
+        return
+    try:
+        context.load_verify_locations(client_ca)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"tls_client_ca = {str(client_ca)!r}: must hold PEM certificates: "
+            f"{error.reason or error}"
+        ) from None

@@ -14,9 +14,6 @@ from importlib.metadata import version
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
-from grpc_reflection.v1alpha import reflection
 from prometheus_client import (
     GC_COLLECTOR,
     PLATFORM_COLLECTOR,
@@ -30,6 +27,7 @@ from knapsack_scheduler.adminport import AdminPort
 from knapsack_scheduler.config import Settings, default_config, host_and_port
 from knapsack_scheduler.errors import ConfigError
 from knapsack_scheduler.events import Events
+from knapsack_scheduler.health import Health
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.store import sqlite_file
@@ -38,8 +36,9 @@ from knapsack_scheduler.livepage import LivePage
 from knapsack_scheduler.logs import log_event
 from knapsack_scheduler.metrics import Metrics
 from knapsack_scheduler.openfiles import connections_within
+from knapsack_scheduler.openservices import MESSAGE_BYTES, MOST_CALLS, OpenServices
 from knapsack_scheduler.rpc import SERVICE, SchedulerServicer
-from knapsack_scheduler.security import TokenGuard, server_credentials, warn_of_readable
+from knapsack_scheduler.security import Certificates, TokenGuard, warn_of_readable
 from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
 from knapsack_scheduler.tracing import Tracing
 from knapsack_scheduler.watching import watch
@@ -57,7 +56,7 @@ _CONNECTION_OPTIONS = [
     # Clients may ask whether the server is there every 10 s, not more often.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.server_handshake_timeout_ms", 5_000),
     ("grpc.max_metadata_size", 16 * 1024),
     # What a call may send before it is read. The size that the probe finds on a fast network
     # is 16 MiB, of every call that waits.
@@ -66,8 +65,14 @@ _CONNECTION_OPTIONS = [
 ]
 _MOST_CONNECTIONS = "grpc.max_allowed_incoming_connections"
 _MOST_PROBES = 128
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def secrets_of(settings: Settings) -> tuple[TokenGuard | None, Certificates | None]:
+    """Return what proves who calls and who answers; ConfigError says what is wrong with it."""
+    guard = TokenGuard(settings.token_file) if settings.token_file else None
+    if not (settings.tls_cert and settings.tls_key):
+        return guard, None
+    return guard, Certificates(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
 
 
 class Server:
@@ -85,10 +90,10 @@ class Server:
         )
         self._journal = Journal(settings.store)
         self._events = Events()
-        self._health = health_aio.HealthServicer()
+        self._health = Health()
         self._serving = False
         self._tracing: Tracing | None = None
-        self._guard = TokenGuard(settings.token_file) if settings.token_file else None
+        self._guard, self._certificates = secrets_of(settings)
         self._service: SchedulerService | None = None
         self._servicer: SchedulerServicer | None = None
         self._api: grpc.aio.Server | None = None
@@ -117,8 +122,8 @@ class Server:
                 retention=Retention(settings.rewind_horizon, settings.journal_calls),
                 loaded_bytes=settings.max_loaded_bytes,
             )
-            await self._set_ready(False)
-            await self._health.set(LIVENESS, _SERVING)
+            self._set_ready(False)
+            self._health.set(LIVENESS, serving=True)
             await self._start_admin()
             await self._start_probes()
             # Alive but not ready: a trainer whose call had to wait for this would give up.
@@ -127,7 +132,7 @@ class Server:
         except BaseException:
             await self.stop(0.0)
             raise
-        await self._set_ready(True)
+        self._set_ready(True)
 
     async def _start_api(self, service: SchedulerService) -> None:
         settings = self._settings
@@ -141,27 +146,37 @@ class Server:
                 *_CONNECTION_OPTIONS,
                 (_MOST_CONNECTIONS, connections_within(limits.connections)),
             ],
-            maximum_concurrent_rpcs=limits.concurrent_calls,
         )
         self._servicer = SchedulerServicer(service, limits, self._guard)
         self._servicer.add_to(server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (SERVICE.full_name, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
-        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
-        credentials = None
-        if settings.tls_cert and settings.tls_key:
-            credentials = server_credentials(
-                settings.tls_cert, settings.tls_key, settings.tls_client_ca
-            )
+        OpenServices(
+            self._health,
+            receiving_bytes=limits.receiving_bytes,
+            messages=limits.open_messages,
+            transfer_seconds=limits.transfer_seconds,
+            described=(SERVICE.full_name,),
+        ).add_to(server)
+        credentials = self._certificates.credentials() if self._certificates else None
         self.addresses["listen"] = _bind(server, "listen", settings.listen, credentials)
         await server.start()
         self._api = server
 
     async def _start_probes(self) -> None:
         server = grpc.aio.server(
-            options=[("grpc.so_reuseport", 0), (_MOST_CONNECTIONS, _MOST_PROBES)]
+            options=[
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", MESSAGE_BYTES),
+                ("grpc.max_concurrent_streams", MOST_CALLS),
+                ("grpc.max_metadata_size", 16 * 1024),
+                (_MOST_CONNECTIONS, _MOST_PROBES),
+            ]
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        OpenServices(
+            self._health,
+            receiving_bytes=MESSAGE_BYTES,
+            messages=2 * MOST_CALLS,
+            transfer_seconds=self._limits.transfer_seconds,
+        ).add_to(server)
         self.addresses["health"] = _bind(server, "health_listen", self._settings.health_listen)
         await server.start()
         self._probes = server
@@ -199,14 +214,15 @@ class Server:
         self.addresses["admin"] = f"{host}:{port}"
         self._watch = asyncio.create_task(watch(self._events, sqlite_file(self._settings.store)))
 
-    async def _set_ready(self, ready: bool) -> None:
+    def _set_ready(self, ready: bool) -> None:
         self._serving = ready
         for name in (READINESS, SERVICE.full_name):
-            await self._health.set(name, _SERVING if ready else _NOT_SERVING)
+            self._health.set(name, serving=ready)
 
     async def stop(self, grace: float) -> None:
         """Refuse new calls, let those under way end, then close everything."""
-        await self._set_ready(False)
+        self._set_ready(False)
+        self._health.end()
         if self._api:
             await self._api.stop(grace)
         if self._servicer:

@@ -143,12 +143,15 @@ class SchedulerService:
         size = pages.page_size(request.page_size, 100, 1000)
         after = pages.key_before(request.page_token)
         seen: list[RunRow] = []
+        count = size + 1
         while True:
-            rows = await self._runs.in_thread(partial(self._journal.list_runs, after, size + 1))
+            rows = await self._runs.in_thread(partial(self._journal.list_runs, after, count))
             seen += [row for row in rows if may_see(row.run_id)]
-            if len(rows) <= size or len(seen) > size:
+            if len(rows) < count or len(seen) > size:
                 break
             after = rows[-1].run_id
+            # Of small pages and many runs of others there would be a query for every few.
+            count = 1000
         answer = pb.ListRunsResponse()
         for row in seen[:size]:
             try:

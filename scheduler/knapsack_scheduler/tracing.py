@@ -5,6 +5,7 @@ Nothing here runs, and nothing of OpenTelemetry is imported, unless tracing is o
 
 from __future__ import annotations
 
+import os
 import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,9 @@ class Tracing:
             raise ConfigError(
                 f"tracing: {error.name} is not installed; pip install 'knapsack-rl[otel]'"
             ) from None
-        resource = Resource.create({SERVICE_NAME: "knapsack-scheduler"})
+        # What is given here would win over the variable.
+        name = os.environ.get("OTEL_SERVICE_NAME", "knapsack-scheduler")
+        resource = Resource.create({SERVICE_NAME: name})
         provider = TracerProvider(resource=resource)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         return cls(provider)

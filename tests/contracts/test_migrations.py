@@ -13,7 +13,7 @@ from knapsack_scheduler import wire
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.errors import ConfigError
 from knapsack_scheduler.journal.journal import Journal
-from knapsack_scheduler.journal.store import _alembic, migrate, open_engine
+from knapsack_scheduler.journal.store import _alembic, migrate, open_engine, revisions
 from knapsack_scheduler.runconfig import RunConfig
 
 REVISIONS = [
@@ -99,3 +99,16 @@ def test_looking_at_an_old_store_changes_nothing(url: str, revision: str) -> Non
     fill(url, revision)
     with pytest.raises(ConfigError, match="run knapsack-scheduler migrate"):
         Journal(url, read_only=True).open()
+
+
+def test_a_store_of_a_newer_version_is_refused_unchanged(url: str) -> None:
+    """Whoever opens it is told what it is and what to do, so a rollback finds it whole."""
+    fill(url, "head")
+    engine = open_engine(url)
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '9999'"))
+    for read_only in (False, True):
+        with pytest.raises(ConfigError, match="schema revision 9999 is of a newer version"):
+            Journal(url, read_only=read_only).open()
+    assert revisions(engine)[0] == "9999"
+    engine.dispose()

@@ -23,9 +23,11 @@ import grpc.aio
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from silent_client import SilentClient
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
+from knapsack_scheduler import rpc as rpc_module
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.transaction import Writing
 from knapsack_scheduler.limits import Limits
@@ -248,13 +250,90 @@ async def test_slow_senders_give_way_to_those_who_wait(
         await asyncio.gather(*stuck, return_exceptions=True)
 
 
+@pytest.mark.parametrize("method", ["GetRun", "ListPromptStats"])
+async def test_who_takes_no_answers_is_hung_up_on(
+    start_scheduler: Callable[..., Any], calls: Any, method: str
+) -> None:
+    """Answers that nobody takes hold room and places for a grace; then their connection ends."""
+    scheduler = start_scheduler(
+        "--auto-create-runs", "--max-concurrent-calls=40",
+        f"--max-message-bytes={16 * MIB}", f"--max-inflight-bytes={64 * MIB}",
+    )  # fmt: skip
+    prompts = [f"{i:0100d}" for i in range(4000)]
+    scheduler.stub.Report(calls.own_report(prompts, [[1.0]] * 4000))
+    request = {
+        "GetRun": pb.GetRunRequest(run_id="run"),
+        "ListPromptStats": pb.ListPromptStatsRequest(run_id="run", page_size=4000),
+    }[method].SerializeToString()
+    address = scheduler.addresses["listen"]
+    with contextlib.closing(SilentClient(address)) as silent, health_asked(address):
+        for _ in range(60):
+            silent.call(f"/{_SERVICE}/{method}", request)
+        await asyncio.to_thread(silent.wait_until_hung_up)
+    scheduler.stub.GetRun(pb.GetRunRequest(run_id="run"), timeout=30)
+    admin = scheduler.addresses["admin"]
+    # Refusals for want of a place are seen as all others are.
+    refused = f'calls_total{{code="RESOURCE_EXHAUSTED",method="{method}"}}'
+    assert gauge(admin, re.escape(refused)) > 0
+    async with asyncio.timeout(60):
+        while gauge(admin, "inflight_bytes"):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert "did not take its answers" in scheduler.log()
+
+
+async def test_strangers_take_neither_memory_nor_places(
+    start_scheduler: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Health checks need no token, on two ports: huge ones, hundreds of watches, none taken."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("secret *\n")
+    scheduler = start_scheduler(
+        f"--token-file={tokens}", "--max-concurrent-calls=100", "--drain-seconds=1"
+    )
+    watch = "/grpc.health.v1.Health/Watch"
+    huge = health_pb2.HealthCheckRequest(service="s" * 30 * MIB).SerializeToString()
+    before = psutil.Process(scheduler.process.pid).memory_info().rss
+    with contextlib.ExitStack() as stack:
+        for port in ("listen", "health"):
+            silent = stack.enter_context(
+                contextlib.closing(SilentClient(scheduler.addresses[port]))
+            )
+            silent.call(watch, b"")
+        async with grpc.aio.insecure_channel(scheduler.addresses["listen"], SIZES) as channel:
+            raw = channel.unary_unary("/grpc.health.v1.Health/Check")
+            with Peak(scheduler.process.pid) as peak, health_asked(scheduler.addresses["listen"]):
+                refused = await asyncio.gather(*(code_of(raw(huge, timeout=60)) for _ in "123456"))
+            assert set(refused) == {CODE.RESOURCE_EXHAUSTED}
+            assert peak.bytes - before < 150 * MIB
+            watches = [channel.unary_stream(watch)(b"") for _ in range(150)]
+            held = [call for call in watches if await code_of(call.read()) is CODE.OK]
+            assert 0 < len(held) < 100
+            mine = (("authorization", "Bearer secret"),)
+            await stub_of(channel).ListRuns(pb.ListRunsRequest(), metadata=mine, timeout=30)
+            assert scheduler.end() == 0
+            # Who watches is told of the end before it.
+            assert await held[0].read() == b"\x08\x02"
+            assert await held[0].read() is grpc.aio.EOF
+    assert "still under way" not in scheduler.log()
+
+
+@pytest.fixture
+def most_files() -> Iterator[int]:
+    """As many files as this process may have open, which it has by default on few systems."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = min(hard, 11_000)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(allowed, soft), hard))
+    yield max(allowed, soft)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 async def test_thousands_of_connections_leave_the_others_served(
-    start_scheduler: Callable[..., Any], calls: Any
+    start_scheduler: Callable[..., Any], calls: Any, most_files: int
 ) -> None:
     """Beyond the limit connections are closed; calls of a client that is there go on."""
     scheduler = start_scheduler("--auto-create-runs", "--max-connections=500")
     host, port = scheduler.addresses["listen"].rsplit(":", 1)
-    most = min(10_000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 500)
+    most = min(10_000, most_files - 500)
     async with grpc.aio.insecure_channel(scheduler.addresses["listen"]) as channel:
         stub = stub_of(channel)
         await stub.Allocate(calls.allocate())
@@ -414,6 +493,46 @@ async def test_large_calls_that_stall_leave_threads_for_small_ones(
         journal.go_on.set()
         for call in large:
             assert (await call).allocated_rollouts == 24_000
+    await server.stop(None)
+    await servicer.settled()
+    service.close()
+    journal.close()
+
+
+async def test_large_messages_leave_the_event_loop_to_others_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While one is parsed nothing else runs; many that wait are not parsed one after another."""
+    journal = Journal(f"sqlite:///{tmp_path / 'stats.db'}")
+    journal.open()
+    service = SchedulerService(journal, auto_create_runs=True)
+    servicer = SchedulerServicer(service, Limits())
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 * MIB)])
+    servicer.add_to(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    turns, between = 0, []
+    parsed = rpc_module._parsed
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal turns
+        between.append(turns)
+        try:
+            return parsed(*arguments)
+        finally:
+            turns = 0
+
+    monkeypatch.setattr(rpc_module, "_parsed", counting)
+    head = pb.AllocateRequest(run_id="run", request_id="x", total_rollouts=8).SerializeToString()
+    data = head + b"\x22\x00" * (2 * MIB)
+    with grpc.insecure_channel(f"127.0.0.1:{port}", SIZES) as channel:
+        raw = channel.unary_unary(f"/{_SERVICE}/Allocate")
+        calls = [raw.future(data, timeout=60) for _ in range(8)]
+        while not all(call.done() for call in calls):
+            await asyncio.sleep(0)
+            turns += 1
+        assert {call.code() for call in calls} == {CODE.INVALID_ARGUMENT}
+    assert sorted(between[1:])[3] > 100, between
     await server.stop(None)
     await servicer.settled()
     service.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -18,7 +19,10 @@ import pytest
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
 from knapsack_scheduler.config import load_settings
-from knapsack_scheduler.errors import ConfigError
+from knapsack_scheduler.errors import ConfigError, Unauthenticated
+from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.security import Caller, TokenGuard
+from knapsack_scheduler.service import SchedulerService
 
 CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
 DENIED = grpc.StatusCode.PERMISSION_DENIED
@@ -38,7 +42,7 @@ class Authority:
     def _openssl(self, *words: Any) -> None:
         subprocess.run(["openssl", *words], check=True, capture_output=True)
 
-    def issue(self, name: str) -> tuple[bytes, bytes]:
+    def issue(self, name: str, days: str = "2") -> tuple[bytes, bytes]:
         """Return key and certificate of somebody, good for localhost."""
         key, request, cert = (self._folder / f"{self.name}-{name}.{end}" for end in
                               ("key", "csr", "pem"))  # fmt: skip
@@ -46,7 +50,7 @@ class Authority:
         names.write_text("subjectAltName=DNS:localhost")
         self._openssl("req", *CURVE[:-2], "-keyout", key, "-out", request, "-subj", f"/CN={name}")
         self._openssl("x509", "-req", "-in", request, "-CA", self.cert, "-CAkey", self.key,
-                      "-days", "2", "-extfile", names, "-out", cert)  # fmt: skip
+                      "-days", days, "-extfile", names, "-out", cert)  # fmt: skip
         return key.read_bytes(), cert.read_bytes()
 
 
@@ -89,8 +93,19 @@ def test_certificates_rotate_without_restart(
     # A pair that does not fit, as while the two files are written, leaves what there was.
     key.write_bytes(old.issue("server")[0])
     assert call(new, new_client) == "OK"
-    install(new)
     assert call(new, new_client) == "OK"
+    assert scheduler.log().count("certificates cannot be used, the old ones stay") == 1
+    # One of the files away for a moment: what else changed meanwhile is not forgotten.
+    aside = tmp_path / "aside"
+    clients.rename(aside)
+    pair = old.issue("server")
+    key.write_bytes(pair[0])
+    cert.write_bytes(pair[1])
+    assert call(new, new_client) == "OK"
+    aside.rename(clients)
+    assert call(old, new_client) == "OK"
+    expired = new.issue("trainer", days="-1")
+    assert call(old, expired) == "UNAVAILABLE"
     assert scheduler.process.pid == pid
     assert scheduler.process.poll() is None
 
@@ -142,6 +157,14 @@ def test_a_token_is_good_for_its_runs_in_every_method(guarded: Any) -> None:
         ask = getattr(stub, method)
         refused = code(lambda: ask(request, metadata=mine))  # noqa: B023
         assert refused not in (DENIED, UNKNOWN), method
+    # Whose name is short in the refusal and in the log, however long it is in the call.
+    before = len(guarded.log())
+    long = pb.GetRunRequest(run_id="team-b/" + "x" * 2**20)
+    with pytest.raises(grpc.RpcError) as refused_long:
+        stub.GetRun(long, metadata=mine)
+    assert refused_long.value.code() is DENIED
+    assert len(refused_long.value.details()) < 300
+    assert len(guarded.log()) - before < 2000
     parts = [
         pb.ImportOutcomesRequest(
             run_id="team-b/x", request_id="i", prompt_ids=["p"], num_rewards=[1], rewards=[1.0]
@@ -263,6 +286,11 @@ def test_secrets_are_in_no_log_and_no_message(
         said = run(*command, "--store", url)
         assert said, command
         assert password not in said, (command, said)
+    for key in ("password", "sslpassword"):
+        url = f"postgresql://user@127.0.0.1:1/name?{key}={password}"
+        with pytest.raises(ConfigError) as refused:
+            load_settings({"store": url, "insecure": True}, None)
+        assert password not in str(refused.value)
 
 
 def test_what_others_can_reach_must_be_guarded(tmp_path: Path) -> None:
@@ -295,3 +323,51 @@ def test_what_others_can_reach_must_be_guarded(tmp_path: Path) -> None:
         ("--health-listen=0.0.0.0:1",),
     ):
         assert said(*fine) == ""
+
+
+def test_a_token_file_that_cannot_be_read_leaves_the_old_tokens(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once; and a file in place of another is read, though its time and size are the same."""
+    file, other = tmp_path / "tokens", tmp_path / "other"
+    file.write_text("old-token *\n")
+    guard = TokenGuard(file)
+    for broken in ("old-token team-a/ team-b/\n", "", None):
+        file.unlink()
+        if broken is not None:
+            file.write_text(broken)
+        caplog.clear()
+        for _ in range(3):
+            assert guard.bearer("old-token").is_everywhere
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        assert "old-token" not in caplog.text
+        file.touch()
+    file.write_text("old-token *\n")
+    assert guard.bearer("old-token").is_everywhere
+    other.write_text("new-token *\n")
+    os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    other.replace(file)
+    assert guard.bearer("new-token").is_everywhere
+    with pytest.raises(Unauthenticated):
+        guard.bearer("old-token")
+
+
+async def test_runs_of_others_are_passed_over_in_few_queries(
+    service: SchedulerService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small the pages are of a caller who may see one run of hundreds."""
+    for number in range(300):
+        await service.create_run(pb.CreateRunRequest(run_id=f"others/{number:03d}"))
+    await service.create_run(pb.CreateRunRequest(run_id="team-a/x"))
+    queries = []
+    ask = Journal.list_runs
+
+    def counted(journal: Journal, *arguments: Any) -> Any:
+        queries.append(arguments)
+        return ask(journal, *arguments)
+
+    monkeypatch.setattr(Journal, "list_runs", counted)
+    request = pb.ListRunsRequest(page_size=1)
+    page = await service.list_runs(request, Caller(("team-a/",)).covers)
+    assert [run.run_id for run in page.runs] == ["team-a/x"]
+    assert len(queries) <= 2

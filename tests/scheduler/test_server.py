@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +26,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
+from knapsack_scheduler.config import load_settings
+from knapsack_scheduler.errors import ConfigError
+from knapsack_scheduler.server import secrets_of
 
 SERVICE = "knapsack_proto.v1.BudgetScheduler"
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -306,3 +311,51 @@ def test_logs_are_json_lines_with_the_run_and_the_call(start_scheduler, calls) -
     assert times == sorted(times)
     about = [line for line in lines if line.get("call_id") == "wrong"]
     assert any("prompt_ids" in json.dumps(line) for line in about)
+
+
+def test_names_do_not_pass_for_lines_of_a_log_for_people(start_scheduler, calls) -> None:
+    """Callers' ids hold neither the end of a line, nor terminal codes, nor fields of their own."""
+    scheduler = start_scheduler("--auto-create-runs", "--log-format=text")
+    for calls.run_id in ("x\n2026-01-01 00:00:00,000 ERROR   forged", "\x1b[2Jx", "x step=9"):
+        for request_id in ("", "y\nforged", "\u202ez"):
+            with contextlib.suppress(grpc.RpcError):
+                scheduler.stub.Allocate(calls.allocate(request_id=request_id))
+    assert scheduler.end() == 0
+    lines = scheduler.log().split("\n")
+    assert lines.pop() == ""
+    assert len(lines) == 9
+    for line in lines:
+        assert re.match(
+            r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING) +(call|budget) ", line
+        )
+        assert line.isprintable()
+        assert " step=9" not in line.replace("'x step=9'", "")
+
+
+def test_certificates_that_cannot_serve_are_named(tmp_path) -> None:
+    """At the start and by check, before anything is loaded; not taken for a port in use."""
+    cert, key = certificates(tmp_path)
+    _, other_key = certificates(tmp_path, "other")
+    words = tmp_path / "words"
+    words.write_text("words")
+    for flags, said in (
+        ([f"--tls-cert={words}", f"--tls-key={key}"], "tls_cert = "),
+        ([f"--tls-cert={cert}", f"--tls-key={other_key}"], "its own key"),
+        (
+            [f"--tls-cert={cert}", f"--tls-key={key}", f"--tls-client-ca={words}"],
+            "tls_client_ca = ",
+        ),
+        ([f"--token-file={words}"], "line 1 must be a token and a run prefix"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            secrets_of(load_settings(dict(flag_of(flag) for flag in flags), None))
+    assert "its own key" in refused(f"--tls-cert={cert}", f"--tls-key={other_key}")
+    check = [sys.executable, "-m", "knapsack_scheduler.cli", "check", f"--token-file={words}"]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+def flag_of(text: str) -> tuple[str, str]:
+    """Return the name and value of a flag."""
+    name, _, value = text.removeprefix("--").partition("=")
+    return name.replace("-", "_"), value

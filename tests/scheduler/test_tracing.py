@@ -6,11 +6,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
+    TraceServiceServicer,
+    add_TraceServiceServicer_to_server,
+)
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -22,6 +29,8 @@ from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.rpc import SchedulerServicer
 from knapsack_scheduler.service import SchedulerService
 from knapsack_scheduler.tracing import Tracing
+from knapsack_trainer_client import BudgetClient
+from knapsack_trainer_client.errors import InvalidRequest
 
 
 async def test_a_call_is_a_span_with_its_solve_and_store(
@@ -61,6 +70,50 @@ async def test_a_call_is_a_span_with_its_solve_and_store(
     assert spans["GetRun"].attributes["rpc.grpc.status_code"] == 5
 
 
+class Collector(TraceServiceServicer):
+    """Takes spans in, as an OpenTelemetry collector does."""
+
+    def __init__(self) -> None:
+        self.requests: list[Any] = []
+
+    def Export(self, request: Any, context: Any) -> Any:
+        """Keep them."""
+        self.requests.append(request)
+        return ExportTraceServiceResponse()
+
+
+def test_spans_reach_a_collector_before_the_end(
+    start_scheduler: Callable[..., Any], calls: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Where the environment says, under its name for the service, and without the tokens."""
+    collector = Collector()
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_TraceServiceServicer_to_server(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "budgets-of-team-a")
+    tokens = tmp_path / "tokens"
+    tokens.write_text("token-of-all *\n")
+    scheduler = start_scheduler("--auto-create-runs", "--tracing", f"--token-file={tokens}")
+    mine = (("authorization", "Bearer token-of-all"), ("x-request-id", "job-7/step-3"))
+    scheduler.stub.Allocate(calls.allocate(), metadata=mine)
+    with pytest.raises(grpc.RpcError):
+        scheduler.stub.Allocate(calls.allocate(), metadata=(("authorization", "Bearer token-of"),))
+    assert scheduler.end() == 0
+    server.stop(None)
+    resources = [r for request in collector.requests for r in request.resource_spans]
+    names = {a.value.string_value for r in resources for a in r.resource.attributes}
+    assert "budgets-of-team-a" in names
+    spans = [s for r in resources for scope in r.scope_spans for s in scope.spans]
+    attributes = [{a.key: a.value for a in span.attributes} for span in spans]
+    ids = {a["knapsack.request_id"].string_value for a in attributes if "rpc.method" in a}
+    assert len(ids) == 2
+    assert "job-7/step-3" in ids
+    assert {span.name for span in spans} >= {"solve", "store"}
+    assert not any(b"token-of" in request.SerializeToString() for request in collector.requests)
+
+
 def test_nothing_of_opentelemetry_is_loaded_while_tracing_is_off() -> None:
     """It costs nothing, and the extra need not be installed."""
     code = (
@@ -83,9 +136,16 @@ def test_a_request_id_finds_a_call_in_log_and_message(
     with pytest.raises(grpc.RpcError) as other:
         scheduler.stub.Allocate(calls.allocate([]), metadata=(("x-request-id", "no spaces"),))
     trailer = dict(other.value.trailing_metadata())["x-request-id"]
+    client = BudgetClient(scheduler.addresses["listen"], "theirs", outbox=False)
+    with client, pytest.raises(InvalidRequest) as of_client:
+        client.allocate(["a"], 1, 0)
     assert scheduler.end() == 0
     lines = [json.loads(line) for line in scheduler.log().splitlines()]
     of_mine = [line["message"] for line in lines if line.get("request_id") == "job-7/step-3"]
     assert sorted(of_mine) == ["budget divided", "call", "call refused"]
     [made] = [line for line in lines if line.get("request_id") == trailer]
     assert made["message"] == "call refused"
+    # Our own client sends the id of its call.
+    [theirs] = [line for line in lines if line.get("run_id") == "theirs"]
+    assert theirs["call_id"] == theirs["request_id"]
+    assert f"(x-request-id {theirs['request_id']})" in str(of_client.value)

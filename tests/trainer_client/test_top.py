@@ -17,6 +17,7 @@ import pytest
 
 from knapsack_trainer_client import BudgetClient
 from knapsack_trainer_client.cli import main
+from knapsack_trainer_client.terminal import cut, shortened, width
 
 COMMAND = [sys.executable, "-m", "knapsack_trainer_client.cli", "top", "--every", "0.2"]
 
@@ -51,6 +52,8 @@ def test_a_terminal_is_refreshed_and_left_as_it_was(shared_scheduler: Any) -> No
     """Progress turns up by itself; a narrow terminal is not overrun; Ctrl-C ends it."""
     address, columns = shared_scheduler.address, 60
     train(address, "top-live", 1)
+    for name in ("実験" * 20, "long-" * 20 + "end", "e\u0301" * 40):
+        train(address, name, 1)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 12, columns, 0, 0))
     # These would win over the terminal's own size.
@@ -74,6 +77,13 @@ def test_a_terminal_is_refreshed_and_left_as_it_was(shared_scheduler: Any) -> No
         read_until(r"top-live +posterior +paper +1 ")
         train(address, "top-live", 2)
         read_until(r"top-live +posterior +paper +2 ")
+        # One that goes away leaves what it said last, and is found again.
+        shared_scheduler.kill()
+        read_until(r"no answer: (?s:.)*top-live +posterior +paper +2 ")
+        seen_before, seen = seen, ""
+        shared_scheduler.start()
+        read_until(r"serving(?s:.)*top-live +posterior +paper +2 ")
+        seen = seen_before + seen
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
         read_until(r"\x1b\[\?1049l")
@@ -86,5 +96,17 @@ def test_a_terminal_is_refreshed_and_left_as_it_was(shared_scheduler: Any) -> No
     for frame in frames:
         lines = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", frame).splitlines()
         assert len(lines) <= 12
-        assert max(lines, key=len)[columns:] == ""
+        assert max(map(width, lines)) <= columns
         assert lines[0].startswith(f"scheduler {address}")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "実験" * 40, "e\u0301" * 100, "short"])
+def test_names_are_cut_to_columns_and_keep_their_ends(name: str) -> None:
+    """East Asian characters take two columns and combining marks none."""
+    for columns in (16, 17, 60):
+        text = shortened(name, columns)
+        assert width(text) <= columns
+        assert width(text) >= min(width(name), columns - 3)
+        assert text[-1] == name[-1]
+        assert width(cut(name, columns)) <= columns
+    assert [width(word) for word in ("実験", "e\u0301", "ab")] == [4, 1, 2]

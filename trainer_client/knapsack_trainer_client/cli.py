@@ -7,7 +7,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -16,6 +16,7 @@ from knapsack_trainer_client.calls import Caller
 from knapsack_trainer_client.errors import InvalidRequest, KnapsackError, SchedulerUnavailable
 from knapsack_trainer_client.nouns import TLS, PromptStats, Run
 from knapsack_trainer_client.queries import fetch_prompt_stats, fetch_runs, no_fallback
+from knapsack_trainer_client.terminal import printable, shortened, width
 from knapsack_trainer_client.top import Screen, show
 from knapsack_trainer_client.transport import GrpcTransport
 
@@ -312,20 +313,15 @@ def _tls(arguments: argparse.Namespace) -> TLS | bool | None:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: set[int]) -> str:
     """Return rows under their heads, columns aligned, those in ``left`` to the left."""
     # Names come from users: a control character must not steer the terminal.
-    lines = [list(heads), *([_printable(cell) for cell in row] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    lines = [list(heads), *([shortened(printable(cell)) for cell in row] for row in rows)]
+    widths = [max(width(line[i]) for line in lines) for i in range(len(heads))]
+    return "\n".join("  ".join(_padded(line, widths, left)).rstrip() for line in lines)
 
 
-def _printable(text: str) -> str:
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+def _padded(line: Sequence[str], widths: Sequence[int], left: set[int]) -> Iterator[str]:
+    for i, cell in enumerate(line):
+        blank = " " * (widths[i] - width(cell))
+        yield cell + blank if i in left else blank + cell
 
 
 def _share(part: int, whole: int) -> str:

@@ -9,6 +9,7 @@ from shutil import get_terminal_size
 
 from knapsack_trainer_client.errors import SchedulerUnavailable
 from knapsack_trainer_client.nouns import Run
+from knapsack_trainer_client.terminal import LONGEST, cut, printable, shortened
 
 _HOME_AND_CLEAR = "\x1b[H\x1b[J"
 _ALTERNATE, _NORMAL = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
@@ -19,6 +20,9 @@ HEADS = (
     *("success", "effective", "predicted", "came", "ignored", "rewinds"),
 )
 LEFT = {0, 1, 2}
+
+_SHORTEST = 16
+"""Columns of a run's name that there are on the narrowest terminal."""
 
 Table = Callable[[Sequence[str], Sequence[Sequence[str]], set[int]], str]
 
@@ -36,17 +40,21 @@ class Screen:
         self._share = share
         self._before: dict[str, tuple[float, int]] = {}
 
-    def lines(self, runs: Sequence[Run], now: float) -> list[str]:
+    def lines(self, runs: Sequence[Run], now: float, name_columns: int = LONGEST) -> list[str]:
         """Return the heads and a line per run, those that move most first.
 
         Args:
             runs: as the scheduler lists them.
             now: seconds on the clock of the calls before.
+            name_columns: most that a run's name takes.
         """
         rates = {run.run_id: self._rate(run, now) for run in runs}
         self._before = {run.run_id: (now, run.total_rollouts) for run in runs}
         moving = sorted(runs, key=lambda run: (-(rates[run.run_id] or 0.0), run.run_id))
-        rows = [self._row(run, rates[run.run_id]) for run in moving]
+        rows = [
+            [shortened(printable(run.run_id), name_columns), *self._figures(run, rates[run.run_id])]
+            for run in moving
+        ]
         return self._table(HEADS, rows, LEFT).splitlines()
 
     def _rate(self, run: Run, now: float) -> float | None:
@@ -56,10 +64,9 @@ class Screen:
         # After a rewind there are fewer than before.
         return max(run.total_rollouts - before[1], 0) / (now - before[0])
 
-    def _row(self, run: Run, rate: float | None) -> list[str]:
+    def _figures(self, run: Run, rate: float | None) -> list[str]:
         total, groups, calibration = run.total_rollouts, run.reported_groups, run.calibration
         return [
-            run.run_id,
             run.config.policy or "",
             run.config.objective or "",
             str(run.last_step) if run.last_step >= 0 else "-",
@@ -90,7 +97,9 @@ def show(fetch: Callable[[], list[Run]], address: str, seconds: float, screen: S
     try:
         while True:
             try:
-                lines, state = screen.lines(fetch(), time.monotonic()), "serving"
+                # What a name takes the figures lose.
+                columns = max(get_terminal_size().columns // 3, _SHORTEST)
+                lines, state = screen.lines(fetch(), time.monotonic(), columns), "serving"
             except SchedulerUnavailable as error:
                 state = "no answer: " + " ".join(str(error).split())
             out.write(_HOME_AND_CLEAR + _frame(address, state, seconds, lines))
@@ -103,16 +112,17 @@ def show(fetch: Callable[[], list[Run]], address: str, seconds: float, screen: S
 
 def _frame(address: str, state: str, seconds: float, lines: Sequence[str]) -> str:
     """Return a screenful: what does not fit the terminal is cut, and said to be."""
-    width, height = get_terminal_size()
-    title = f"scheduler {address}  {time.strftime('%H:%M:%S')}  {state}"
-    rows = [f"{_BOLD}{title[:width]}{_PLAIN}", ""]
+    columns, height = get_terminal_size()
+    title = printable(f"scheduler {address}  {time.strftime('%H:%M:%S')}  {state}")
+    rows = [f"{_BOLD}{cut(title, columns)}{_PLAIN}", ""]
     if lines:
-        rows.append(f"{_DIM}{lines[0][:width]}{_PLAIN}")
+        rows.append(f"{_DIM}{cut(lines[0], columns)}{_PLAIN}")
         room = max(height - 5, 1)
-        rows += [line[:width] for line in lines[1 : room + 1]]
+        rows += [cut(line, columns) for line in lines[1 : room + 1]]
         if len(lines) - 1 > room:
-            rows.append(f"{len(lines) - 1 - room:,} more runs; a taller terminal shows them")
+            more = f"{len(lines) - 1 - room:,} more runs; a taller terminal shows them"
+            rows.append(cut(more, columns))
         if len(lines) == 1:
             rows.append("no runs")
-    rows.append(f"{_DIM}every {seconds:g} s; Ctrl-C ends{_PLAIN}"[: width + 8])
+    rows.append(f"{_DIM}{cut(f'every {seconds:g} s; Ctrl-C ends', columns)}{_PLAIN}")
     return "\n".join(rows)

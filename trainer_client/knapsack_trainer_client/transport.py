@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -70,6 +71,12 @@ class Transport(Protocol):
         """Let go of everything. May be called without ``open``, and twice."""
 
 
+REQUEST_ID_KEY = "x-request-id"
+"""Metadata of a call with an id: in the scheduler's log and spans, and in its refusals."""
+
+# What may stand in metadata, as the scheduler takes it.
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
 PENDING_REPORTS_KEY = "x-knapsack-pending-reports"
 """Metadata of every call: how many reports of the run wait, for the scheduler's metrics."""
 
@@ -127,7 +134,9 @@ class GrpcTransport:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[ResponseT] = loop.create_future()
         try:
-            rpc = self._stub(method).future(request, timeout=timeout, metadata=self._metadata())
+            rpc = self._stub(method).future(
+                request, timeout=timeout, metadata=self._metadata(request)
+            )
         except Exception as error:
             raise StatusError(grpc.StatusCode.UNKNOWN, repr(error)) from error
 
@@ -173,8 +182,11 @@ class GrpcTransport:
             )
         return stub
 
-    def _metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+    def _metadata(self, request: Message) -> tuple[tuple[str, str | bytes], ...]:
         metadata: list[tuple[str, str | bytes]] = []
+        call_id = getattr(request, "request_id", "") or getattr(request, "report_id", "")
+        if _REQUEST_ID.fullmatch(call_id):
+            metadata.append((REQUEST_ID_KEY, call_id))
         if self.pending_reports is not None:
             metadata.append((PENDING_REPORTS_KEY, str(self.pending_reports())))
         if self._token is not None:

@@ -34,6 +34,7 @@ from knapsack_scheduler.journal.statements import RUN, CallStatements
 from knapsack_scheduler.journal.store import (
     FileLock,
     OneWriter,
+    is_known,
     migrate,
     open_engine,
     reading_engine,
@@ -98,6 +99,9 @@ class Journal:
                 current, newest = revisions(self._reading_engine or self._engine)
             else:
                 with self._one:
+                    current, newest = revisions(self._engine)
+            if is_known(current) and not self._read_only:
+                with self._one:
                     migrate(self._engine)
                     current, newest = revisions(self._engine)
                     # A database that can only be read is found out now, not by a trainer.
@@ -112,6 +116,13 @@ class Journal:
             raise ConfigError(
                 f"store = {self._shown!r}: cannot be opened: {_cause(error)}"
             ) from error
+        if not is_known(current):
+            self.close()
+            raise ConfigError(
+                f"store = {self._shown!r}: schema revision {current} is of a newer version of this "
+                f"program, which knows up to {newest}; nothing was changed: install the newer "
+                "version again, or put back the copy from before the upgrade"
+            )
         if current != newest:
             self.close()
             raise ConfigError(

@@ -277,6 +277,12 @@ def migrate(engine: sa.Engine, revision: str = "head") -> None:
             log.setLevel(level)
 
 
+def is_known(revision: str | None) -> bool:
+    """Return whether a revision is one of this version's; None is that of an empty database."""
+    scripts = ScriptDirectory.from_config(_alembic()).walk_revisions()
+    return revision is None or any(script.revision == revision for script in scripts)
+
+
 def revisions(engine: sa.Engine) -> tuple[str | None, str | None]:
     """Return the revision of the database and the newest one there is."""
     with engine.begin() as connection:
