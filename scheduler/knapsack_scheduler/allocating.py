@@ -25,6 +25,7 @@ from knapsack_scheduler.deciding import Decided
 from knapsack_scheduler.errors import FailedPrecondition, InvalidArgument
 from knapsack_scheduler.events import BudgetDivided
 from knapsack_scheduler.facts import AllocationExtended, AllocationMade
+from knapsack_scheduler.jumps import step_jump
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loaded import LoadedRun
 
@@ -47,12 +48,14 @@ def decide_allocation(
 
     Raises:
         AlreadyExists: the request's id was used with other content.
-        InvalidArgument: the run's bounds, policy or lengths do not allow it.
+        InvalidArgument: the run's bounds, policy or lengths do not allow it, or its step is far
+            beyond the run's.
     """
     before = call.repeated(run, pb.Allocation.FromString)
     if before is not None:
         return before
     state = run.state
+    jump = step_jump(request.step, state, limits)
     bounds = wire.bounds_of(request, state.config)
     wire.check_bounds(bounds, limits)
     wire.check_policy(request, bounds, state.config.policy)
@@ -92,9 +95,10 @@ def decide_allocation(
     def divided(_counted: Counted) -> BudgetDivided:
         rows = state.rows_of(ids)
         begun = np.zeros_like(rows)
-        return _divided(
+        event = _divided(
             run, request.step, 1, rows, begun, beliefs, bounds, decision, seconds, end_time
         )
+        return replace(event, step_jump=jump)
 
     return Decided(answer, call.entry(request.step, answer), made, divided)
 

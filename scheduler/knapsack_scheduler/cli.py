@@ -1,4 +1,4 @@
-"""The command line: knapsack-scheduler serve | check | migrate | backup | export | import."""
+"""The commands: knapsack-scheduler serve, check, migrate, backup, restore, export, import."""
 
 from __future__ import annotations
 
@@ -87,6 +87,14 @@ def _backup(settings: Settings, options: argparse.Namespace) -> int:
     return 0
 
 
+def _restore(settings: Settings, options: argparse.Namespace) -> int:
+    from knapsack_scheduler.journal.backup import restore
+
+    old = restore(settings.store, options.file)
+    print("restored" + (f"; what was there is {old}" if old else ""))
+    return 0
+
+
 def _import(settings: Settings, options: argparse.Namespace) -> int:
     from knapsack_scheduler.inspection import read_run_file
 
@@ -133,6 +141,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(backup, ["store"])
     backup.add_argument("--to", type=Path, required=True, metavar="FILE", help="new file to write")
     backup.set_defaults(command=_backup)
+    restored = commands.add_parser(
+        "restore", help="put a backup in the place of a SQLite store; the scheduler is stopped"
+    )
+    _add_settings(restored, ["store"])
+    restored.add_argument(
+        "--from", type=Path, required=True, dest="file", metavar="FILE", help="backup to read"
+    )
+    restored.set_defaults(command=_restore)
     export = commands.add_parser("export", help="write a run as one file, or as JSON lines")
     _add_settings(export, ["store"])
     export.add_argument("--run", required=True, help="run to export")

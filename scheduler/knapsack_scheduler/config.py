@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     rewind_horizon: int = Field(
         Retention().horizon,
         gt=0,
-        description="steps behind the newest one that a rewind may at least go back to",
+        description="recorded steps behind the newest one that a rewind may at least go back to",
     )
     journal_calls: int = Field(
         Retention().max_calls,
@@ -93,6 +93,11 @@ class Settings(BaseSettings):
         None, description="file of accepted bearer tokens: a token and a run prefix per line"
     )
     max_prompts: int = Field(Limits().prompts, gt=0, description="most prompts of one call")
+    max_jump: int = Field(
+        Limits().jump,
+        gt=0,
+        description="how far a step or policy version may be beyond the newest one of its run",
+    )
     max_concurrent_calls: int = Field(
         Limits().concurrent_calls, gt=0, description="calls served at once"
     )

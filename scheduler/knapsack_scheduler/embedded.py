@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loadedruns import LOADED_BYTES
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.service import SchedulerService
@@ -19,6 +20,7 @@ async def open_service(
     *,
     auto_create_runs: bool = True,
     default_config: RunConfig | None = None,
+    limits: Limits | None = None,
     retention: Retention | None = None,
     loaded_bytes: int = LOADED_BYTES,
 ) -> AsyncIterator[SchedulerService]:
@@ -28,6 +30,7 @@ async def open_service(
         store_url: such as ``sqlite:///stats.db``, or ``sqlite://`` for memory.
         auto_create_runs: create unknown runs as they are used.
         default_config: of runs created without one.
+        limits: largest requests that are served.
         retention: how far back a rewind can go.
         loaded_bytes: of runs that are kept in memory.
 
@@ -40,6 +43,7 @@ async def open_service(
         journal,
         auto_create_runs=auto_create_runs,
         default_config=default_config,
+        limits=limits,
         retention=retention,
         loaded_bytes=loaded_bytes,
     )

@@ -74,6 +74,7 @@ class BudgetDivided:
         outlook: what the whole budget is expected to bring; None while waves are to come.
         seconds: that the solver took.
         end_time: when it was done, nanoseconds since 1970.
+        step_jump: steps that it is beyond the newest one before, see ``jumps.py``.
     """
 
     run_id: str
@@ -89,6 +90,7 @@ class BudgetDivided:
     outlook: Outlook | None
     seconds: float
     end_time: int = 0
+    step_jump: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,13 @@ class RunLoaded:
 
 
 @dataclass(frozen=True, slots=True)
+class RunRead:
+    """A call had to read its run from the store. Emitted in the thread that read it."""
+
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class OutcomesCounted:
     """A report or an import was counted.
 
@@ -129,6 +138,8 @@ class OutcomesCounted:
         imported: they are of an earlier run.
         step_lag: steps that the run had gone on when they came.
         version_lag: newest policy version that the run has seen, less theirs.
+        step_jump, version_jump: how far step and policy version are beyond the newest ones
+            before, see ``jumps.py``.
     """
 
     run_id: str
@@ -140,6 +151,8 @@ class OutcomesCounted:
     imported: bool = False
     step_lag: int = 0
     version_lag: int = 0
+    step_jump: int = 0
+    version_jump: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +219,7 @@ Event = (
     | BudgetDivided
     | OutcomesCounted
     | RunLoaded
+    | RunRead
     | RunRewound
     | RunRemoved
     | Committed

@@ -12,11 +12,11 @@ from google.protobuf.json_format import MessageToDict
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
-from knapsack_scheduler.errors import ConfigError, NotFound, SchedulerError
+from knapsack_scheduler.errors import ConfigError, NotFound, SchedulerError, StoreUnavailable
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.records import Entry, RunRow
 from knapsack_scheduler.journal.runfile import read_run, write_run
-from knapsack_scheduler.journal.snapshots import checksum
+from knapsack_scheduler.journal.snapshots import is_whole, limits_after
 from knapsack_scheduler.journal.transaction import Reading
 from knapsack_scheduler.loaded import LoadedRun
 
@@ -48,7 +48,7 @@ def check_store(url: str) -> StoreReport:
         runs = journal.list_runs("", 10**9)
         report.lines.append(f"{len(runs)} runs")
         for row in runs:
-            _check_run(journal, row, report)
+            check_run(journal, row.run_id, report)
     except SchedulerError as error:
         report.faults.append(str(error))
     finally:
@@ -56,37 +56,57 @@ def check_store(url: str) -> StoreReport:
     return report
 
 
-def _check_run(journal: Journal, row: RunRow, report: StoreReport) -> None:
+def check_run(journal: Journal, run_id: str, report: StoreReport) -> None:
+    """Add to a report what is found of one run; nothing if it is deleted meanwhile."""
     try:
-        with journal.reading(row.run_id) as reading:
-            row = reading.run
-            numbers = [entry.seq for entry in reading.outline() if entry.seq > row.floor_seq]
-            if numbers != list(range(row.floor_seq + 1, row.last_seq + 1)):
-                report.faults.append(
-                    f"run {row.run_id!r}: its entries are not numbered without gap"
-                )
-            report.faults += [f"run {row.run_id!r}: {fault}" for fault in _snapshot_faults(reading)]
+        with journal.reading(run_id) as reading:
+            faults = _entry_faults(reading) or _snapshot_faults(reading)
+            report.faults += [f"run {run_id!r}: {fault}" for fault in faults]
             state = LoadedRun.load(reading).state
             report.lines.append(
-                f"run {row.run_id!r}: {row.last_seq} entries, last step {state.last_step}, "
+                f"run {run_id!r}: {reading.run.last_seq} entries, last step {state.last_step}, "
                 f"{state.known_prompts} known prompts, {state.total_rollouts} rollouts"
             )
-    except SchedulerError:
-        raise
+    except NotFound:
+        return
+    except SchedulerError as error:
+        report.faults.append(str(error))
     except Exception as error:
-        report.faults.append(
-            f"run {row.run_id!r}: cannot be folded: {type(error).__name__}: {error}"
-        )
+        report.faults.append(f"run {run_id!r}: cannot be folded: {type(error).__name__}: {error}")
+
+
+def _entry_faults(reading: Reading) -> list[str]:
+    """Return what is wrong with the entries: their numbers, and each that is damaged."""
+    run, outline, faults = reading.run, reading.outline(), []
+    numbers = [entry.seq for entry in outline if entry.seq > run.floor_seq]
+    if numbers != list(range(run.floor_seq + 1, run.last_seq + 1)):
+        faults.append("its entries are not numbered without gap")
+    rewinds = 0
+    for entry in outline:
+        if entry.branch != rewinds:
+            faults.append(f"entry {entry.seq} is not of the branch that the rewinds before it say")
+        rewinds += entry.kind == "rewind"
+        try:
+            reading.entry(entry.seq)
+        except StoreUnavailable:
+            faults.append(f"entry {entry.seq} is damaged: its checksum is wrong")
+    if run.branch != rewinds:
+        faults.append("its number of rewinds is not that of its entries")
+    return faults
 
 
 def _snapshot_faults(reading: Reading) -> list[str]:
-    """Return what is wrong with the snapshots: damaged, or other than the entries say."""
-    marks = reading.snapshots()
+    """Return what is wrong with the snapshots: damaged, missing, or other than the entries say."""
+    marks, floor_seq = reading.snapshots(), reading.run.floor_seq
     faults = [
         f"its snapshot at entry {mark.seq} is damaged; an older one is used instead"
         for mark in marks
-        if checksum(reading.run, mark, reading.snapshot_parts(mark)) != mark.checksum
+        if not is_whole(reading, mark)
     ]
+    # Where all began anew since, nothing is folded from there any more.
+    needed = floor_seq and limits_after(reading.outline(), None)(floor_seq) >= 0
+    if needed and (floor_seq, reading.run.floor_step) not in [(m.seq, m.step) for m in marks]:
+        faults.append(f"its journal begins after entry {floor_seq}, of which there is no snapshot")
     if faults or not marks:
         return faults
     newest = LoadedRun.load(reading).state.columns()
@@ -195,7 +215,7 @@ _MESSAGES: dict[str, tuple[Any, Any]] = {
 def _plain(entry: Entry) -> dict[str, Any]:
     line: dict[str, Any] = {"seq": entry.seq, "kind": entry.kind}
     if entry.kind == "import":
-        # Compaction leaves of it what was answered.
+        # A stream, not a message; and what it brought are outcomes, not decisions.
         answer = pb.ImportOutcomesResponse.FromString(entry.answer)
         line["rollouts"], line["prompts"] = answer.imported_rollouts, answer.imported_prompts
         return line

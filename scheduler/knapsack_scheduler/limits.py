@@ -15,6 +15,7 @@ class Limits:
         total_rollouts: budget of one allocation, and rollouts of one report.
         group_rollouts: min_rollouts of a position. A larger max_rollouts is no bound.
         step: step, policy version and token budget.
+        jump: how far a step or policy version may be beyond its run's newest one.
         import_rollouts: rollouts of one import.
         import_bytes: bytes of one import.
         import_message_bytes: bytes of one message of an import.
@@ -34,6 +35,7 @@ class Limits:
     total_rollouts: int = 10_000_000
     group_rollouts: int = 100_000
     step: int = 2**53
+    jump: int = 100_000
     import_rollouts: int = 10_000_000
     import_bytes: int = 64 * 2**20
     import_message_bytes: int = 8 * 2**20

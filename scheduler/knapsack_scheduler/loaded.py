@@ -104,12 +104,7 @@ class LoadedRun:
     def _restore(
         self, reading: Reading, outline: list[Outline], rewound_to: int | None, from_oldest: bool
     ) -> None:
-        # One below the floor lacks the entries between, until it is deleted.
-        marks = [
-            mark
-            for mark in usable(reading.snapshots(), outline, rewound_to)
-            if mark.seq >= self.row.floor_seq
-        ]
+        marks = usable(reading.snapshots(), self.row, outline, rewound_to)
         if from_oldest:
             marks = marks[:1] if self.row.floor_seq else []
         for mark in reversed(marks):

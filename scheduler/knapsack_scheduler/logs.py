@@ -18,6 +18,7 @@ from knapsack_scheduler.events import (
     RunRemoved,
     RunRewound,
 )
+from knapsack_scheduler.jumps import NOTICED
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """Names the call that is being answered, in every line that is logged on its behalf."""
@@ -127,6 +128,7 @@ def log_event(event: Event) -> None:
                 largest_group=event.reasons.largest_group,
                 effective_group_rate=round(event.reasons.effective_group_rate, 4),
             )
+            _warn_of_jump(event.run_id, "step", event.step, event.step_jump)
         case OutcomesCounted():
             _write(
                 logging.INFO,
@@ -136,10 +138,24 @@ def log_event(event: Event) -> None:
                 rollouts=event.counted.accepted,
                 ignored=event.counted.ignored,
             )
+            _warn_of_jump(event.run_id, "step", event.step, event.step_jump)
+            _warn_of_jump(event.run_id, "policy_version", event.policy_version, event.version_jump)
         case RunRewound():
             _write(logging.WARNING, "run rewound", run_id=event.run_id, step=event.step)
         case RunRemoved():
             _write(logging.WARNING, "run deleted", run_id=event.run_id)
+
+
+def _warn_of_jump(run_id: str, field: str, value: int, jump: int) -> None:
+    if jump > NOTICED:
+        _write(
+            logging.WARNING,
+            "far beyond all before; if it is a mistake, rewind to the step before it",
+            run_id=run_id,
+            field=field,
+            value=value,
+            newest_before=value - jump,
+        )
 
 
 def _ids(event: CallHandled) -> dict[str, object]:

@@ -13,6 +13,7 @@ from knapsack_scheduler.events import (
     Committed,
     Event,
     LoopLagged,
+    RunRead,
     SnapshotEnded,
     StoreMeasured,
 )
@@ -71,6 +72,11 @@ class Metrics:
         )
         for result in ("written", "failed"):
             self.snapshots.labels(result)
+        self.run_reads = Counter(
+            name("run_reads_total"),
+            "Calls that had to read their run from the store.",
+            registry=registry,
+        )
         self._store_bytes: dict[str, Gauge] = {}
         self._registry = registry
         self.loop_lag = Histogram(
@@ -133,6 +139,8 @@ class Metrics:
                 self.commit_failures.inc(int(event.failed))
             case SnapshotEnded():
                 self.snapshots.labels("failed" if event.failed else "written").inc()
+            case RunRead():
+                self.run_reads.inc()
             case LoopLagged():
                 self.loop_lag.observe(event.seconds)
             case StoreMeasured():

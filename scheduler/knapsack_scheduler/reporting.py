@@ -12,11 +12,13 @@ from knapsack_scheduler.deciding import Decided
 from knapsack_scheduler.errors import FailedPrecondition, InvalidArgument
 from knapsack_scheduler.events import OutcomesCounted, Prompts
 from knapsack_scheduler.facts import ALWAYS, OutcomesReported, Rewards
+from knapsack_scheduler.jumps import step_jump, version_jump
+from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loaded import LoadedRun
 
 
 def decide_report(
-    call: Call, request: pb.ReportRequest, rewards: Rewards, run: LoadedRun
+    call: Call, request: pb.ReportRequest, rewards: Rewards, limits: Limits, run: LoadedRun
 ) -> Decided[pb.ReportResponse] | Repeated[pb.ReportResponse]:
     """Return what becomes of a report: it is recorded, or ignored after a rewind.
 
@@ -24,13 +26,14 @@ def decide_report(
         call: the request's.
         request: checked but for what depends on the run.
         rewards: of the request, by position.
+        limits: of a request.
         run: level with the journal; not changed.
 
     Raises:
         AlreadyExists: the report's id was used with other content.
         NotFound: no such allocation.
         InvalidArgument: it is not of the allocation's step or positions, or holds more
-            rollouts than were allocated.
+            rollouts than were allocated, or its step or policy version is far beyond the run's.
         FailedPrecondition: its step is closed.
     """
     before = call.repeated(run, pb.ReportResponse.FromString)
@@ -41,6 +44,11 @@ def decide_report(
         # Nothing is recorded: its id is free for a report of the step done anew.
         return Decided(pb.ReportResponse(ignored_rollouts=count))
     ignored = run.is_abandoned(request.allocation_id)
+    by_steps = by_versions = 0
+    if not ignored:
+        by_versions = version_jump(request.policy_version, run.state, limits)
+        if not request.allocation_id:
+            by_steps = step_jump(request.step, run.state, limits)
     if ignored:
         answer = pb.ReportResponse(ignored_rollouts=count)
         step = ALWAYS
@@ -70,7 +78,7 @@ def decide_report(
         answer,
         call.entry(step, answer),
         reported,
-        lambda counted: _reported(run, step, request, counted),
+        lambda counted: _reported(run, step, request, counted, by_steps, by_versions),
     )
 
 
@@ -133,7 +141,12 @@ def _check_report(request: pb.ReportRequest, rewards: Rewards, allocation: OpenA
 
 
 def _reported(
-    run: LoadedRun, step: int, request: pb.ReportRequest, counted: Counted
+    run: LoadedRun,
+    step: int,
+    request: pb.ReportRequest,
+    counted: Counted,
+    by_steps: int,
+    by_versions: int,
 ) -> OutcomesCounted | None:
     """Return the event of a report that was folded; None if no rollout was in it."""
     if not (counted.accepted or counted.ignored):
@@ -148,4 +161,6 @@ def _reported(
         allocated=bool(request.allocation_id),
         step_lag=max(state.last_step - step, 0),
         version_lag=max(state.last_policy_version - request.policy_version, 0),
+        step_jump=by_steps,
+        version_jump=by_versions,
     )

@@ -22,6 +22,7 @@ from knapsack_scheduler.events import (
     RunRemoved,
     RunRewound,
 )
+from knapsack_scheduler.jumps import NOTICED
 from knapsack_scheduler.runlabels import RunLabels
 
 CHANCES = tuple(f"{k / BINS:g}-{(k + 1) / BINS:g}" for k in range(BINS))
@@ -153,6 +154,10 @@ class RunMetrics:
             "Reports that wait in the outbox of the run's client, as it said last.",
         )
         self.rewinds = counter("rewinds_total", "Rewinds.")
+        self.jumps = counter(
+            "jumps_total",
+            "Steps and policy versions taken that were far beyond the newest ones before.",
+        )
         self._bulk = (self.group_size, self.evidence_age)
 
     def __call__(self, event: Event) -> None:
@@ -180,6 +185,7 @@ class RunMetrics:
                 self.pending.labels(self._labels.of(event.run_id)).set(pending)
 
     def _divided(self, event: BudgetDivided, run: str) -> None:
+        self.jumps.labels(run).inc(int(event.step_jump > NOTICED))
         by_band = np.bincount(event.bands, event.num_rollouts, len(BANDS)).tolist()
         self._add(self.allocated, run, BANDS, by_band)
         self.unallocated.labels(run).inc(max(event.unallocated, 0))
@@ -203,6 +209,7 @@ class RunMetrics:
         if event.imported:
             self.imported.labels(run).inc(counted.accepted)
             return
+        self.jumps.labels(run).inc((event.step_jump > NOTICED) + (event.version_jump > NOTICED))
         self.reported.labels(run).inc(counted.accepted)
         self.unasked.labels(run).inc(0 if event.allocated else counted.accepted)
         self.ignored.labels(run).inc(counted.ignored)
@@ -242,6 +249,7 @@ class RunMetrics:
         for counter in (
             *(self.unallocated, self.reported, self.unasked, self.ignored, self.imported),
             *(self.groups, self.effective_groups, self.effective_rollouts, self.rewinds),
+            self.jumps,
             *self.planned.values(),
         ):
             counter.labels(run)

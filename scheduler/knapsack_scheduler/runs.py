@@ -26,7 +26,7 @@ from knapsack_scheduler.allocations import Counted
 from knapsack_scheduler.calls import Call
 from knapsack_scheduler.deciding import REFUSALS, Decide, Decisions, Stored
 from knapsack_scheduler.errors import AlreadyExists, Busy, RunNotFound, StoreUnavailable
-from knapsack_scheduler.events import Event, Events
+from knapsack_scheduler.events import Event, Events, RunRead
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.records import RunRow
@@ -359,13 +359,9 @@ class Runs:
 
     def _fetch(self, run_id: str) -> LoadedRun:
         run = self._load(run_id)
+        self._events.emit(RunRead(run_id))
         self._loaded.keep(run_id, run)
         return run
-
-    def _looked(
-        self, run_id: str, run: LoadedRun, work: Callable[[LoadedRun, Reading], Answer]
-    ) -> Answer:
-        return looked(self._journal, self._loaded, run_id, run, work)
 
     def _fold(self, run_id: str, stored: Stored[Answer]) -> tuple[Event | None, bool]:
         """Take in what was stored; returns what there is to tell, and if an allocation is whole."""

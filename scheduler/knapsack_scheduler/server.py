@@ -14,7 +14,6 @@ from importlib.metadata import version
 
 import grpc
 import grpc.aio
-from aiohttp import web
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
@@ -27,6 +26,7 @@ from prometheus_client import (
 )
 
 from knapsack_scheduler.admin import admin_app
+from knapsack_scheduler.adminport import AdminPort
 from knapsack_scheduler.config import Settings, default_config, host_and_port
 from knapsack_scheduler.errors import ConfigError
 from knapsack_scheduler.events import Events
@@ -77,6 +77,7 @@ class Server:
         self._settings = settings
         self._limits = Limits(
             prompts=settings.max_prompts,
+            jump=settings.max_jump,
             concurrent_calls=settings.max_concurrent_calls,
             message_bytes=settings.max_message_bytes,
             inflight_bytes=settings.max_inflight_bytes,
@@ -92,7 +93,7 @@ class Server:
         self._servicer: SchedulerServicer | None = None
         self._api: grpc.aio.Server | None = None
         self._probes: grpc.aio.Server | None = None
-        self._admin: web.AppRunner | None = None
+        self._admin: AdminPort | None = None
         self._watch: asyncio.Task[None] | None = None
         self.addresses: dict[str, str] = {}
 
@@ -187,17 +188,15 @@ class Server:
         if self._settings.tracing:
             self._tracing = Tracing.exporting()
             self._events.listen(self._tracing)
-        runner = web.AppRunner(admin_app(registry, page, lambda: self._serving, self._guard))
-        await runner.setup()
-        self._admin = runner
+        self._admin = AdminPort(admin_app(registry, page, lambda: self._serving, self._guard))
         host, port = host_and_port("admin_listen", self._settings.admin_listen)
         try:
-            await web.TCPSite(runner, host, port).start()
+            port = await self._admin.open(host, port)
         except OSError as error:
             raise ConfigError(
                 f"admin_listen = {self._settings.admin_listen!r}: cannot be bound: {error.strerror}"
             ) from None
-        self.addresses["admin"] = f"{host}:{runner.addresses[0][1]}"
+        self.addresses["admin"] = f"{host}:{port}"
         self._watch = asyncio.create_task(watch(self._events, sqlite_file(self._settings.store)))
 
     async def _set_ready(self, ready: bool) -> None:
@@ -223,7 +222,7 @@ class Server:
         if self._probes:
             await self._probes.stop(0)
         if self._admin:
-            await self._admin.cleanup()
+            await self._admin.close()
         if self._tracing:
             await asyncio.to_thread(self._tracing.close)
 

@@ -230,7 +230,7 @@ class SchedulerService:
         return await self._runs.alone(
             request.run_id,
             call,
-            lambda run: decide_report(call, request, rewards, run),
+            lambda run: decide_report(call, request, rewards, self._limits, run),
             create=not request.allocation_id,
             heavy=len(request.rewards) > _MANY,
         )

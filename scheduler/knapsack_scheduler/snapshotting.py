@@ -74,14 +74,7 @@ class Snapshotter:
                 if not mine:
                     return
                 mark = write_snapshot(self._journal, row, seq, step, frozen(), self._closing.is_set)
-                plan = compact(
-                    self._journal,
-                    row.run_id,
-                    step,
-                    self._retention,
-                    self._closing.is_set,
-                    row.branch,
-                )
+                plan = compact(self._journal, row.run_id, self._retention, self._closing.is_set)
             _LOG.info(
                 "run %r: snapshot of %d bytes at entry %d in %.1f s; the journal goes back to "
                 "entry %d",

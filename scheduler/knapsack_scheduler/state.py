@@ -261,6 +261,9 @@ class RunState:
             fact.step, rows, fact.bounds, fact.budget, fact.num_rollouts
         )
         allocation.predict(fact.num_rollouts, chances)
+        # One of the same name, of a call so old that its id is not recognised, may be here or
+        # not, depending on when the journal was compacted.
+        self.allocations.pop(fact.allocation_id, None)
         self.allocations[fact.allocation_id] = allocation
         self.last_step = max(self.last_step, fact.step)
 

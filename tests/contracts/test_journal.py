@@ -252,12 +252,15 @@ def test_damage_within_is_an_error_and_not_an_answer(tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    """A second journal on the same file is refused until the first one lets go."""
+    """A second journal on the same file, by whatever name, is refused until the first lets go."""
     url = f"sqlite:///{tmp_path / 's.db'}"
     first = Journal(url)
     first.open()
-    with pytest.raises(ConfigError, match="in use by another scheduler"):
-        Journal(url).open()
+    (tmp_path / "folder").symlink_to(tmp_path)
+    (tmp_path / "link.db").symlink_to(tmp_path / "s.db")
+    for name in ("s.db", "link.db", "folder/s.db"):
+        with pytest.raises(ConfigError, match="in use by another scheduler"):
+            Journal(f"sqlite:///{tmp_path / name}").open()
     first.close()
     second = Journal(url)
     second.open()

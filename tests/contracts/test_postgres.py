@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from knapsack_scheduler.errors import ConfigError, StoreInterrupted, StoreUnavailable
+from knapsack_scheduler.journal.compaction import Retention, compact
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.records import Entry
+from knapsack_scheduler.journal.snapshots import Abandoned, is_whole, write_snapshot
 
 
 def entry(key: str) -> Entry:
@@ -139,12 +143,51 @@ def test_a_commit_is_on_disk_even_where_the_server_is_set_up_otherwise(postgres)
     journal.close()
 
 
+def test_a_database_that_cannot_hold_every_name_is_refused(postgres) -> None:
+    """One without conversion holds the bytes, whatever they mean; others say what is wrong."""
+    for encoding, holds in (("LATIN1", False), ("SQL_ASCII", True)):
+        store = postgres.new_store(f"ENCODING '{encoding}' TEMPLATE template0")
+        journal = Journal(store)
+        if holds:
+            journal.open()
+            assert journal.create_run("l\u00e4uf-\U0001f600", b"", 0) == journal.list_runs("", 1)[0]
+        else:
+            with pytest.raises(ConfigError, match="has the encoding LATIN1"):
+                journal.open()
+        journal.close()
+
+
 def test_a_claim_is_one_journals_until_it_ends(journals: list[Journal]) -> None:
     """Whoever comes second is told so."""
     with journals[0].claim(7) as mine, journals[1].claim(7) as too, journals[1].claim(8) as other:
         assert (mine, too, other) == (True, False, True)
     with journals[1].claim(7) as mine:
         assert mine
+
+
+def test_a_snapshot_that_lost_its_claim_is_not_taken_for_a_whole_one(
+    journals: list[Journal],
+) -> None:
+    """Another process, which took its parts for left-overs, has deleted some of them."""
+    first, other, _ = journals
+    run = first.create_run("run", b"", 0)
+    with first.writing("run") as writing:
+        for number in range(4):
+            writing.append(entry(f"{number}"))
+    columns = {"noise": np.random.default_rng(0).integers(0, 2**62, 2**20)}
+    asked = itertools.count(1)
+
+    def meanwhile() -> bool:
+        if next(asked) == 2:
+            compact(other, "run", 0, Retention())
+        return False
+
+    with pytest.raises(Abandoned, match="another process"):
+        write_snapshot(first, run, 4, 0, columns, meanwhile)
+    mark = write_snapshot(other, run, 4, 0, columns)
+    with first.reading("run") as reading:
+        assert reading.snapshots() == [mark]
+        assert is_whole(reading, mark)
 
 
 def test_a_server_that_cannot_be_reached_is_named_without_its_password(tmp_path) -> None:

@@ -56,7 +56,9 @@ def test_images_are_without_root_and_take_signals(file: Path) -> None:
     """The user is a number, so that Kubernetes can check it, and no shell eats SIGTERM."""
     final = re.split(r"(?m)^FROM ", file.read_text())[-1]
     assert re.search(r"(?m)^USER 10001:10001$", final)
-    assert re.search(r'(?m)^ENTRYPOINT \["/opt/knapsack-rl/bin/knapsack-\w+"\]$', final)
+    kept_until_handled = r'"/usr/bin/env", "--block-signal=TERM"'
+    program = r'"/opt/knapsack-rl/bin/knapsack-\w+"'
+    assert re.search(rf"(?m)^ENTRYPOINT \[{kept_until_handled}, {program}\]$", final)
     assert "HEALTHCHECK" in final
 
 

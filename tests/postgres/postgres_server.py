@@ -121,10 +121,10 @@ class PostgresServer:
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
-    def new_store(self) -> str:
-        """Return the URL of a new, empty database."""
+    def new_store(self, options: str = "") -> str:
+        """Return the URL of a new, empty database, made with options of CREATE DATABASE."""
         name = f"store{next(self._names)}"
-        self.sql(f"CREATE DATABASE {name}")
+        self.sql(f"CREATE DATABASE {name} {options}")
         return f"postgresql://{self._user}@/{name}?host={self._folder}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,23 @@ def test_every_alert_has_its_entry_and_every_entry_its_alert_or_a_reason() -> No
         assert named[anchor] or text.startswith("No alert: "), anchor
         assert "\nLook: " in text, anchor
         assert "\nDo: " in text, anchor
+
+
+def test_every_entry_and_panel_that_the_runbook_points_at_is_there() -> None:
+    """Each is in italics: the title of another entry, a dashboard, or a panel of one."""
+    boards = [
+        json.loads(path.read_text()) for path in (ROOT / "deploy/grafana/dashboards").iterdir()
+    ]
+    panels = {panel["title"] for board in boards for panel in _panels(board)}
+    titles = set(re.findall(r"^## (.+)$", runbook(), re.M))
+    there = titles | panels | {board["title"].rpartition(" / ")[2] for board in boards}
+    named = set(re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", runbook().replace("\n", " ")))
+    assert len(named) >= 7
+    assert named <= there
+
+
+def _panels(board: dict[str, Any]) -> list[dict[str, Any]]:
+    return [each for panel in board["panels"] for each in (panel, *panel.get("panels", ()))]
 
 
 def test_every_alert_says_who_is_told_and_what_happened() -> None:

@@ -6,6 +6,7 @@ Process 1 of a container does not end by itself, so SIGTERM must always find a h
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
 
 WAITING = "import signal\nprint('here', flush=True)\nsignal.pause()\n"
+BEGINNING = "print('here', flush=True)\ninput()\n"
 SLOW_START = """
 import asyncio
 from knapsack_scheduler.service import SchedulerService
@@ -73,6 +75,35 @@ def test_sigterm_during_the_imports_ends_it(package: str, tmp_path: Path) -> Non
     scripts = tomllib.loads(Path("pyproject.toml").read_text())["project"]["scripts"]
     assert f"{program}:main" in scripts.values()
     assert ended("-m", program, "serve", path=str(tmp_path)) == 143
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["some process", "process 1"])
+@pytest.mark.parametrize("package", ["knapsack_scheduler", "knapsack_genserver"])
+def test_sigterm_while_python_begins_is_kept(package: str, first: bool, tmp_path: Path) -> None:
+    """As the images start it: blocked until the program handles it, and then it ends with 143."""
+    (tmp_path / "sitecustomize.py").write_text(BEGINNING)
+    (tmp_path / "grpc.py").write_text("raise SystemExit('SIGTERM was lost')")
+    alone = ["unshare", "--fork", "--pid", "--kill-child"] if first else []
+    if first and subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no process 1 can be made here")
+    started = [*alone, "env", "--block-signal=TERM", sys.executable, "-m", f"{package}.program"]
+    program = subprocess.Popen(
+        [*started, "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.DEVNULL, env={"PYTHONPATH": ":".join([str(tmp_path), *sys.path])},
+    )  # fmt: skip
+    with program:
+        try:
+            assert program.stdout is not None
+            assert program.stdout.readline() == "here\n"
+            number = program.pid
+            if first:
+                children = Path(f"/proc/{number}/task/{number}/children")
+                number = int(children.read_text())
+            os.kill(number, signal.SIGTERM)
+            program.communicate("go on\n", timeout=60)
+        finally:
+            program.kill()
+    assert program.returncode == 143
 
 
 def test_sigterm_ends_a_scheduler_whose_store_hangs(tmp_path: Path) -> None:

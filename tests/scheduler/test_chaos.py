@@ -11,12 +11,13 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
 from knapsack_scheduler import service as service_module
 from knapsack_scheduler.errors import StoreUnavailable
+from knapsack_scheduler.inspection import check_store
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.transaction import Writing
 from knapsack_scheduler.service import SchedulerService
@@ -52,14 +54,16 @@ class Load:
 
     def __init__(self) -> None:
         self.acknowledged: Counter[tuple[str, str]] = Counter()
+        self.steps: Counter[str] = Counter()
         self.done = asyncio.Event()
         self.progress = asyncio.Semaphore(0)
 
     async def work(self, worker: int, call: Any) -> None:
         """Train until told to stop; every call that was begun is brought to its answer."""
-        draw, step, run_id = random.Random(worker), 0, f"run-{worker % RUNS}"
+        draw, run_id = random.Random(worker), f"run-{worker % RUNS}"
         while not self.done.is_set():
-            step += 1
+            self.steps[run_id] += 1
+            step = self.steps[run_id]
             prompts = [f"p{draw.randrange(40)}" for _ in range(4)]
             allocation = await call(
                 "Allocate",
@@ -90,7 +94,8 @@ class WarmScheduler:
 
     def __init__(self, folder: Path) -> None:
         self._log = (folder / "log").open("w")
-        self._flags = ["--store", f"sqlite:///{folder / 'stats.db'}", "--auto-create-runs"]
+        self.store = f"sqlite:///{folder / 'stats.db'}"
+        self._flags = ["--store", self.store, "--auto-create-runs", "--rewind-horizon=20"]
         self._flags += ["--log-level", "error", "--admin-listen", "127.0.0.1:0"]
         self._flags += ["--health-listen", "127.0.0.1:0"]
         self._port = HeldPort()
@@ -146,6 +151,10 @@ def test_every_acknowledged_rollout_is_counted_once_after_many_kills(tmp_path: P
     try:
         asyncio.run(chaos(scheduler, KILLS, seed=7))
         assert (tmp_path / "log").read_text() == ""
+        # Kills fell into snapshots and compaction too.
+        with closing(sqlite3.connect(tmp_path / "stats.db")) as database:
+            floors = database.execute("SELECT floor_seq FROM runs").fetchall()
+        assert max(floors) > (0,) or KILLS < 200
     finally:
         scheduler.close()
 
@@ -194,6 +203,7 @@ async def chaos(scheduler: WarmScheduler, kills: int, seed: int) -> int:
             }
     assert counted == {key: n for key, n in load.acknowledged.items() if n}
     assert load.acknowledged.total() > kills
+    assert check_store(scheduler.store).faults == []
     return load.acknowledged.total()
 
 

@@ -105,6 +105,24 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(store: Path) ->
     assert "stats.db.lock: Permission denied" in done.stderr
 
 
+def test_a_store_on_a_disk_that_is_read_only_can_be_looked_at(store: Path, tmp_path: Path) -> None:
+    """As one was left that the system has mounted so after errors: checked, and copied from it."""
+    elsewhere = tmp_path.with_name(f"{tmp_path.name}-elsewhere")
+    elsewhere.mkdir()
+    store.parent.chmod(0o555)
+    try:
+        for command in (("check",), ("backup", f"--to={elsewhere / 'copy.db'}")):
+            done = subprocess.run(
+                [*AS_A_USER, sys.executable, "-m", "knapsack_scheduler.cli", *command,
+                 f"--store=sqlite:///{store}"],
+                capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+    finally:
+        store.parent.chmod(0o755)
+    assert sorted(p.name for p in tmp_path.glob("stats.db*")) == ["stats.db", "stats.db.lock"]
+
+
 def test_half_a_database_is_an_error_and_not_an_empty_one(store: Path, command) -> None:
     """Cut short, as by a copy that was not finished: neither served nor called whole."""
     with store.open("r+b") as file:

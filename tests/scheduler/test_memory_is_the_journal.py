@@ -101,7 +101,7 @@ async def test_a_rewind_while_the_journal_is_compacted_keeps_what_it_needs(
     store = f"sqlite:///{tmp_path / 'stats.db'}"
     reached, go = threading.Event(), threading.Event()
     held: list[bool] = []
-    original = compaction.checksum
+    original = compaction.is_whole
 
     def slow(*arguments: Any) -> Any:
         result = original(*arguments)
@@ -110,7 +110,7 @@ async def test_a_rewind_while_the_journal_is_compacted_keeps_what_it_needs(
             assert go.wait(60)
         return result
 
-    monkeypatch.setattr(compaction, "checksum", slow)
+    monkeypatch.setattr(compaction, "is_whole", slow)
     retention = Retention(horizon=10, snapshot_calls=10)
     async with open_service(store, retention=retention) as service:
         await service.create_run(pb.CreateRunRequest(run_id="run"))

@@ -129,3 +129,23 @@ def test_a_call_that_deletes_a_run_does_not_begin_its_series_again() -> None:
         metrics(RunRemoved(f"gone-{k}"))
         metrics(CallHandled("DeleteRun", "OK", 0.01, f"gone-{k}", "", "", "x", 0))
     assert "gone-" not in generate_latest(registry).decode()
+
+
+@pytest.mark.parametrize(("loaded_bytes", "reads"), [(1, 8), (2**30, 0)])
+async def test_calls_that_read_their_run_are_counted(loaded_bytes: int, reads: int) -> None:
+    """Two runs that do not fit into memory together are read by every call; a new run is not."""
+    registry = CollectorRegistry()
+    async with open_service("sqlite://", loaded_bytes=loaded_bytes) as service:
+        for name in ("one", "other"):
+            await service.create_run(pb.CreateRunRequest(run_id=name))
+        service.events.listen(Metrics(registry))
+        for number in range(4):
+            for name in ("one", "other"):
+                await service.report(
+                    pb.ReportRequest(
+                        run_id=name, report_id=f"{number}", step=number, prompt_ids=["a"],
+                        prompt_indices=[0], num_rewards=[1], rewards=[1.0],
+                    )
+                )  # fmt: skip
+                await service.settled()
+    assert registry.get_sample_value("knapsack_scheduler_run_reads_total") == reads

@@ -21,6 +21,7 @@ from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.errors import FailedPrecondition, NotFound, SchedulerError, StoreUnavailable
 from knapsack_scheduler.idorder import IdOrder
+from knapsack_scheduler.inspection import StoreReport, check_run
 from knapsack_scheduler.journal.columns import (
     ColumnsDamaged,
     decode,
@@ -30,7 +31,8 @@ from knapsack_scheduler.journal.columns import (
     text_column,
 )
 from knapsack_scheduler.journal.compaction import Retention, plan_compaction
-from knapsack_scheduler.journal.records import Outline, SnapshotMark
+from knapsack_scheduler.journal.records import Outline, RunRow, SnapshotMark
+from knapsack_scheduler.journal.snapshots import usable
 from knapsack_scheduler.service import SchedulerService
 from knapsack_scheduler.state import RunState
 
@@ -340,6 +342,10 @@ class Twins:
         assert set(small.allocations) >= set(self.recent()) - set(self.lost)
         whole.allocations = {name: whole.allocations[name] for name in small.allocations}
         assert differences(small, whole) == []
+        for service in self.services:
+            report = StoreReport()
+            check_run(service._journal, "run", report)
+            assert report.faults == []
 
 
 OPERATIONS = st.lists(
@@ -426,49 +432,154 @@ def rewind(seq: int, step: int) -> Outline:
     return Outline(seq, "rewind", "", 0, step, b"")
 
 
+def reports(*steps_and_seqs: tuple[int, int]) -> list[Outline]:
+    """Return the outlines of reports with these steps and numbers."""
+    return [Outline(seq, "report", "", 0, step, b"") for step, seq in steps_and_seqs]
+
+
+class Compacted:
+    """A run that gets a snapshot at every few calls and is compacted at once, in outline."""
+
+    def __init__(self, retention: Retention, every: int) -> None:
+        self.retention = retention
+        self.every = every
+        self.row = RunRow(1, "run", b"", 0)
+        self.marks: list[SnapshotMark] = []
+        self.outline: list[Outline] = []
+
+    def call(self, step: int, kind: str = "report") -> None:
+        """Record a call."""
+        seq = self.row.last_seq + 1
+        self.row = dataclasses.replace(self.row, last_seq=seq)
+        self.outline.append(Outline(seq, kind, "", 0, step, b""))
+        if seq % self.every:
+            return
+        self.marks += marks_of((seq, step))
+        plan = plan_compaction(self.row, self.marks, self.outline, self.retention)
+        self.marks = [mark for mark in self.marks if mark.seq not in plan.drop]
+        if plan.floor:
+            self.row = dataclasses.replace(
+                self.row,
+                floor_seq=plan.floor.seq,
+                floor_step=plan.floor_step,
+                closed_step=max(self.row.closed_step, plan.closed_step),
+            )
+            self.outline = [
+                each for each in self.outline if each.seq > plan.floor.seq or each.kind == "rewind"
+            ]
+
+    def can_go_back(self, step: int) -> bool:
+        """Return whether a rewind finds a snapshot to begin with, or all that was recorded."""
+        return self.row.floor_seq == 0 or bool(usable(self.marks, self.row, self.outline, step))
+
+    def gap(self, step: int) -> int:
+        """Return the calls that a rewind to a step has to fold."""
+        found = usable(self.marks, self.row, self.outline, step)
+        kept = [e.seq for e in self.outline if e.step <= step]
+        return len([seq for seq in kept if seq > (found[-1].seq if found else 0)])
+
+
 def test_what_is_kept_reaches_back_the_horizon_and_no_further() -> None:
     """As snapshots come one by one, the floor follows at one to one and a quarter horizons."""
-    retention = Retention(horizon=100, max_calls=NEVER)
-    marks: list[SnapshotMark] = []
-    floor = 0
-    for step in range(0, 1000, 7):
-        marks += marks_of((10 * step + 1, step))
-        plan = plan_compaction(marks, [], floor, 10 * step + 1, step, retention)
-        marks = [mark for mark in marks if mark.seq not in plan.drop]
-        if plan.floor:
-            floor = plan.floor.seq
-            assert plan.closed_step == plan.floor.step
-        assert len(marks) <= 8
-        if step > 130:
-            assert marks[0].seq == floor
-            assert 100 <= step - marks[0].step <= 132
-        # Whatever step is asked for, a snapshot at most a quarter before it is there.
-        for asked in range(max(step - 100, 0), step):
-            assert any(asked - 32 <= mark.step <= asked for mark in marks)
+    run = Compacted(Retention(horizon=100, max_calls=NEVER), 7)
+    for step in range(1000):
+        run.call(step)
+        assert len(run.marks) <= 8
+        if step > 150:
+            assert run.marks[0].seq == run.row.floor_seq
+            assert 100 - 7 <= step - run.row.floor_step <= 132 + 7
+            assert run.row.closed_step == run.row.floor_step
+        # Whatever step is asked for, a snapshot little more than a quarter before it is there.
+        if step % 7 == 6:
+            assert all(run.gap(asked) <= 32 for asked in range(max(step - 100, 0), step))
+
+
+def test_steps_are_counted_whatever_their_numbers() -> None:
+    """A trainer that names steps by samples goes back as many steps as one that counts by 1."""
+    by_one, by_many = (Compacted(Retention(horizon=40, max_calls=NEVER), 5) for _ in range(2))
+    for step in range(300):
+        by_one.call(step)
+        by_many.call(2048 * step)
+        assert [mark.seq for mark in by_many.marks] == [mark.seq for mark in by_one.marks]
+        assert by_many.row.floor_step == max(2048 * by_one.row.floor_step, -1)
+
+
+def test_one_step_far_beyond_the_others_is_one_step() -> None:
+    """Every step of the horizon can be gone back to, and what is kept stays bounded."""
+    run = Compacted(Retention(horizon=60, max_calls=NEVER), 7)
+    for step in range(400):
+        if step in (200, 210, 330):
+            run.call(2**40 + step)
+        run.call(step)
+        # There are two of them within a horizon, at most.
+        assert all(run.can_go_back(asked) for asked in range(max(step - 58, 0), step + 1))
+        assert run.row.closed_step <= max(step - 58, -1)
+        assert len(run.outline) <= 60 + 15 + 21
+        assert len(run.marks) <= 9
+    # The first two were never taken back: they are compacted, and hold up nothing.
+    assert 400 - 60 - 15 - 21 <= run.row.floor_step <= 400 - 60
+
+
+def test_a_rewind_takes_a_step_far_beyond_the_others_back() -> None:
+    """What it left in snapshots goes with it, and the floor moves on as if it had not been."""
+    run = Compacted(Retention(horizon=100, max_calls=NEVER), 7)
+    for step in range(300):
+        run.call(step)
+    for _ in range(14):
+        run.call(2**40)
+    with_it = [mark.seq for mark in run.marks if mark.seq > 300]
+    run.call(299, "rewind")
+    assert with_it
+    assert not set(with_it) & {mark.seq for mark in usable(run.marks, run.row, run.outline)}
+    for step in range(300, 600):
+        run.call(step)
+        assert all(run.can_go_back(asked) for asked in range(step - 98, step + 1))
+    assert 600 - 140 <= run.row.floor_step <= 500
+
+
+def test_a_store_that_was_compacted_up_to_such_a_step_recovers() -> None:
+    """An older scheduler let nothing be gone back to below it; a horizon later all is well."""
+    run = Compacted(Retention(horizon=50, max_calls=NEVER), 5)
+    run.row = dataclasses.replace(run.row, last_seq=100, floor_seq=100, floor_step=2**40)
+    run.marks = marks_of((100, 2**40))
+    for step in range(1000, 1200):
+        assert not run.can_go_back(step - 1) or step > 1000 + 50
+        run.call(step)
+        assert run.can_go_back(step) or step < 1000 + 50 + 12 + 10
+    assert all(run.can_go_back(asked) for asked in range(1200 - 50, 1200))
+    assert len(run.outline) <= 50 + 12 + 10
+
+
+def test_a_run_that_begins_again_at_lower_steps_is_compacted() -> None:
+    """Its trainer forgot to rewind: what came before is not waited for for ever."""
+    run = Compacted(Retention(horizon=50, max_calls=NEVER), 5)
+    for step in range(1000, 1300):
+        run.call(step)
+    for step in range(300):
+        run.call(step)
+    assert len(run.outline) <= 50 + 12 + 10
+    assert run.can_go_back(260)
 
 
 def test_a_run_whose_step_stands_still_is_compacted_by_its_calls() -> None:
     """No report of it is refused for that; a rewind there is nothing to go back to."""
-    retention = Retention(horizon=100, max_calls=1000)
-    marks: list[SnapshotMark] = []
-    floor = 0
-    for seq in range(50, 10_000, 50):
-        marks += marks_of((seq, 0))
-        plan = plan_compaction(marks, [], floor, seq, 0, retention)
-        marks = [mark for mark in marks if mark.seq not in plan.drop]
-        floor = plan.floor.seq if plan.floor else floor
-        assert plan.closed_step < 0
-        assert len(marks) <= 8
-        assert seq - floor <= 1300
+    run = Compacted(Retention(horizon=100, max_calls=1000), 50)
+    for _ in range(10_000):
+        run.call(0)
+        assert run.row.closed_step < 0
+        assert len(run.marks) <= 8
+        assert run.row.last_seq - run.row.floor_seq <= 1300
 
 
 def test_a_snapshot_of_what_a_rewind_forgot_is_dropped() -> None:
     """And the floor is never one of them, nor the newest snapshot, which may be damaged."""
     marks = marks_of((10, 5), (20, 10), (40, 6), (50, 7))
-    outline = [rewind(30, 6)]
-    plan = plan_compaction(marks, outline, 0, 60, 100, Retention(1000, NEVER))
+    outline = [*reports((5, 10), (10, 20)), rewind(30, 6), *reports((6, 40), (7, 50))]
+    later = [*outline, *reports(*((step, 40 + step) for step in range(11, 21)))]
+    row = RunRow(1, "run", b"", 0, last_seq=60)
+    plan = plan_compaction(row, marks, later, Retention(1000, NEVER))
     assert (plan.drop, plan.floor) == ((20,), None)
-    plan = plan_compaction(marks, outline, 0, 60, 100, Retention(10, NEVER))
+    plan = plan_compaction(row, marks, later, Retention(10, NEVER))
     assert (plan.drop, plan.floor) == ((10, 20), marks[2])
 
 

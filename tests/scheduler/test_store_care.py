@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
+from knapsack_scheduler.errors import StoreUnavailable
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.service import SchedulerService
 
@@ -41,9 +43,14 @@ async def store(tmp_path: Path, calls) -> str:
             await service.report(calls.report(answer.allocation_id, [[1.0], [0.0]]))
             if step % 9 == 8:
                 await service.rewind_run(calls.rewind(step - 2))
-            await service.settled()
-            service._runs._snapshots._thread.submit(lambda: None).result(30)
+            await settled(service)
     return url
+
+
+async def settled(service: SchedulerService) -> None:
+    """Wait until all that was answered is folded, and for the snapshot under way."""
+    await service.settled()
+    service._runs._snapshots._thread.submit(lambda: None).result(30)
 
 
 def test_a_backup_of_a_store_in_use_is_whole(
@@ -99,6 +106,44 @@ def test_a_backup_that_cannot_be_made_leaves_nothing(tmp_path: Path, postgres, c
         assert done.returncode == 2
         assert why in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["text.db"]
+
+
+def test_a_backup_is_put_back_without_the_log_of_what_it_replaces(
+    start_scheduler, tmp_path: Path, calls, command
+) -> None:
+    """After a kill that log is beside the file, and SQLite would play it into the backup."""
+    scheduler = start_scheduler("--auto-create-runs")
+    store, copy = f"sqlite:///{tmp_path / 'stats.db'}", tmp_path / "copy.db"
+
+    def write(first: int, last: int) -> None:
+        for number in range(first, last):
+            ids = [f"{number}-{k}" for k in range(300)]
+            scheduler.stub.Report(calls.own_report(ids, [[1.0]] * 300, number))
+
+    def restore(source: Path) -> tuple[int, str]:
+        done = command("restore", "--store", store, "--from", source)
+        return done.returncode, done.stdout + done.stderr
+
+    write(0, 3)
+    assert command("backup", "--store", store, "--to", copy).returncode == 0
+    write(3, 130)  # Beyond the thousand pages after which SQLite begins its log anew.
+    assert "in use by another scheduler" in restore(copy)[1]
+    scheduler.end(signal.SIGKILL)
+    assert (tmp_path / "stats.db-wal").stat().st_size > 2**20
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("stats.db*")}
+    (tmp_path / "half.db").write_bytes(copy.read_bytes()[:9000])
+    for wrong, why in (("half.db", "half.db"), ("none.db", "no such file")):
+        code, said = restore(tmp_path / wrong)
+        assert (code, why in said) == (2, True)
+    assert before.keys() == {p.name for p in tmp_path.glob("stats.db*")}
+    assert before["stats.db-wal"] == (tmp_path / "stats.db-wal").read_bytes()
+    code, said = restore(copy)
+    assert (code, f"{tmp_path / 'stats.db.replaced'}" in said) == (0, True)
+    for name, rollouts in (("stats.db", 900), ("stats.db.replaced", 39_000)):
+        done = command("check", "--store", f"sqlite:///{tmp_path / name}")
+        assert (done.returncode, f"{rollouts} rollouts" in done.stdout) == (0, True), done.stderr
+    code, said = restore(copy)
+    assert (code, "move it away" in said) == (2, True)
 
 
 async def test_a_run_goes_through_a_file_to_the_bit(
@@ -157,6 +202,45 @@ def test_a_damaged_file_is_refused_whole(store: str, tmp_path: Path, command) ->
     assert command("check", "--store", other).stdout == "0 runs\n"
 
 
+@pytest.mark.parametrize("column", ["key", "step", "digest", "payload", "answer"])
+async def test_a_changed_byte_of_an_entry_is_found(store: str, column: str, command, calls) -> None:
+    """SQLite notices nothing. Neither the check nor a scheduler takes it for what was written."""
+    with sqlite3.connect(store.removeprefix("sqlite:///")) as database:
+        (last,) = database.execute("SELECT max(seq) FROM entries").fetchone()
+        (value,) = database.execute(f"SELECT {column} FROM entries WHERE seq = {last}").fetchone()
+        changed: object = value[:-1] + bytes([value[-1] ^ 1]) if isinstance(value, bytes) else 7
+        database.execute("DELETE FROM snapshots WHERE seq > ?", (last - 1,))
+        database.execute(f"UPDATE entries SET {column} = ? WHERE seq = {last}", (changed,))
+    database.close()
+    done = command("check", "--store", store)
+    assert done.returncode == 1
+    assert f"run 'run': entry {last} is damaged" in done.stderr
+    async with open_service(store) as service:
+        with pytest.raises(StoreUnavailable, match=f"entry {last} is damaged"):
+            await service.allocate(calls.allocate())
+
+
+def test_the_check_finds_what_is_missing(store: str, command) -> None:
+    """A part of a snapshot, the snapshot that the journal begins with, or a rewind."""
+    file = Path(store.removeprefix("sqlite:///"))
+    whole = file.read_bytes()
+    for damage, found in (
+        ("DELETE FROM snapshot_parts WHERE part = 1", "is damaged"),
+        ("DELETE FROM snapshots WHERE seq = (SELECT floor_seq FROM runs)", "there is no snapshot"),
+        ("DELETE FROM entries WHERE kind = 'rewind' AND seq < (SELECT floor_seq FROM runs)",
+         "its number of rewinds is not that of its entries"),
+        ("PRAGMA foreign_keys=OFF; UPDATE entries SET run_key = 9 WHERE kind = 'import'",
+         "is of no run"),
+    ):  # fmt: skip
+        with sqlite3.connect(file) as database:
+            database.executescript(damage)
+        database.close()
+        done = command("check", "--store", store)
+        assert (done.returncode, found in done.stderr) == (1, True), (damage, done.stderr)
+        file.write_bytes(whole)
+    assert command("check", "--store", store).returncode == 0
+
+
 def test_the_check_finds_a_damaged_and_a_false_snapshot(store: str, command) -> None:
     """By its checksum, or because the entries come to something else."""
     assert command("check", "--store", store).returncode == 0
@@ -172,7 +256,8 @@ def test_the_check_finds_a_damaged_and_a_false_snapshot(store: str, command) -> 
         request = pb.ReportRequest.FromString(payload)
         request.rewards[0] = 0.0
         database.execute(
-            "UPDATE entries SET payload = ? WHERE seq = ?", (request.SerializeToString(), later)
+            "UPDATE entries SET payload = ?, checksum = NULL WHERE seq = ?",
+            (request.SerializeToString(), later),
         )
     database.close()
     done = command("check", "--store", store)
@@ -184,3 +269,17 @@ def test_the_check_finds_a_damaged_and_a_false_snapshot(store: str, command) -> 
     done = command("check", "--store", store)
     assert done.returncode == 1
     assert f"its snapshot at entry {first} is damaged" in done.stderr
+
+
+async def test_the_check_finds_nothing_where_an_old_call_was_made_again(
+    tmp_path: Path, calls, command
+) -> None:
+    """Its id is not recognised any more, and its allocation has the name of a compacted one."""
+    url = f"sqlite:///{tmp_path / 'stats.db'}"
+    async with open_service(url, retention=Retention(4, NEVER, 3)) as service:
+        for step in (*range(16), *range(9), *range(16, 19)):
+            answer = await service.allocate(calls.allocate(["a", "b"], 8, step, f"step-{step}"))
+            await service.report(calls.report(answer.allocation_id, [[1.0], [0.0]]))
+            await settled(service)
+    done = command("check", "--store", url)
+    assert done.returncode == 0, done.stderr

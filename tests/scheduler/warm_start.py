@@ -3,6 +3,7 @@
 A scheduler of a fresh interpreter needs a second to import its libraries, which a test that
 kills hundreds of them cannot spare. Reads commands from stdin, ``start FLAGS`` as JSON;
 answers on stdout with the line of the scheduler itself. Each start reaps the one before.
+Snapshots are made all the time, so that kills fall into them and into compaction.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 
-import knapsack_scheduler.server  # noqa: F401
+from knapsack_scheduler import server
 from knapsack_scheduler.cli import main
+from knapsack_scheduler.journal.compaction import Retention
 
 
 def serve_forks() -> None:
     """Fork a scheduler for every line, until the input ends."""
+    server.Retention = partial(Retention, snapshot_calls=8)  # type: ignore[misc, assignment]
     child = 0
     for line in sys.stdin:
         if child:

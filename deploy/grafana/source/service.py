@@ -209,6 +209,19 @@ _PROCESS = [
         maximum=1,
     ),
     timeseries(
+        "Runs in memory",
+        "Share of the room that runs may take; the one used last stays whatever its size.",
+        "percentunit",
+        [query(f"{_S}loaded_bytes{{{_AT}}} / {_S}loaded_limit_bytes{{{_AT}}}", "{{instance}}")],
+    ),
+    timeseries(
+        "Runs read from the store",
+        """Calls per second that had to read their run first. Again and again: the runs in use do
+        not fit into memory.""",
+        "ops",
+        [query(_rate("run_reads_total", "instance"), "{{instance}}")],
+    ),
+    timeseries(
         "Open files",
         "Connections and files, as a share of what the process may open.",
         "percentunit",

@@ -1,11 +1,12 @@
 """Which snapshots stay, and up to where the journal is theirs alone.
 
-Kept are the two newest snapshots, the oldest one of every quarter of the horizon, and
-the floor: the newest one that is at least the horizon behind. What came before the floor
+Kept are the two newest snapshots, some at least a quarter of the horizon apart, and the
+floor: the newest one that is at least the horizon behind. What came before the floor
 is deleted, but for imports, which no rewind forgets, and rewinds. So a rewind within the
-horizon finds a snapshot at most a quarter of it away, and disk and memory hold the calls
-of one and a quarter horizons, at most one and a quarter ``max_calls``, and of what comes
-between two snapshots.
+horizon finds a snapshot little more than a quarter of it away, and disk and memory hold the
+calls of one and a quarter horizons, at most one and a quarter ``max_calls``, and of what
+comes between two snapshots. The horizon is a number of steps that were recorded, whatever
+numbers they have (``recordedsteps.py``).
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import sqlalchemy as sa
 
 from knapsack_scheduler.journal.columns import ColumnsDamaged
 from knapsack_scheduler.journal.journal import Journal
-from knapsack_scheduler.journal.records import ALWAYS_KEPT, Outline, SnapshotMark
+from knapsack_scheduler.journal.recordedsteps import Horizon, RecordedSteps
+from knapsack_scheduler.journal.records import ALWAYS_KEPT, Outline, RunRow, SnapshotMark
 from knapsack_scheduler.journal.schema import entries, runs, snapshot_parts, snapshots
-from knapsack_scheduler.journal.snapshots import checksum, usable
+from knapsack_scheduler.journal.snapshots import is_whole, usable
 
 _BATCH = 200
 _BREATH = 0.002
@@ -32,7 +33,7 @@ class Retention:
     """How much of a run can be taken back.
 
     Attributes:
-        horizon: steps behind the newest one that a rewind may at least name.
+        horizon: recorded steps behind the newest one that a rewind may at least name.
         max_calls: recorded calls after which the horizon is cut short, so that a run
             whose step stands still is bounded too.
         snapshot_calls: recorded calls after which a snapshot is made; more where it is
@@ -50,57 +51,58 @@ class Plan:
 
     Attributes:
         floor: snapshot before which everything goes; None to leave the floor where it is.
-        closed_step: see ``RunRow``.
+        floor_step, closed_step: see ``RunRow``; of that floor.
         drop: numbers of the snapshots that go.
     """
 
     floor: SnapshotMark | None
+    floor_step: int
     closed_step: int
     drop: tuple[int, ...]
 
 
-_NOTHING = Plan(None, -1, ())
+_NOTHING = Plan(None, -1, -1, ())
 
 
 def plan_compaction(
-    marks: Sequence[SnapshotMark],
-    outline: Sequence[Outline],
-    floor_seq: int,
-    last_seq: int,
-    last_step: int,
-    retention: Retention,
+    run: RunRow, marks: Sequence[SnapshotMark], outline: Sequence[Outline], retention: Retention
 ) -> Plan:
     """Return what to keep.
 
     Args:
-        marks: the complete snapshots, oldest first.
+        run: as it is stored.
+        marks: its complete snapshots, oldest first.
         outline: of the run.
-        floor_seq: of the run.
-        last_seq: number of its newest entry.
-        last_step: its highest step that is not rewound.
         retention: how much is to be kept.
     """
-    good = usable(marks, outline)
-    old = last_step - retention.horizon
+    good = usable(marks, run, outline)
+    horizon = Horizon(RecordedSteps.of(run, outline), retention.horizon)
     # Never the newest one: where it is damaged there must be another.
     floors = [
-        mark for mark in good[:-1] if mark.step <= old or last_seq - mark.seq >= retention.max_calls
+        mark
+        for mark in good[:-1]
+        if (horizon.oldest is not None and horizon.step_of(mark.seq) <= horizon.oldest)
+        or run.last_seq - mark.seq >= retention.max_calls
     ]
     floor = max(floors, key=lambda mark: mark.seq, default=None)
-    if floor is not None and floor.seq <= floor_seq:
+    if floor is not None and floor.seq <= run.floor_seq:
         floor = None
-    lowest = floor.seq if floor else floor_seq
+    lowest = floor.seq if floor else run.floor_seq
     above = [mark for mark in good if mark.seq >= lowest]
     steps, calls = max(retention.horizon // 4, 1), max(retention.max_calls // 4, 1)
-    keep = {mark.seq for mark in (*above[:1], *above[-2:])}
-    for before, mark in pairwise(above):
-        # The oldest of its quarter, which stays the oldest: what is kept now is there
-        # when it becomes the floor.
-        if mark.step // steps > before.step // steps or mark.seq // calls > before.seq // calls:
-            keep.add(mark.seq)
+    keep = {mark.seq for mark in above[-2:]}
+    # Each far enough from the one kept before it, which stays so: what is kept now is there
+    # when it becomes the floor.
+    kept = None
+    for seq in (mark.seq for mark in above):
+        if kept is None or seq - kept >= calls or horizon.begun(seq) - horizon.begun(kept) >= steps:
+            keep.add(seq)
+            kept = seq
+    floor_step = horizon.step_of(floor.seq) if floor else -1
     return Plan(
         floor,
-        min(floor.step, old) if floor else -1,
+        floor_step,
+        -1 if horizon.oldest is None else min(floor_step, horizon.oldest),
         tuple(mark.seq for mark in marks if mark.seq not in keep),
     )
 
@@ -108,39 +110,30 @@ def plan_compaction(
 def compact(
     journal: Journal,
     run_id: str,
-    last_step: int,
     retention: Retention,
     stop: Callable[[], bool] = lambda: False,
-    branch: int | None = None,
 ) -> Plan:
     """Delete what the plan drops, in small transactions; returns the plan.
 
     May be cut short at any point: what is left is deleted by the next one. Nothing is
-    dropped for the sake of a snapshot that cannot be read, or of steps that were rewound
-    since ``last_step`` was the highest.
+    dropped for the sake of a snapshot that cannot be read, or of steps that are rewound
+    meanwhile.
 
     Args:
         journal: where the run is.
         run_id: of the run.
-        last_step: its highest step that is not rewound.
         retention: how much is to be kept.
         stop: asked between transactions.
-        branch: rewinds of the run at ``last_step``; None if it has the same as now.
 
     Raises:
         NotFound: no run of that name.
         StoreUnavailable: the store cannot be used.
     """
     with journal.reading(run_id) as reading:
-        run, outline = reading.run, reading.outline()
-        marks = reading.snapshots()
-        if branch is not None and branch != run.branch:
-            return _NOTHING
-        plan = plan_compaction(marks, outline, run.floor_seq, run.last_seq, last_step, retention)
-        if plan.floor is not None:
-            parts = reading.snapshot_parts(plan.floor)
-            if checksum(run, plan.floor, parts) != plan.floor.checksum:
-                raise ColumnsDamaged(f"the checksum of snapshot {plan.floor.seq} is wrong")
+        run = reading.run
+        plan = plan_compaction(run, reading.snapshots(), reading.outline(), retention)
+        if plan.floor is not None and not is_whole(reading, plan.floor):
+            raise ColumnsDamaged(f"the checksum of snapshot {plan.floor.seq} is wrong")
     floor_seq = run.floor_seq
     if plan.floor is not None:
         floor_seq = plan.floor.seq
@@ -155,7 +148,7 @@ def compact(
                 )
                 .values(
                     floor_seq=floor_seq,
-                    floor_step=plan.floor.step,
+                    floor_step=plan.floor_step,
                     closed_step=sa.case(
                         (runs.c.closed_step > plan.closed_step, runs.c.closed_step),
                         else_=plan.closed_step,

@@ -63,7 +63,9 @@ class Journal:
         self._statements = CallStatements(self._engine.dialect)
         self._reading_engine = reading_engine(url, self._engine)
         self._file = sqlite_file(url) if self._sqlite else None
-        self._file_lock = FileLock(self._file) if self._file and not read_only else None
+        # SQLite follows links too: its log is beside the file itself.
+        self._true_file = self._file.resolve() if self._file else None
+        self._file_lock = FileLock(self._true_file) if self._true_file and not read_only else None
         self._read_only = read_only
         self._presence: Presence | None = None
         self._writer: sa.Connection | None = None
@@ -101,8 +103,11 @@ class Journal:
                     # A database that can only be read is found out now, not by a trainer.
                     with self._engine.begin() as connection:
                         connection.execute(sa.update(runs).where(sa.false()).values(last_seq=0))
-                    self._presence = Presence(self._file) if self._file else None
-        except (SQLAlchemyError, self._driver.Error, OSError, CommandError) as error:
+                    self._presence = Presence(self._true_file) if self._true_file else None
+        except (
+            *(SQLAlchemyError, self._driver.Error, OSError, CommandError),
+            UnicodeDecodeError,
+        ) as error:
             self.close()
             raise ConfigError(
                 f"store = {self._shown!r}: cannot be opened: {_cause(error)}"
@@ -172,7 +177,8 @@ class Journal:
             yield
         except (IntegrityError, self._driver.IntegrityError):
             raise
-        except (SQLAlchemyError, self._driver.Error) as error:
+        except (SQLAlchemyError, self._driver.Error, UnicodeDecodeError) as error:
+            # SQLite's driver cannot read some of its words on a page that makes no sense.
             kind = StoreInterrupted if self._passing(error) else StoreUnavailable
             raise kind(f"the store cannot be used: {_cause(error)}") from error
 
@@ -216,7 +222,11 @@ class Journal:
             return []
         with self._view() as connection:
             lines = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
-        return [line for line in lines if line != "ok"]
+            found = [line for line in lines if line != "ok"]
+            if not found:
+                astray = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
+                found = [f"row {row} of {table} is of no run" for table, row, *_ in astray]
+        return found
 
     def create_run(self, run_id: str, config: bytes, create_time: int) -> RunRow:
         """Store a new run; AlreadyExists if one of that name is there."""

@@ -105,7 +105,8 @@ def _store(
             mark, part = SnapshotMark(**_from_json(data)), 0
             insert_mark(connection, run.run_key, mark)
         elif kind == b"E":
-            values = {"run_key": run.run_key, **columns_of(_unpacked(data))}
+            entry = _unpacked(data)
+            values = {"run_key": run.run_key, **columns_of(entry), "checksum": entry.checksum}
             connection.execute(sa.insert(entries), values)
         else:
             raise ConfigError(f"the file is not a run: a frame of kind {kind!r}")

@@ -49,6 +49,8 @@ entries = sa.Table(
     sa.Column("digest", sa.LargeBinary, nullable=False),
     sa.Column("payload", sa.LargeBinary, nullable=False),
     sa.Column("answer", sa.LargeBinary, nullable=False),
+    # Of all the others but run_key. Null where an older scheduler made the entry.
+    sa.Column("checksum", sa.LargeBinary),
     sa.UniqueConstraint("run_key", "kind", "key", "branch", name="uq_entries_key"),
 )
 

@@ -1,15 +1,15 @@
 """Snapshots of a run: written in small pieces, believed only when their checksum is right.
 
-A snapshot is the state after an entry. It holds nothing that a later rewind to its own
-step or beyond would forget, so a rewind is folded from the newest snapshot whose step it
-does not pass.
+A snapshot is the state after an entry. It holds nothing that a later rewind to its highest
+step or beyond would forget, so a rewind is folded from the newest snapshot whose highest step
+it does not pass; what is compacted counts there as ``RunRow.floor_step`` says.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from sqlalchemy.exc import DatabaseError
 
 from knapsack_scheduler.journal.columns import Columns, ColumnsDamaged, decode, encode
 from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.recordedsteps import RecordedSteps
 from knapsack_scheduler.journal.records import Outline, RunRow, SnapshotMark
 from knapsack_scheduler.journal.schema import runs, snapshot_parts, snapshots
 from knapsack_scheduler.journal.transaction import Reading, columns_of
@@ -27,7 +28,7 @@ _BREATH = 0.002
 
 
 class Abandoned(Exception):
-    """The snapshot was given up: the run is gone, or the process ends."""
+    """The snapshot was given up: the run or a part of it is gone, or the process ends."""
 
 
 def limits_after(outline: Sequence[Outline], rewound_to: int | None) -> Callable[[int], int]:
@@ -48,12 +49,23 @@ def limits_after(outline: Sequence[Outline], rewound_to: int | None) -> Callable
 
 
 def usable(
-    marks: Sequence[SnapshotMark], outline: Sequence[Outline], rewound_to: int | None = None
+    marks: Sequence[SnapshotMark],
+    run: RunRow,
+    outline: Sequence[Outline],
+    rewound_to: int | None = None,
 ) -> list[SnapshotMark]:
-    """Return the snapshots of which no rewind forgets a part, oldest first."""
+    """Return the snapshots of which no rewind forgets a part, oldest first.
+
+    None is older than the floor: it lacks the entries between.
+    """
     limit = limits_after(outline, rewound_to)
-    # What begins anew begins with imports, not with a snapshot.
-    return [mark for mark in marks if mark.step <= limit(mark.seq) >= 0]
+    highest = RecordedSteps.of(run, outline, marks).highest
+    return [
+        mark
+        for mark in marks
+        # What begins anew begins with imports, not with a snapshot.
+        if mark.seq in highest and highest[mark.seq] <= limit(mark.seq) >= 0
+    ]
 
 
 def read_snapshot(reading: Reading, mark: SnapshotMark) -> dict[str, npt.NDArray[Any]]:
@@ -97,7 +109,8 @@ def write_snapshot(
         stop: asked between two parts; true gives up.
 
     Raises:
-        Abandoned: the run was deleted meanwhile, or ``stop`` said so.
+        Abandoned: the run was deleted meanwhile, or parts by a process that had claimed the
+            run when this one's connection was lost; or ``stop`` said so.
         StoreUnavailable: the store cannot be written; nothing but parts are left of it.
     """
     with journal.transaction() as connection:
@@ -122,6 +135,10 @@ def write_snapshot(
     mark = SnapshotMark(seq, step, count, size, digest.digest())
     with journal.transaction() as connection:
         _still_there(connection, run)
+        parts = snapshot_parts.c
+        there = sa.select(sa.func.count()).where(parts.run_key == run.run_key, parts.seq == seq)
+        if connection.execute(there).scalar_one() != count:
+            raise Abandoned("another process, that took it for a left-over, deleted parts of it")
         insert_mark(connection, run.run_key, mark)
     return mark
 
@@ -136,12 +153,13 @@ def insert_mark(connection: sa.Connection, run_key: int, mark: SnapshotMark) -> 
     )
 
 
-def checksum(run: RunRow, mark: SnapshotMark, parts: Iterable[bytes]) -> bytes:
-    """Return what the checksum of a snapshot with these parts must be."""
-    digest = _digest(run, mark.seq, mark.step)
-    for part in parts:
+def is_whole(reading: Reading, mark: SnapshotMark) -> bool:
+    """Return whether all parts of a snapshot are there, and are what was written."""
+    digest, count, size = _digest(reading.run, mark.seq, mark.step), 0, 0
+    for part in reading.snapshot_parts(mark):
         digest.update(part)
-    return digest.digest()
+        count, size = count + 1, size + len(part)
+    return (count, size, digest.digest()) == (mark.parts, mark.size, mark.checksum)
 
 
 def _still_there(connection: sa.Connection, run: RunRow) -> None:

@@ -70,7 +70,8 @@ class CallStatements:
     def append(self, connection: sa.Connection, run_key: int, entry: Entry) -> None:
         """Store an entry of a run."""
         values = {name: getattr(entry, name) for name in _ENTRY_COLUMNS}
-        self._insert.run(connection, {"run_key": run_key, **values})
+        checksum = entry.checksum
+        self._insert.run(connection, {"run_key": run_key, **values, "checksum": checksum})
 
     def move(self, connection: sa.Connection, run: RunRow) -> None:
         """Store what an entry has changed of its run."""

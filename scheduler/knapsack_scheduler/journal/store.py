@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import sqlite3
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,11 +55,18 @@ def reading_engine(url: str, writing: sa.Engine) -> sa.Engine | None:
         return writing.execution_options(
             isolation_level="REPEATABLE READ", postgresql_readonly=True
         )
-    if sqlite_file(url) is None:
+    file = sqlite_file(url)
+    if file is None:
         return None
-    engine = sa.create_engine(
-        _parse(url), poolclass=QueuePool, connect_args={"check_same_thread": False, "timeout": 5}
-    )
+    arguments: dict[str, Any] = {"check_same_thread": False, "timeout": 5}
+    if is_frozen(file):
+        engine = sa.create_engine(
+            "sqlite://",
+            poolclass=QueuePool,
+            creator=lambda: sqlite3.connect(readable_uri(file), uri=True, **arguments),
+        )
+    else:
+        engine = sa.create_engine(_parse(url), poolclass=QueuePool, connect_args=arguments)
     _on_sqlite(engine, ("query_only=ON",), "DEFERRED")
     return engine
 
@@ -97,6 +105,8 @@ def _postgres_engine(url: sa.URL) -> sa.Engine:
                 "keepalives_count": 3,
                 "tcp_user_timeout": 15_000,
                 "application_name": "knapsack-scheduler",
+                # Else the driver takes the database's own, SQL_ASCII for one, and gives bytes.
+                "client_encoding": "UTF8",
                 # A replica that hangs with a run locked must not hold the others up for
                 # longer than their clients' patience.
                 "options": "-c lock_timeout=5s -c idle_in_transaction_session_timeout=120s",
@@ -112,6 +122,12 @@ def _postgres_engine(url: sa.URL) -> sa.Engine:
 
     @sa.event.listens_for(engine, "connect")
     def on_connect(connection: Any, _record: object) -> None:
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding not in ("UTF8", "SQL_ASCII"):
+            raise ConfigError(
+                f"store = {safe_url(url)!r}: the database has the encoding {encoding}, which "
+                "cannot hold every name of a run; make it with ENCODING 'UTF8'"
+            )
         # A server may be set up to answer before a commit is on disk; we may not.
         with connection.cursor() as cursor:
             cursor.execute("SHOW synchronous_commit")
@@ -161,6 +177,19 @@ def sqlite_file(url: str) -> Path | None:
     if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
         return None
     return Path(str(parsed.database))
+
+
+def is_frozen(file: Path) -> bool:
+    """Return whether nobody can change a SQLite file: on a disk that is read-only, without a log.
+
+    SQLite would make files beside it to read it, and cannot.
+    """
+    return not os.access(file.parent, os.W_OK) and not Path(f"{file}-wal").exists()
+
+
+def readable_uri(file: Path) -> str:
+    """Return what SQLite's driver opens to read a file, on whatever disk it is."""
+    return f"{file.absolute().as_uri()}?{'immutable=1' if is_frozen(file) else 'mode=rw'}"
 
 
 class FileLock:

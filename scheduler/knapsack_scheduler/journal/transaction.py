@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import sqlalchemy as sa
 
+from knapsack_scheduler.errors import StoreUnavailable
 from knapsack_scheduler.journal.records import (
     ALWAYS_KEPT,
     Entry,
@@ -32,7 +34,8 @@ class Reading:
     def tail(self, after: int) -> Iterator[Entry]:
         """Yield the entries with a number above ``after``, in order.
 
-        Numbers up to the run's ``floor_seq`` are compacted and not among them.
+        Numbers up to the run's ``floor_seq`` are compacted and not among them. StoreUnavailable
+        if one is not what was written.
         """
         after = max(after, self.run.floor_seq)
         query = _ENTRY.where(entries.c.run_key == self.run.run_key).order_by(entries.c.seq)
@@ -41,15 +44,25 @@ class Reading:
                 query.where(entries.c.seq > after).limit(_BATCH)
             ).fetchall()
             for row in rows:
-                yield Entry(*row)
+                yield self._sound(row)
             if len(rows) < _BATCH:
                 return
             after = rows[-1].seq
 
     def entry(self, seq: int) -> Entry:
-        """Return the entry of that number."""
+        """Return the entry of that number; StoreUnavailable if it is not what was written."""
         query = _ENTRY.where(entries.c.run_key == self.run.run_key, entries.c.seq == seq)
-        return Entry(*self._connection.execute(query).one())
+        return self._sound(self._connection.execute(query).one())
+
+    def _sound(self, row: Sequence[Any]) -> Entry:
+        values, checksum = row[:-1], row[-1]
+        entry = Entry(*values)
+        if checksum is not None and checksum != entry.checksum:
+            raise StoreUnavailable(
+                f"run {self.run.run_id!r}: entry {entry.seq} is damaged: its checksum is wrong; "
+                "bring the store back from a backup"
+            )
+        return entry
 
     def outline(self) -> list[Outline]:
         """Return every entry there is, without payload and answer, in order.
@@ -124,6 +137,6 @@ _COLUMNS = {
     for record in (Entry, RunRow, SnapshotMark)
 }
 
-_ENTRY = sa.select(*[entries.c[field.name] for field in fields(Entry)])
+_ENTRY = sa.select(*[entries.c[field.name] for field in fields(Entry)], entries.c.checksum)
 _OUTLINE = sa.select(*[entries.c[field.name] for field in fields(Outline)])
 _SNAPSHOT = sa.select(*[snapshots.c[field.name] for field in fields(SnapshotMark)])

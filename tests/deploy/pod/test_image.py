@@ -44,7 +44,8 @@ def test_it_says_what_it_is(built) -> None:
     image = json.loads(built.podman("image", "inspect", SCHEDULER))[0]
     config = image["Config"]
     assert config["User"] == "10001:10001"
-    assert config["Entrypoint"] == ["/opt/knapsack-rl/bin/knapsack-scheduler"]
+    program = "/opt/knapsack-rl/bin/knapsack-scheduler"
+    assert config["Entrypoint"] == ["/usr/bin/env", "--block-signal=TERM", program]
     assert image["Healthcheck"]["Test"][0] == "CMD"
 
 
@@ -56,7 +57,7 @@ def test_it_runs_without_rights_and_without_writing(built) -> None:
     assert settings["store"] == "sqlite:////var/lib/knapsack-rl/stats.db"
 
 
-@pytest.mark.parametrize("library", ["pydantic_core", "cygrpc"])
+@pytest.mark.parametrize("library", ["python3", "pydantic_core", "cygrpc"])
 def test_sigterm_amid_its_start_ends_it(built, library: str) -> None:
     """The first process of a container, which no signal ends by itself, ends while it is loaded."""
     podman = built.podman
