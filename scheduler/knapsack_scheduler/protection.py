@@ -30,7 +30,7 @@ async def finished(work: Coroutine[Any, Any, Answer]) -> Answer:
     """
     if _PROTECTED.get():
         return await work
-    answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    answer: Any = asyncio.get_running_loop().create_future()
 
     async def finishing() -> None:
         # Told by a future of its own, the caller hears of it two turns of the loop sooner
@@ -38,13 +38,17 @@ async def finished(work: Coroutine[Any, Any, Answer]) -> Answer:
         try:
             result = await work
         except BaseException as error:
-            if not answer.done():
+            if answer is not None and not answer.done():
                 answer.set_exception(error)
         else:
-            if not answer.done():
+            if answer is not None and not answer.done():
                 answer.set_result(result)
 
     task = protected(finishing())
     _UNFINISHED.add(task)
     task.add_done_callback(_UNFINISHED.discard)
-    return await answer
+    try:
+        return await answer  # type: ignore[no-any-return]
+    finally:
+        # An error holds the frames that it passed, this one too, and with them the request.
+        answer = None
