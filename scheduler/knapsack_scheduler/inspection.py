@@ -16,7 +16,7 @@ from knapsack_scheduler.errors import ConfigError, NotFound, SchedulerError, Sto
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.records import Entry, RunRow
 from knapsack_scheduler.journal.runfile import read_run, write_run
-from knapsack_scheduler.journal.snapshots import is_whole, limits_after
+from knapsack_scheduler.journal.snapshots import is_whole, limits_after, usable
 from knapsack_scheduler.journal.transaction import Reading
 from knapsack_scheduler.loaded import LoadedRun
 
@@ -104,8 +104,9 @@ def _snapshot_faults(reading: Reading) -> list[str]:
         if not is_whole(reading, mark)
     ]
     # Where all began anew since, nothing is folded from there any more.
-    needed = floor_seq and limits_after(reading.outline(), None)(floor_seq) >= 0
-    if needed and (floor_seq, reading.run.floor_step) not in [(m.seq, m.step) for m in marks]:
+    outline = reading.outline()
+    needed = floor_seq and limits_after(outline, None)(floor_seq) >= 0
+    if needed and floor_seq not in [mark.seq for mark in usable(marks, reading.run, outline)]:
         faults.append(f"its journal begins after entry {floor_seq}, of which there is no snapshot")
     if faults or not marks:
         return faults
