@@ -33,9 +33,10 @@ async def transacted(workers: Workers, events: Events, attempt: Callable[[], Ans
         failed = True
         raise
     finally:
-        # The answer goes first: whoever listens takes some of its time.
+        # The answer goes first, in this turn of the event loop and the next: whoever listens
+        # takes some of its time.
         committed = Committed(time.perf_counter() - start, failed)
-        asyncio.get_running_loop().call_soon(events.emit, committed)
+        asyncio.get_running_loop().call_later(0.0, events.emit, committed)
 
 
 def again(attempt: Callable[[], Answer]) -> Answer:

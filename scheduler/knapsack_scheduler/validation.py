@@ -105,9 +105,8 @@ def owners(indices: Sequence[int], counts: Sequence[int], count: int, rewards: i
             f"{each.size} numbers",
             f"must be one for each of prompt_indices ({places.size})",
         )
-    outside = (places < 0) | (places >= count)
-    if outside.any():
-        at = int(np.argmax(outside))
+    if places.size and not 0 <= places.min() <= places.max() < count:
+        at = int(np.argmax((places < 0) | (places >= count)))
         raise InvalidArgument(
             f"prompt_indices[{at}]", int(places[at]), f"must be from 0 to {count - 1}"
         )
