@@ -179,7 +179,7 @@ def test_a_snapshot_that_lost_its_claim_is_not_taken_for_a_whole_one(
 
     def meanwhile() -> bool:
         if next(asked) == 2:
-            compact(other, "run", 0, Retention())
+            compact(other, "run", Retention())
         return False
 
     with pytest.raises(Abandoned, match="another process"):
