@@ -319,7 +319,7 @@ async def test_a_report_of_what_is_compacted_meanwhile_is_refused(
         held = asyncio.ensure_future(service.report(report))
         await gate.reached()
         plan = await asyncio.to_thread(
-            compact, service._journal, "run", 9, Retention(horizon=100, max_calls=1)
+            compact, service._journal, "run", Retention(horizon=100, max_calls=1)
         )
         assert plan.floor is not None
         gate.open()
