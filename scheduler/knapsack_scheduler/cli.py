@@ -7,6 +7,8 @@ import asyncio
 import json
 import os
 import sys
+import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -58,10 +60,12 @@ def _check(settings: Settings, options: argparse.Namespace) -> int:
     if options.store is None:
         from knapsack_scheduler.server import secrets_of
 
-        secrets_of(settings)
+        _, certificates = secrets_of(settings)
         print(as_json(settings))
-        print("settings are right; --store URL checks a store too", file=sys.stderr)
-        return 0
+        ended = certificates is not None and _say_ends(certificates.ends().ends)
+        if not ended:
+            print("settings are right; --store URL checks a store too", file=sys.stderr)
+        return int(ended)
     from knapsack_scheduler.inspection import check_store
 
     report = check_store(settings.store)
@@ -70,6 +74,20 @@ def _check(settings: Settings, options: argparse.Namespace) -> int:
     for line in report.faults:
         print(f"fault: {line}", file=sys.stderr)
     return 1 if report.faults else 0
+
+
+def _say_ends(ends: Mapping[str, float]) -> bool:
+    """Say how long certificates are good; returns whether one is not any more."""
+    from knapsack_scheduler.expiry import in_words
+
+    now = time.time()
+    for name, end in ends.items():
+        days = f"{abs(end - now) / 86400:.1f} days"
+        if end > now:
+            print(f"{name}: good until {in_words(end)}, {days} from now", file=sys.stderr)
+        else:
+            print(f"fault: {name}: ended on {in_words(end)}, {days} ago", file=sys.stderr)
+    return any(end <= now for end in ends.values())
 
 
 def _migrate(settings: Settings, _options: argparse.Namespace) -> int:

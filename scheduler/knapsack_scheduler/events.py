@@ -213,6 +213,18 @@ class StoreMeasured:
     disk_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class CertificatesRead:
+    """The API serves with certificates, and they were looked at.
+
+    Attributes:
+        ends: when the first certificate of a file ends, in seconds since 1970, by the setting
+            that names the file; without files of which it is not known.
+    """
+
+    ends: Mapping[str, float]
+
+
 Event = (
     CallBegun
     | CallHandled
@@ -226,6 +238,7 @@ Event = (
     | SnapshotEnded
     | LoopLagged
     | StoreMeasured
+    | CertificatesRead
 )
 Listener = Callable[[Event], None]
 

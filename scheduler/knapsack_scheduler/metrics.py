@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -10,6 +10,7 @@ from knapsack_scheduler.errors import SchedulerError
 from knapsack_scheduler.events import (
     CallBegun,
     CallHandled,
+    CertificatesRead,
     Committed,
     Event,
     LoopLagged,
@@ -78,6 +79,7 @@ class Metrics:
             registry=registry,
         )
         self._store_bytes: dict[str, Gauge] = {}
+        self._ends: Gauge | None = None
         self._registry = registry
         self.loop_lag = Histogram(
             name("event_loop_lag_seconds"),
@@ -151,7 +153,22 @@ class Metrics:
                 self._measured(
                     "store_disk_bytes", "Size of the disk of the store.", event.disk_bytes
                 )
+            case CertificatesRead():
+                self._certificates_end(event.ends)
         self.runs(event)
+
+    def _certificates_end(self, ends: Mapping[str, float]) -> None:
+        # Only a server with TLS has them.
+        if self._ends is None:
+            self._ends = Gauge(
+                "knapsack_scheduler_certificate_expiration_timestamp_seconds",
+                "When the first certificate of a file that the API serves with ends, Unix time.",
+                ["file"],
+                registry=self._registry,
+            )
+        self._ends.clear()
+        for file, end in ends.items():
+            self._ends.labels(file).set(end)
 
     def _measured(self, name: str, text: str, value: int) -> None:
         # Only a store that is a file has them; 0 for another would be a full disk.

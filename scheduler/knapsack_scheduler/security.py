@@ -12,6 +12,7 @@ import hmac
 import logging
 import ssl
 import stat
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from pathlib import Path
 import grpc
 
 from knapsack_scheduler.errors import ConfigError, PermissionDenied, Unauthenticated, short
+from knapsack_scheduler.events import CertificatesRead
+from knapsack_scheduler.expiry import end_of_authorities, end_of_chain, in_words
 
 _LOG = logging.getLogger(__name__)
 _BEARER = "Bearer "
@@ -168,17 +171,28 @@ class Certificates:
     def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
         self._paths = (cert, key, client_ca)
         self._files = [Watched(path) for path in self._paths if path is not None]
+        # gRPC asks in threads of its own, whoever looks at the ends in another.
+        self._lock = threading.Lock()
         self._is_new = False
+        self._is_to_be_served = False
         self._failed = ""
+        self._ends: dict[str, float] = {}
         try:
             self._read()
         except OSError as error:
             raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        self._is_to_be_served = False
+
+    def ends(self) -> CertificatesRead:
+        """Return when what serves ends, after a look at whether the files have changed."""
+        with self._lock:
+            self._refresh()
+            return CertificatesRead(self._ends)
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return credentials that follow the files."""
         return grpc.dynamic_ssl_server_credentials(
-            self._configuration(),
+            self._configuration,
             self._fetch,  # type: ignore[arg-type]  # None, for no change, is missing in the stubs.
             require_client_authentication=self._paths[2] is not None,
         )
@@ -192,26 +206,49 @@ class Certificates:
             return False
         self._is_new = False
         _check_certificates(*self._paths)
-        return True
-
-    def _configuration(self) -> grpc.ServerCertificateConfiguration:
+        ends = _ends_of(*self._paths)
         cert, key, *authorities = (file.data for file in self._files)
-        return grpc.ssl_server_certificate_configuration(
+        self._configuration = grpc.ssl_server_certificate_configuration(
             [(key, cert)], root_certificates=authorities[0] if authorities else None
         )
+        self._ends = ends
+        self._is_to_be_served = True
+        return True
 
-    def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
+    def _refresh(self) -> None:
         try:
             if self._read():
-                _LOG.warning("certificates read again")
+                until = (f"{name} until {in_words(end)}" for name, end in self._ends.items())
+                _LOG.warning("certificates read again: %s", ", ".join(until))
                 self._failed = ""
-                return self._configuration()
         except (OSError, ConfigError) as error:
             # Said once, not with every connection.
             if self._failed != str(error):
                 _LOG.error("certificates cannot be used, the old ones stay: %s", error)
             self._failed = str(error)
-        return None
+
+    def _fetch(self) -> grpc.ServerCertificateConfiguration | None:
+        with self._lock:
+            self._refresh()
+            if not self._is_to_be_served:
+                return None
+            self._is_to_be_served = False
+            return self._configuration
+
+
+def _ends_of(cert: Path, key: Path, client_ca: Path | None) -> dict[str, float]:
+    """Return when certificates that can serve end, by setting; without those that do not say."""
+    ends: dict[str, float | None] = {}
+    try:
+        ends["tls_cert"] = end_of_chain(cert, key)
+    except ssl.SSLError as error:
+        _LOG.warning(
+            "tls_cert = %r: clients may refuse it, and when it ends is not known: %s",
+            str(cert), error,
+        )  # fmt: skip
+    if client_ca is not None:
+        ends["tls_client_ca"] = end_of_authorities(client_ca)
+    return {name: end for name, end in ends.items() if end is not None}
 
 
 def _check_certificates(cert: Path, key: Path, client_ca: Path | None) -> None:

@@ -9,7 +9,9 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 
 import grpc
@@ -26,7 +28,7 @@ from knapsack_scheduler.admin import admin_app
 from knapsack_scheduler.adminport import AdminPort
 from knapsack_scheduler.config import Settings, default_config, host_and_port
 from knapsack_scheduler.errors import ConfigError
-from knapsack_scheduler.events import Events
+from knapsack_scheduler.events import Event, Events
 from knapsack_scheduler.health import Health
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
@@ -41,7 +43,7 @@ from knapsack_scheduler.rpc import SERVICE, SchedulerServicer
 from knapsack_scheduler.security import Certificates, TokenGuard, warn_of_readable
 from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
 from knapsack_scheduler.tracing import Tracing
-from knapsack_scheduler.watching import watch
+from knapsack_scheduler.watching import measured, watch
 
 _LOG = logging.getLogger(__name__)
 READINESS = ""
@@ -212,7 +214,14 @@ class Server:
                 f"admin_listen = {self._settings.admin_listen!r}: cannot be bound: {error.strerror}"
             ) from None
         self.addresses["admin"] = f"{host}:{port}"
-        self._watch = asyncio.create_task(watch(self._events, sqlite_file(self._settings.store)))
+        self._watch = asyncio.create_task(watch(self._events, *self._looks()))
+
+    def _looks(self) -> Iterator[Callable[[], Event]]:
+        store = sqlite_file(self._settings.store)
+        if store is not None:
+            yield partial(measured, store)
+        if self._certificates is not None:
+            yield self._certificates.ends
 
     def _set_ready(self, ready: bool) -> None:
         self._serving = ready

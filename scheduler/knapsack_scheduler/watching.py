@@ -1,46 +1,50 @@
-"""Looks at the process from time to time: is its event loop free, does the disk fill up."""
+"""Looks at the process from time to time: is its event loop free, does the disk fill up,
+do certificates end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from knapsack_scheduler.events import Events, LoopLagged, StoreMeasured
+from knapsack_scheduler.events import Event, Events, LoopLagged, StoreMeasured
 
 LAG_SECONDS = 1.0
 """Between two looks at the event loop."""
 
-STORE_EVERY = 15
-"""Looks at the event loop between two looks at the store."""
+FILES_EVERY = 15
+"""Looks at the event loop between two looks at files."""
 
 
-async def watch(events: Events, store: Path | None) -> None:
+async def watch(events: Events, *looks: Callable[[], Event]) -> None:
     """Emit what is seen until cancelled.
 
     Args:
         events: where to.
-        store: a SQLite file; None for a store that is no file.
+        looks: at files: each is called in a thread and returns what it saw, or OSError.
     """
     loop = asyncio.get_running_loop()
-    measuring: asyncio.Task[None] | None = None
-    looks = 0
+    looking: dict[Callable[[], Event], asyncio.Task[None]] = {}
+    number = 0
     while True:
-        # A disk that hangs holds up the measure of itself, and nothing else.
-        if store and looks % STORE_EVERY == 0 and (measuring is None or measuring.done()):
-            measuring = asyncio.create_task(_measure(events, store))
-        looks += 1
+        if number % FILES_EVERY == 0:
+            for look in looks:
+                # A disk that hangs holds up the look at itself, and nothing else.
+                if look not in looking or looking[look].done():
+                    looking[look] = asyncio.create_task(_seen(events, look))
+        number += 1
         due = loop.time() + LAG_SECONDS
         await asyncio.sleep(LAG_SECONDS)
         events.emit(LoopLagged(max(loop.time() - due, 0.0)))
 
 
-async def _measure(events: Events, store: Path) -> None:
+async def _seen(events: Events, look: Callable[[], Event]) -> None:
     try:
-        events.emit(await asyncio.to_thread(measured, store))
+        events.emit(await asyncio.to_thread(look))
     except OSError as error:
-        logging.getLogger(__name__).warning("the store cannot be measured: %s", error)
+        logging.getLogger(__name__).warning("files cannot be looked at: %s", error)
 
 
 def measured(store: Path) -> StoreMeasured:

@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
+from authority import Authority
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
@@ -24,34 +25,8 @@ from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.security import Caller, TokenGuard
 from knapsack_scheduler.service import SchedulerService
 
-CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
 DENIED = grpc.StatusCode.PERMISSION_DENIED
 UNKNOWN = grpc.StatusCode.UNAUTHENTICATED
-
-
-class Authority:
-    """A certificate authority in a folder."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder
-        self.name = name
-        self.cert, self.key = folder / f"{name}.pem", folder / f"{name}.key"
-        self._openssl("req", "-x509", *CURVE, "-keyout", self.key, "-out", self.cert,
-                      "-subj", f"/CN={name}")  # fmt: skip
-
-    def _openssl(self, *words: Any) -> None:
-        subprocess.run(["openssl", *words], check=True, capture_output=True)
-
-    def issue(self, name: str, days: str = "2") -> tuple[bytes, bytes]:
-        """Return key and certificate of somebody, good for localhost."""
-        key, request, cert = (self._folder / f"{self.name}-{name}.{end}" for end in
-                              ("key", "csr", "pem"))  # fmt: skip
-        names = self._folder / "names"
-        names.write_text("subjectAltName=DNS:localhost")
-        self._openssl("req", *CURVE[:-2], "-keyout", key, "-out", request, "-subj", f"/CN={name}")
-        self._openssl("x509", "-req", "-in", request, "-CA", self.cert, "-CAkey", self.key,
-                      "-days", days, "-extfile", names, "-out", cert)  # fmt: skip
-        return key.read_bytes(), cert.read_bytes()
 
 
 def test_certificates_rotate_without_restart(

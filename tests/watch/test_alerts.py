@@ -20,6 +20,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from authority import Authority
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
@@ -240,6 +241,12 @@ def end_of_a_scheduler(program: Program, stage: Stage) -> None:
     channel.close()
 
 
+def ending_certificate(_: Program, stage: Stage) -> None:
+    """A scheduler whose certificate was not replaced."""
+    for _ in stage.until("KnapsackCertificateEnds"):
+        pass
+
+
 def failing_generation(program: Program, stage: Stage) -> None:
     """A generation server one rollout in eight of which fails, and whose weights are not there."""
     client = RolloutClient(program.addresses["listen"])
@@ -287,6 +294,7 @@ SCHEDULERS: dict[str, tuple[Sequence[Scenario], Sequence[str]]] = {
     "locked": ((locked_store,), ()),
     "damaged": ((damaged_store,), ()),
     "stuck": ((stuck_reports,), ("--max-message-bytes=16777216",)),
+    "certified": ((ending_certificate,), ("--tls-cert=CERT", "--tls-key=KEY")),
     "ending": ((end_of_a_scheduler,), ("--token-file=TOKENS", "--drain-seconds=900")),
 }
 GENERATORS: dict[str, tuple[Scenario, Sequence[str]]] = {
@@ -329,9 +337,12 @@ def test_every_alert_fires_for_its_cause(
     tokens = stage.folder / "tokens"
     tokens.write_text("secret *\n")
     tokens.chmod(0o600)
+    cert, key = stage.folder / "server.pem", stage.folder / "server.key"
+    Authority(stage.folder, "ca").issue_to(cert, key)
+    words = {"TOKENS": str(tokens), "CERT": str(cert), "KEY": str(key)}
     playing: list[tuple[Scenario, Program]] = []
     for name, (scenarios, flags) in SCHEDULERS.items():
-        flags = [flag.replace("TOKENS", str(tokens)) for flag in flags]
+        flags = [re.sub("[A-Z]+", lambda found: words[found[0]], flag) for flag in flags]
         program = begin(scheduler(name, stage.folder, *flags))
         playing += [(scenario, program) for scenario in scenarios]
     for name, (scenario, flags) in GENERATORS.items():

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from authority import Authority
+
+from knapsack_trainer_client import TLS
 
 import dashboards
 from grafana_types import complaints
@@ -27,7 +30,11 @@ def prometheus(
 ) -> Iterator[str]:
     """Address of a Prometheus that has watched a training and its generation for a while."""
     folder = tmp_path_factory.mktemp("watched")
-    served = begin(scheduler("scheduler", folder))
+    authority, cert, key = Authority(folder, "ca"), folder / "server.pem", folder / "server.key"
+    authority.issue_to(cert, key)
+    served = begin(scheduler("scheduler", folder, f"--tls-cert={cert}", f"--tls-key={key}"))
+    address = "localhost:" + served.addresses["listen"].rsplit(":", 1)[1]
+    tls = TLS(str(authority.cert))
     generating = begin(generator("generator", folder, "--fail-every=20", "--lose-every=40"))
     watching = Prometheus(
         folder / "prometheus",
@@ -42,7 +49,7 @@ def prometheus(
     threads = [
         threading.Thread(target=_kept, args=(work, failures, stop), daemon=True)
         for work in (
-            lambda: train_until(served.addresses["listen"], folder, stop),
+            lambda: train_until(address, folder, stop, tls),
             lambda: generate_until(generating.addresses["listen"], folder, stop),
         )
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from knapsack_trainer_client import BudgetClient, GeneratorUnavailable, RolloutClient
+from knapsack_trainer_client import TLS, BudgetClient, GeneratorUnavailable, RolloutClient
 
 ROLLOUTS = 8
 """Per prompt, on average."""
@@ -63,9 +63,10 @@ def learning_run(
         yield step
 
 
-def train_until(address: str, folder: Path, stop: threading.Event) -> None:
+def train_until(address: str, folder: Path, stop: threading.Event, tls: TLS | None = None) -> None:
     """Train at a scheduler, some six steps a second, with one rewind; outbox in the folder."""
-    with BudgetClient(address, "exp1", outbox=folder / "outbox.db", timeout=60) as client:
+    outbox = folder / "outbox.db"
+    with BudgetClient(address, "exp1", outbox=outbox, timeout=60, tls=tls) as client:
         for step in learning_run(client, 100_000, prompts=300):
             if step == 10:
                 client.rewind(10)

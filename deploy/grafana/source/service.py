@@ -233,6 +233,20 @@ _PROCESS = [
         ],
         maximum=1,
     ),
+    timeseries(
+        "Certificates are good for",
+        """Time until the first certificate of a file that the API serves with ends. New files are
+        taken without a restart; a line that does not jump up in time was not renewed. Empty
+        without TLS.""",
+        "s",
+        [
+            query(
+                f"{_S}certificate_expiration_timestamp_seconds{{{_AT}}} - time()",
+                "{{instance}} {{file}}",
+            )
+        ],
+        minimum=None,
+    ),
     table(
         "Schedulers",
         "Those that answer Prometheus.",
