@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
+
+from knapsack_scheduler.errors import SchedulerError
+
+_LOG = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
@@ -20,6 +25,12 @@ def protected(work: Coroutine[Any, Any, Answer]) -> asyncio.Task[Answer]:
     context = copy_context()
     context.run(_PROTECTED.set, True)
     return asyncio.get_running_loop().create_task(work, context=context)
+
+
+def tell_of_unheard(error: BaseException) -> None:
+    """Log an error of work that nobody waits for any more; a refusal concerned them alone."""
+    if not isinstance(error, SchedulerError | asyncio.CancelledError):
+        _LOG.error("a call failed after its caller had gone", exc_info=error)
 
 
 async def finished(work: Coroutine[Any, Any, Answer]) -> Answer:
@@ -40,6 +51,8 @@ async def finished(work: Coroutine[Any, Any, Answer]) -> Answer:
         except BaseException as error:
             if answer is not None and not answer.done():
                 answer.set_exception(error)
+            else:
+                tell_of_unheard(error)
         else:
             if answer is not None and not answer.done():
                 answer.set_result(result)

@@ -1,0 +1,75 @@
+"""What fails after its caller has gone is seen by whoever reads the log."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
+from knapsack_scheduler.embedded import open_service
+from knapsack_scheduler.errors import InvalidArgument
+from knapsack_scheduler.limits import Limits
+from knapsack_scheduler.protection import finished
+from knapsack_scheduler.rpc import SchedulerServicer
+
+
+class Failing:
+    """Work that begins, waits to be let go on, and fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.begun, self.go_on, self.ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._error = error
+
+    async def work(self, *_arguments: object) -> Any:
+        """Fail when told to."""
+        self.begun.set()
+        try:
+            await self.go_on.wait()
+            raise self._error
+        finally:
+            self.ended.set()
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), InvalidArgument("step", -1, "wrong")])
+async def test_an_error_in_process(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    """An error is logged; a refusal, which is the caller's fault, is not."""
+    failing = Failing(error)
+    caller = asyncio.create_task(finished(failing.work()))
+    await failing.begun.wait()
+    caller.cancel()
+    await asyncio.wait([caller])
+    failing.go_on.set()
+    await failing.ended.wait()
+    # The work has ended; who waits for it goes on in the same turn of the event loop.
+    assert ("broken" in caplog.text) == isinstance(error, ValueError)
+
+
+async def test_an_error_over_the_wire(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a call whose client has cancelled it."""
+    async with open_service(f"sqlite:///{tmp_path / 'stats.db'}") as service:
+        failing = Failing(ValueError("broken"))
+        service.get_run = failing.work  # type: ignore[method-assign]
+        servicer = SchedulerServicer(service, Limits())
+        server = grpc.aio.server()
+        servicer.add_to(server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub: Any = rpc.BudgetSchedulerStub(channel)
+            call = stub.GetRun(pb.GetRunRequest(run_id="run"))
+            asked = asyncio.ensure_future(call.code())
+            await failing.begun.wait()
+            call.cancel()
+            await asked
+            # Handlers are told of it, and end.
+            await server.stop(None)
+        failing.go_on.set()
+        await servicer.settled()
+        await asyncio.sleep(0)
+    assert "after its caller had gone" in caplog.text
+    assert "broken" in caplog.text
