@@ -8,11 +8,13 @@ from typing import Any
 
 import grpc.aio
 import pytest
+from served import served
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.errors import InvalidArgument
+from knapsack_scheduler.events import CallHandled
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.protection import finished
 from knapsack_scheduler.rpc import SchedulerServicer
@@ -54,22 +56,17 @@ async def test_an_error_over_the_wire(tmp_path: Path, caplog: pytest.LogCaptureF
     async with open_service(f"sqlite:///{tmp_path / 'stats.db'}") as service:
         failing = Failing(ValueError("broken"))
         service.get_run = failing.work  # type: ignore[method-assign]
-        servicer = SchedulerServicer(service, Limits())
-        server = grpc.aio.server()
-        servicer.add_to(server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            stub: Any = rpc.BudgetSchedulerStub(channel)
-            call = stub.GetRun(pb.GetRunRequest(run_id="run"))
-            asked = asyncio.ensure_future(call.code())
-            await failing.begun.wait()
-            call.cancel()
-            await asked
-            # Handlers are told of it, and end.
-            await server.stop(None)
-        failing.go_on.set()
-        await servicer.settled()
-        await asyncio.sleep(0)
+        gone = asyncio.Event()
+        service.events.listen(lambda event: isinstance(event, CallHandled) and gone.set())
+        async with served(SchedulerServicer(service, Limits())) as address:
+            async with grpc.aio.insecure_channel(address) as channel:
+                stub: Any = rpc.BudgetSchedulerStub(channel)
+                call = stub.GetRun(pb.GetRunRequest(run_id="run"))
+                asked = asyncio.ensure_future(call.code())
+                await failing.begun.wait()
+                call.cancel()
+                await asked
+            await gone.wait()
+            failing.go_on.set()
     assert "after its caller had gone" in caplog.text
     assert "broken" in caplog.text
