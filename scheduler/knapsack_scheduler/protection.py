@@ -14,9 +14,6 @@ _LOG = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-_UNFINISHED: set[asyncio.Task[None]] = set()
-"""A loop alone does not keep its tasks from the garbage collector."""
-
 _PROTECTED: ContextVar[bool] = ContextVar("protected", default=False)
 
 
@@ -33,11 +30,18 @@ def tell_of_unheard(error: BaseException) -> None:
         _LOG.error("a call failed after its caller had gone", exc_info=error)
 
 
-async def finished(work: Coroutine[Any, Any, Answer]) -> Answer:
+async def finished(
+    work: Coroutine[Any, Any, Answer], unfinished: set[asyncio.Task[None]]
+) -> Answer:
     """Return what work comes to; if the caller is cancelled, it goes on without them.
 
     Inside of work that is protected already it is just awaited: a task of its own would take
     some turns of the event loop.
+
+    Args:
+        work: to be done.
+        unfinished: holds the task of it for as long as it takes, for whoever has to wait for
+            what callers left. A loop alone does not keep its tasks from the garbage collector.
     """
     if _PROTECTED.get():
         return await work
@@ -58,8 +62,8 @@ async def finished(work: Coroutine[Any, Any, Answer]) -> Answer:
                 answer.set_result(result)
 
     task = protected(finishing())
-    _UNFINISHED.add(task)
-    task.add_done_callback(_UNFINISHED.discard)
+    unfinished.add(task)
+    task.add_done_callback(unfinished.discard)
     try:
         return await answer  # type: ignore[no-any-return]
     finally:

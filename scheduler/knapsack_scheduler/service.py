@@ -104,7 +104,7 @@ class SchedulerService:
         return self._runs.loaded_bytes
 
     async def settled(self) -> None:
-        """Wait until all that was answered is in the statistics and told of in events."""
+        """Wait until all that was begun is in the statistics and told of in events."""
         await self._runs.settled()
 
     def close(self) -> None:

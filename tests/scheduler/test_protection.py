@@ -1,4 +1,4 @@
-"""What fails after its caller has gone is seen by whoever reads the log."""
+"""What goes on after its caller has gone is done, and seen in the log if it fails."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from knapsack_scheduler.events import CallHandled
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.protection import finished
 from knapsack_scheduler.rpc import SchedulerServicer
+
+from gates import Gate
 
 
 class Failing:
@@ -41,7 +43,7 @@ class Failing:
 async def test_an_error_in_process(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     """An error is logged; a refusal, which is the caller's fault, is not."""
     failing = Failing(error)
-    caller = asyncio.create_task(finished(failing.work()))
+    caller = asyncio.create_task(finished(failing.work(), set()))
     await failing.begun.wait()
     caller.cancel()
     await asyncio.wait([caller])
@@ -70,3 +72,23 @@ async def test_an_error_over_the_wire(tmp_path: Path, caplog: pytest.LogCaptureF
             failing.go_on.set()
     assert "after its caller had gone" in caplog.text
     assert "broken" in caplog.text
+
+
+async def test_a_call_whose_caller_has_gone_is_done_before_the_store_is_closed(
+    tmp_path: Path, calls: Any, gate: Gate
+) -> None:
+    """Also when it had come no further than to the reading of its run."""
+    url = f"sqlite:///{tmp_path / 'stats.db'}"
+    async with open_service(url) as service:
+        await service.create_run(pb.CreateRunRequest(run_id="run"))
+        runs = service._runs
+        runs._loaded.clear()
+        runs._fetch = gate.before(runs._fetch, lambda _run_id: True)  # type: ignore[method-assign]
+        caller = asyncio.create_task(service.report(calls.own_report(["a"], [[1.0]])))
+        await gate.reached(1)
+        caller.cancel()
+        await asyncio.wait([caller])
+        # Once the service is being closed.
+        asyncio.get_running_loop().call_soon(gate.open)
+    async with open_service(url) as service:
+        assert (await service.get_run(pb.GetRunRequest(run_id="run"))).total_rollouts == 1
