@@ -85,7 +85,12 @@ class Runs:
         self._snapshots = Snapshotter(journal, retention, events)
 
     async def settled(self) -> None:
-        """Wait until all that was begun is done, and what was answered folded and told of."""
+        """Wait until all that was answered is folded and told of."""
+        while self._settling:
+            await asyncio.wait(self._settling)
+
+    async def ended(self) -> None:
+        """Wait until all that was begun is done too, whether somebody waits for it or not."""
         while under_way := self._unfinished | self._settling:
             await asyncio.wait(under_way)
 
