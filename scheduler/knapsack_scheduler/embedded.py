@@ -50,6 +50,6 @@ async def open_service(
     try:
         yield service
     finally:
-        await service.settled()
+        await service.ended()
         await asyncio.to_thread(service.close)
         journal.close()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
 
-Answer = TypeVar("Answer")
+from knapsack_scheduler.errors import SchedulerError
 
-_UNFINISHED: set[asyncio.Task[None]] = set()
-"""A loop alone does not keep its tasks from the garbage collector."""
+_LOG = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 _PROTECTED: ContextVar[bool] = ContextVar("protected", default=False)
 
@@ -22,11 +24,24 @@ def protected(work: Coroutine[Any, Any, Answer]) -> asyncio.Task[Answer]:
     return asyncio.get_running_loop().create_task(work, context=context)
 
 
-async def finished(work: Coroutine[Any, Any, Answer]) -> Answer:
+def tell_of_unheard(error: BaseException) -> None:
+    """Log an error of work that nobody waits for any more; a refusal concerned them alone."""
+    if not isinstance(error, SchedulerError | asyncio.CancelledError):
+        _LOG.error("a call failed after its caller had gone", exc_info=error)
+
+
+async def finished(
+    work: Coroutine[Any, Any, Answer], unfinished: set[asyncio.Task[None]]
+) -> Answer:
     """Return what work comes to; if the caller is cancelled, it goes on without them.
 
     Inside of work that is protected already it is just awaited: a task of its own would take
     some turns of the event loop.
+
+    Args:
+        work: to be done.
+        unfinished: holds the task of it for as long as it takes, for whoever has to wait for
+            what callers left. A loop alone does not keep its tasks from the garbage collector.
     """
     if _PROTECTED.get():
         return await work
@@ -40,13 +55,15 @@ async def finished(work: Coroutine[Any, Any, Answer]) -> Answer:
         except BaseException as error:
             if answer is not None and not answer.done():
                 answer.set_exception(error)
+            else:
+                tell_of_unheard(error)
         else:
             if answer is not None and not answer.done():
                 answer.set_result(result)
 
     task = protected(finishing())
-    _UNFINISHED.add(task)
-    task.add_done_callback(_UNFINISHED.discard)
+    unfinished.add(task)
+    task.add_done_callback(unfinished.discard)
     try:
         return await answer  # type: ignore[no-any-return]
     finally:

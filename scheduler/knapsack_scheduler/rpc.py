@@ -29,7 +29,7 @@ from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.logs import REQUEST_ID
 from knapsack_scheduler.memory import give_back
 from knapsack_scheduler.pages import page_size
-from knapsack_scheduler.protection import protected
+from knapsack_scheduler.protection import protected, tell_of_unheard
 from knapsack_scheduler.security import EVERYBODY, Caller, TokenGuard
 from knapsack_scheduler.service import LARGEST_PAGE_BYTES, SchedulerService
 from knapsack_scheduler.wire import ImportStream
@@ -266,6 +266,8 @@ class SchedulerServicer:
             self._work.discard(task)
             if ticket.abandoned:
                 ticket.close()
+                if not task.cancelled() and (error := task.exception()):
+                    tell_of_unheard(error)
             if large:
                 asyncio.get_running_loop().run_in_executor(None, give_back)
 

@@ -75,6 +75,7 @@ class Runs:
         self._loaded = LoadedRuns(loaded_bytes)
         self._turns = Turns()
         self._rewinds = Turns()
+        self._unfinished: set[asyncio.Task[None]] = set()
         self._settling: set[asyncio.Task[None]] = set()
         # Others may hold runs of a shared store, and then each of them takes a thread.
         self._writers = Workers("writes", 8 if journal.shared else 4)
@@ -87,6 +88,11 @@ class Runs:
         """Wait until all that was answered is folded and told of."""
         while self._settling:
             await asyncio.wait(self._settling)
+
+    async def ended(self) -> None:
+        """Wait until all that was begun is done too, whether somebody waits for it or not."""
+        while under_way := self._unfinished | self._settling:
+            await asyncio.wait(under_way)
 
     def close(self) -> None:
         """Wait for what is under way; a snapshot is given up."""
@@ -156,7 +162,7 @@ class Runs:
                 await folded.wait()
             return stored.decided.answer
 
-        return await finished(locked())
+        return await finished(locked(), self._unfinished)
 
     async def _settle(self, run_id: str, stored: Stored[Answer], folded: asyncio.Event) -> None:
         """Fold what was stored, tell of it, and end the turn.
@@ -204,7 +210,7 @@ class Runs:
                     ),
                 )
 
-        return await finished(locked())
+        return await finished(locked(), self._unfinished)
 
     async def rewound(
         self,
@@ -242,7 +248,7 @@ class Runs:
                 # So many calls come that it has to be done with the run held.
                 return await self._swap(run_id, step, None, work)
 
-        return await finished(rewinding())
+        return await finished(rewinding(), self._unfinished)
 
     async def _swap(
         self,
@@ -263,7 +269,8 @@ class Runs:
     async def delete(self, run_id: str) -> None:
         """Delete a run; RunNotFound if there is none."""
         async with self._turns.of(run_id):
-            await finished(self._writers.run(lambda: self._delete(run_id)))
+            deleting = self._writers.run(lambda: self._delete(run_id))
+            await finished(deleting, self._unfinished)
 
     async def preload(self, count: int) -> list[LoadedRun]:
         """Load and return the runs that were written to last: their next call does not wait.

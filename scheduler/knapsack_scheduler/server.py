@@ -237,7 +237,7 @@ class Server:
         if self._servicer:
             await self._servicer.settled()
         if self._service:
-            await self._service.settled()
+            await self._service.ended()
             await asyncio.to_thread(self._service.close)
         await asyncio.to_thread(self._journal.close)
         if self._watch:

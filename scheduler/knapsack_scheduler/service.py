@@ -107,6 +107,10 @@ class SchedulerService:
         """Wait until all that was answered is in the statistics and told of in events."""
         await self._runs.settled()
 
+    async def ended(self) -> None:
+        """Wait until all that was begun is done too, whether somebody waits for it or not."""
+        await self._runs.ended()
+
     def close(self) -> None:
         """Wait for calls under way; the journal is closed by whoever opened it."""
         self._runs.close()

@@ -61,7 +61,8 @@ class Turns:
         turn = self._turns.setdefault(run_id, _Turn())
         turn.users += 1
         try:
-            if turn.lock.locked():
+            # The lock is free, too, while the one it goes to next has yet to be told.
+            if turn.users > 1:
                 await self._wait(run_id, turn.lock)
             else:
                 await turn.lock.acquire()

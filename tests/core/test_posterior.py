@@ -132,3 +132,20 @@ def test_drift_moves_levels_with_their_class(weights: tuple[float, ...]) -> None
     shares = [p.levels.concentration[0, :2] / p.beta[0] for p in (plain, moved) if p.levels]
     assert shares[0] == pytest.approx(shares[1])
     assert moved.levels.concentration[1].tolist() == plain.levels.concentration[1].tolist()
+
+
+def test_a_row_that_nothing_was_seen_of_is_as_one_never_seen() -> None:
+    """To the bit with levels too: what was only allocated wins no tie, and loses none."""
+    draw = np.random.default_rng(0)
+    discounts = Discounts(0.5, 1.0, 32.0)
+    for _ in range(20):
+        visits = Visits(2)
+        rewards = draw.choice([0.0, 0.25, 0.5, 0.75, 1.0], 40).astype(np.float32)
+        levels = RewardLevels.none_yet(0.5, True).with_rewards(rewards)
+        relevel(visits, RewardLevels.none_yet(0.5, True), levels)
+        prior = Prior(*draw.uniform(0.1, 3.0, 2).tolist())
+        both = np.array([1, -1])
+        found = posterior_apart(visits, both, 4, 0, discounts, prior, levels, Drift())
+        assert found.levels is not None
+        for column in (found.alpha, found.beta, found.levels.concentration):
+            assert column[0].tobytes() == column[1].tobytes()

@@ -23,6 +23,7 @@ import grpc.aio
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from served import served
 from silent_client import SilentClient
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
@@ -472,13 +473,11 @@ async def test_large_calls_that_stall_leave_threads_for_small_ones(
     journal = StalledJournal(f"sqlite:///{tmp_path / 'stats.db'}")
     journal.open()
     service = SchedulerService(journal, auto_create_runs=True)
-    servicer = SchedulerServicer(service, Limits())
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 * MIB)])
-    servicer.add_to(server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
     prompts = [f"{i:0100d}" for i in range(12_000)]
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", SIZES) as channel:
+    async with (
+        served(SchedulerServicer(service, Limits())) as address,
+        grpc.aio.insecure_channel(address, SIZES) as channel,
+    ):
         stub = stub_of(channel)
         large = []
         for number in range(6):
@@ -493,8 +492,6 @@ async def test_large_calls_that_stall_leave_threads_for_small_ones(
         journal.go_on.set()
         for call in large:
             assert (await call).allocated_rollouts == 24_000
-    await server.stop(None)
-    await servicer.settled()
     service.close()
     journal.close()
 
@@ -506,11 +503,6 @@ async def test_large_messages_leave_the_event_loop_to_others_in_between(
     journal = Journal(f"sqlite:///{tmp_path / 'stats.db'}")
     journal.open()
     service = SchedulerService(journal, auto_create_runs=True)
-    servicer = SchedulerServicer(service, Limits())
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 * MIB)])
-    servicer.add_to(server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
     turns, between = 0, []
     parsed = rpc_module._parsed
 
@@ -525,15 +517,14 @@ async def test_large_messages_leave_the_event_loop_to_others_in_between(
     monkeypatch.setattr(rpc_module, "_parsed", counting)
     head = pb.AllocateRequest(run_id="run", request_id="x", total_rollouts=8).SerializeToString()
     data = head + b"\x22\x00" * (2 * MIB)
-    with grpc.insecure_channel(f"127.0.0.1:{port}", SIZES) as channel:
-        raw = channel.unary_unary(f"/{_SERVICE}/Allocate")
-        calls = [raw.future(data, timeout=60) for _ in range(8)]
-        while not all(call.done() for call in calls):
-            await asyncio.sleep(0)
-            turns += 1
-        assert {call.code() for call in calls} == {CODE.INVALID_ARGUMENT}
+    async with served(SchedulerServicer(service, Limits())) as address:
+        with grpc.insecure_channel(address, SIZES) as channel:
+            raw = channel.unary_unary(f"/{_SERVICE}/Allocate")
+            calls = [raw.future(data, timeout=60) for _ in range(8)]
+            while not all(call.done() for call in calls):
+                await asyncio.sleep(0)
+                turns += 1
+            assert {call.code() for call in calls} == {CODE.INVALID_ARGUMENT}
     assert sorted(between[1:])[3] > 100, between
-    await server.stop(None)
-    await servicer.settled()
     service.close()
     journal.close()

@@ -165,6 +165,8 @@ class EvidenceOfAll:
 
     def visited(self, rows: IntArray) -> None:
         """Take note that something more is known of these rows, int64[n], each named once."""
+        if rows.size == 0:
+            return
         self._successes[rows] = np.nan
         self._stale.append(rows)
         self._stale_rows += rows.size

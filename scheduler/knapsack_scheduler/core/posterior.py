@@ -128,8 +128,15 @@ def posterior_apart(
             weighed.weight[:, :, None] * by_level
         )
         now_weighs = class_weights(older, success)
+        # Without evidence they have the prior as it is: a rounding would set those prompts apart
+        # from others that were never seen.
+        has_evidence = evidence.successes + evidence.failures > 0.0
+        scales = [
+            np.where(has_evidence, wanted / there, 1.0)
+            for wanted, there in zip((alpha, beta), now_weighs, strict=True)
+        ]
         for level, good in enumerate(success.tolist()):
-            older[:, level] *= alpha / now_weighs[0] if good else beta / now_weighs[1]
+            older[:, level] *= scales[0] if good else scales[1]
         if now is not None:
             older[:, : by_level.shape[2]] += (now[:, :, None] * by_level).sum(axis=0)
         columns[seen] = older
