@@ -21,6 +21,9 @@ GRACE_SECONDS = 1.0
 
 _LOOK_SECONDS = 1.0
 
+_BEAT_SECONDS = 0.1
+"""How often it is looked who gives way: a look that comes late tells how long nobody was heard."""
+
 PATIENCE_SECONDS = 10.0
 """How long a call waits for room before it is refused."""
 
@@ -120,6 +123,7 @@ class Admission:
         self._deliveries: dict[Ticket, float] = {}
         self._looks_later = False
         self._timer: asyncio.TimerHandle | None = None
+        self._next_look = 0.0
 
     async def admit(self, size: int, peer: str, patience: float = PATIENCE_SECONDS) -> Ticket:
         """Return room for ``size`` bytes, at most the capacity, after waiting in turn.
@@ -221,13 +225,21 @@ class Admission:
                 turn.set_result(None)
 
     def _make_room(self) -> None:
-        """End the oldest transfer once it is past its grace, as long as somebody waits."""
+        """End the oldest transfer once it is past its grace, as long as somebody waits.
+
+        Time in which the event loop was held up counts against nobody: what they sent lies
+        there unread.
+        """
+        loop = asyncio.get_running_loop()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+            late = loop.time() - self._next_look
+            if late > _BEAT_SECONDS:
+                for ticket in self._transfers:
+                    ticket.since += late
         if not self._waiting or not self._transfers:
             return
-        loop = asyncio.get_running_loop()
         oldest = next(iter(self._transfers))
         due = oldest.since + GRACE_SECONDS
         if due <= loop.time():
@@ -236,4 +248,6 @@ class Admission:
                 oldest.give_way()
             due = loop.time()
         # Looks again while somebody waits; the next one may be past its grace already.
-        self._timer = loop.call_at(max(due, loop.time() + 0.01), self._make_room)
+        soon = loop.time() + 0.01
+        self._next_look = max(min(due, loop.time() + _BEAT_SECONDS), soon)
+        self._timer = loop.call_at(self._next_look, self._make_room)

@@ -99,3 +99,35 @@ async def test_a_transfer_that_ends_by_itself_leaves_its_room_to_the_next() -> N
     assert admission.used == 10
     ticket.close()
     assert admission.used == 0
+
+
+async def test_time_in_which_the_loop_was_held_up_counts_against_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What arrived meanwhile is read first; who has sent nothing then gives way after all."""
+    loop = asyncio.get_running_loop()
+    now = loop.time()
+    monkeypatch.setattr(loop, "time", lambda: now)
+    admission, told = Admission(10), []
+    slow = await admission.admit(10, "slow")
+    slow.since, slow.give_way = now, lambda: told.append("slow")
+    admission.watch(slow)
+    waiting = asyncio.create_task(admission.admit(10, "next"))
+    await asyncio.sleep(0)
+    now += 5 * GRACE_SECONDS
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert told == []
+    for _ in range(9):
+        now += GRACE_SECONDS / 10
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert told == []
+    for _ in range(3):
+        now += GRACE_SECONDS / 10
+        for _ in range(5):
+            await asyncio.sleep(0)
+    assert told == ["slow"]
+    slow.close()
+    (await waiting).close()
+    assert admission.used == 0
