@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.config import Settings
 from knapsack_scheduler.embedded import open_service
+from knapsack_scheduler.errors import StoreUnavailable
 from knapsack_scheduler.server import Server
 from knapsack_scheduler.service import SchedulerService
 

@@ -79,7 +79,7 @@ def stub_of(program: Program) -> Any:
 
 
 def sick_runs(program: Program, stage: Stage) -> None:
-    """One run each that teaches nothing, is misjudged, mute, haunted, or too tightly bounded."""
+    """One run each that teaches nothing, is misjudged, mute, haunted, too tight, or jumping."""
     random = np.random.default_rng(0)
     ids = [f"prompt-{n}" for n in range(100)]
     with (
@@ -88,9 +88,11 @@ def sick_runs(program: Program, stage: Stage) -> None:
         client_of(program, "mute", stage) as mute,
         client_of(program, "haunted", stage) as haunted,
         client_of(program, "tight", stage) as tight,
+        client_of(program, "jumping", stage) as jumping,
     ):
         wanted = ("KnapsackNothingTeaches", "KnapsackPredictionsOff", "KnapsackNothingReported",
-                  "KnapsackReportsIgnored", "KnapsackBudgetUnallocated")  # fmt: skip
+                  "KnapsackReportsIgnored", "KnapsackBudgetUnallocated",
+                  "KnapsackStepJumped")  # fmt: skip
         for step in stage.until(*wanted):
             given = flat.allocate(ids, 400, step)
             flat.report(given, [[1.0] * n for n in given.num_rollouts])
@@ -104,6 +106,7 @@ def sick_runs(program: Program, stage: Stage) -> None:
             haunted.rewind(4)
             haunted.report(lost, [[1.0], [0.0]])
             tight.allocate(["a", "b"], 100, step, max_rollouts=4, allow_partial=True)
+            jumping.allocate(["a", "b"], 8, 2000 * step)
 
 
 def wrong_calls(program: Program, stage: Stage) -> None:
@@ -193,6 +196,14 @@ def damaged_store(program: Program, stage: Stage) -> None:
             number += 1
         with suppress(grpc.RpcError):
             report("broken", number)
+
+
+def runs_in_turn(program: Program, stage: Stage) -> None:
+    """Two runs that are trained at once and do not fit into memory together."""
+    with client_of(program, "one", stage) as one, client_of(program, "other", stage) as other:
+        for step in stage.until("KnapsackRunsReadAgain"):
+            for client in (one, other):
+                client.allocate(["a", "b"], 8, step)
 
 
 def stuck_reports(program: Program, stage: Stage) -> None:
@@ -293,6 +304,7 @@ SCHEDULERS: dict[str, tuple[Sequence[Scenario], Sequence[str]]] = {
     "halting": ((halting,), ()),
     "locked": ((locked_store,), ()),
     "damaged": ((damaged_store,), ()),
+    "crowded": ((runs_in_turn,), ("--max-loaded-bytes=1000",)),
     "stuck": ((stuck_reports,), ("--max-message-bytes=16777216",)),
     "certified": ((ending_certificate,), ("--tls-cert=CERT", "--tls-key=KEY")),
     "ending": ((end_of_a_scheduler,), ("--token-file=TOKENS", "--drain-seconds=900")),
@@ -415,6 +427,7 @@ def _check_received(webhook: Webhook) -> None:
         ("KnapsackFallbacks", "halted"),
         ("KnapsackNothingTeaches", "flat"),
         ("KnapsackPredictionsOff", "misjudged"),
+        ("KnapsackStepJumped", "jumping"),
     } <= runs
     assert ("KnapsackNothingReported", "flat") not in runs
     # Whose client is paused has reports that wait, too.
