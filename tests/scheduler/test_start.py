@@ -84,5 +84,5 @@ async def test_a_run_that_cannot_be_loaded_keeps_no_other_from_being_served(
         assert "run 'b' cannot be loaded" in caplog.text
         run = await service.get_run(pb.GetRunRequest(run_id="a"))
         assert run.total_rollouts == 1
-        with pytest.raises(ValueError, match="unknown kind"):
+        with pytest.raises(StoreUnavailable, match="run 'b': entry 1 is damaged"):
             await service.get_run(pb.GetRunRequest(run_id="b"))
