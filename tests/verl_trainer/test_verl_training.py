@@ -25,6 +25,7 @@ from tiny_verl import (
     by_group,
     fit_until,
     make_config,
+    pads,
     sizes,
 )
 
@@ -440,7 +441,7 @@ def test_groups_in_a_checkpoint_are_not_lost(world: Any, scheduler: Any, tmp_pat
 
     again, manager = world.trainer(config, AsyncOnCpu)
     assert again.global_steps == 3
-    rows = [key for key in transfer_queue.kv_list()["train"] if "_" in key]
+    rows = [key for key in transfer_queue.kv_list()["train"] if "_" in key and not pads(key)]
     restored = {split_key(key)[0] for key in rows} - trained
     again.fit(manager)
     await_rollouts()

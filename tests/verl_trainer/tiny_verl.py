@@ -340,13 +340,18 @@ def await_rollouts() -> None:
         time.sleep(0.05)
 
 
+def pads(key: str) -> bool:
+    """Return whether a row of TransferQueue fills up a batch and belongs to no group."""
+    return key.startswith("pad")
+
+
 def read_batch(batch: Any) -> dict[str, Any]:
     """Return a batch by row: uid, index, reward, advantage and length; padding left out."""
     # Also by its key: on a busy machine rows of padding were seen that had lost their tag.
     rows_ = [
         i
         for i, (key, tag) in enumerate(zip(batch.keys, batch.tags, strict=True))
-        if not tag.get("is_padding", False) and not key.startswith("pad")
+        if not tag.get("is_padding", False) and not pads(key)
     ]
     keys = [batch.keys[i] for i in rows_]
     data = transfer_queue.kv_batch_get(
