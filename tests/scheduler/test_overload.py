@@ -197,6 +197,11 @@ async def test_memory_stays_within_its_bound_under_the_largest_calls(
             raw = channel.unary_unary(f"/{_SERVICE}/{method}")
             calls = [asyncio.ensure_future(code_of(raw(data, timeout=90))) for _ in range(4)]
             codes.setdefault(kind, set()).update(await asyncio.gather(*calls))
+            # Refused while the machine had no time for it, who asks again is served.
+            for _ in range(20 if kind == "rewards" else 0):
+                if CODE.OK in codes[kind]:
+                    break
+                codes[kind].add(await code_of(raw(data, timeout=90)))
 
     async def importer() -> None:
         async with grpc.aio.insecure_channel(scheduler.addresses["listen"], SIZES) as channel:
