@@ -2,7 +2,7 @@
 #
 #   make demo [DEMO_ARGS=--quick]   train a small transformer, uniform against knapsack
 #   make test [TEST_ARGS="-k wave"] every test but those of the targets below
-#   make test-faults                200 kills, 60 losses of power and 15,000 mutated requests
+#   make test-faults                200 kills, 60 losses of power, 15,000 mutated requests, overload
 #   make test-trl                   the TRL integration, with the oldest and the newest TRL
 #   make test-deploy                images, manifests, chart and a pod, as in deploy/
 #   make test-deploy-demo           its pods, and the one of deploy/compose.yaml

@@ -18,6 +18,8 @@ from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import adminport
 from knapsack_scheduler.adminport import CONNECTIONS, AdminPort
 
+pytestmark = pytest.mark.faults
+
 HANGING = 400
 FIRST_LINES = b"GET /metrics HTTP/1.1\r\nHost: here\r\nX-Slow: "
 

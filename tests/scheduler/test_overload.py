@@ -35,6 +35,8 @@ from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.rpc import SchedulerServicer
 from knapsack_scheduler.service import SchedulerService
 
+pytestmark = pytest.mark.faults
+
 MIB = 2**20
 CODE = grpc.StatusCode
 SIZES = [
