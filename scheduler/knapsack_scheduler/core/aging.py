@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from knapsack_scheduler.core.evidence import WINDOW, Visits, Windows
+from knapsack_scheduler.core.evidence import WINDOW, Visits, Windows, resized
 from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray
-
-_Item = TypeVar("_Item", bound=np.generic)
 
 _MAX_EXPONENT = 2**20
 """Version distances beyond this weigh the same: 0.99999 ** 2**20 is 3e-5."""
@@ -159,9 +156,9 @@ class EvidenceOfAll:
         before = self._versions.size
         if rows >= before:
             capacity = max(rows, before * 5 // 4, 64) + 1
-            self._successes = _longer(self._successes, capacity)
-            self._failures = _longer(self._failures, capacity)
-            self._versions = _longer(self._versions, capacity)
+            self._successes = resized(self._successes, capacity, 0)
+            self._failures = resized(self._failures, capacity, 0)
+            self._versions = resized(self._versions, capacity, 0)
 
     def visited(self, rows: IntArray) -> None:
         """Take note that something more is known of these rows, int64[n], each named once."""
@@ -205,12 +202,6 @@ class EvidenceOfAll:
             self._versions[some] = found.policy_version
             successes[missing] = found.successes
         return Evidence(successes, self._failures.take(rows), self._versions.take(rows))
-
-
-def _longer(column: npt.NDArray[_Item], size: int) -> npt.NDArray[_Item]:
-    longer = np.zeros(size, column.dtype)
-    longer[: column.size] = column
-    return longer
 
 
 def summed(slots: FloatArray) -> FloatArray:

@@ -60,12 +60,12 @@ class Visits:
         if rows > self.step.shape[0]:
             # By a quarter more than asked, so that growing one by one stays linear.
             capacity = max(rows, self.step.shape[0] * 5 // 4, 64)
-            self.step = _resized(self.step, capacity, _EMPTY_STEP)
-            self.policy_version = _resized(self.policy_version, capacity, 0)
-            self.rollouts = _resized(self.rollouts, capacity, 0)
-            self.successes = _resized(self.successes, capacity, 0)
+            self.step = resized(self.step, capacity, _EMPTY_STEP)
+            self.policy_version = resized(self.policy_version, capacity, 0)
+            self.rollouts = resized(self.rollouts, capacity, 0)
+            self.successes = resized(self.successes, capacity, 0)
             if self.by_level is not None:
-                self.by_level = _resized(self.by_level, capacity, 0)
+                self.by_level = resized(self.by_level, capacity, 0)
         self._size = max(self._size, rows)
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
@@ -125,7 +125,8 @@ def _slots(column: npt.NDArray[_Item], rows: IntArray) -> npt.NDArray[_Item]:
     return np.ascontiguousarray(column.take(rows, axis=0).T)
 
 
-def _resized(column: npt.NDArray[_Item], rows: int, fill: int) -> npt.NDArray[_Item]:
+def resized(column: npt.NDArray[_Item], rows: int, fill: int) -> npt.NDArray[_Item]:
+    """Return a column of more rows, the new ones filled with a number."""
     bigger = np.full((rows, *column.shape[1:]), fill, column.dtype)
     bigger[: column.shape[0]] = column
     return bigger

@@ -26,10 +26,10 @@ _SAMPLE = 8192
 _REPEATED = 0.75
 """At most this part of the sample is different in a batch whose states repeat."""
 
-_REPEATED_OFTEN = 0.35
 _NUMBERED = 0.5
-"""The same where states need not be found."""
+"""At most this part of a batch is different states where they need not be found."""
 
+_REPEATED_OFTEN = 0.35
 _LARGE = 1 << 17
 """Up to so many positions are swept fast enough one by one, so that states have to be few."""
 

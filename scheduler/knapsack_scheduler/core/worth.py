@@ -47,10 +47,10 @@ class Worth:
     def of_wave(self, new: IntArray) -> tuple[FloatArray, float]:
         """Return the chance that each group is effective with ``new`` rollouts, and all's value."""
         part, numbers, cell = self._cells(new)
-        alike = part._all_alike(numbers)
-        chances = values = part._values(EFFECTIVE, numbers, alike)
+        further, alike = part._to_come(numbers)
+        chances = values = part._values(EFFECTIVE, further, alike)
         if self.objective is not EFFECTIVE:
-            values = part._values(self.objective, numbers, alike)
+            values = part._values(self.objective, further, alike)
         if cell is not None:
             chances, values = chances.take(cell), values.take(cell)
         return chances, float(values.sum())
@@ -58,7 +58,7 @@ class Worth:
     def total(self, new: IntArray) -> float:
         """Return the value of all groups with ``new`` rollouts each."""
         part, numbers, cell = self._cells(new)
-        values = part._values(self.objective, numbers, part._all_alike(numbers))
+        values = part._values(self.objective, *part._to_come(numbers))
         return float((values if cell is None else values.take(cell)).sum())
 
     def _cells(self, new: IntArray) -> tuple[Worth, IntArray, IntArray | None]:
@@ -76,14 +76,17 @@ class Worth:
         posterior = Posterior(self.posterior.alpha[rows], self.posterior.beta[rows])
         return Worth.of(self.objective, posterior, Begun.nothing(rows.size)), there % most, cell
 
-    def _all_alike(self, new: IntArray) -> tuple[FloatArray, FloatArray] | None:
-        """Return the chances that what is still to come all passes, and all fails, if asked for."""
-        return None if self.alike is None else self.alike.after(self.begun.outstanding + new)
+    def _to_come(self, new: IntArray) -> tuple[IntArray, tuple[FloatArray, FloatArray] | None]:
+        """Return the rollouts still to come, and the chances that all pass, and all fail.
+
+        None for the chances where they are not told by alpha and beta.
+        """
+        further = self.begun.outstanding + new
+        return further, None if self.alike is None else self.alike.after(further)
 
     def _values(
-        self, rule: Rule, new: IntArray, alike: tuple[FloatArray, FloatArray] | None
+        self, rule: Rule, further: IntArray, alike: tuple[FloatArray, FloatArray] | None
     ) -> FloatArray:
-        further = self.begun.outstanding + new
         if isinstance(rule, Objective) and alike is not None:
             return expected_values(rule, self.posterior, self.begun, further, alike)
         return rule.values(self.posterior, self.begun, further)
