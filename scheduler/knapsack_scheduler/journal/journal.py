@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
 from alembic.util.exc import CommandError
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from knapsack_scheduler.errors import (
     AlreadyExists,
     ConfigError,
     RunNotFound,
-    StoreInterrupted,
-    StoreUnavailable,
 )
 from knapsack_scheduler.journal.onewriter import OneWriter
 from knapsack_scheduler.journal.presence import Presence
@@ -42,6 +40,7 @@ from knapsack_scheduler.journal.store import (
     safe_url,
     sqlite_file,
 )
+from knapsack_scheduler.journal.storeerrors import StoreErrors, cause_of
 from knapsack_scheduler.journal.transaction import Reading, Writing, columns_of
 
 
@@ -68,6 +67,7 @@ class Journal:
         self._true_file = self._file.resolve() if self._file else None
         self._file_lock = FileLock(self._true_file) if self._true_file and not read_only else None
         self._read_only = read_only
+        self._errors = StoreErrors(self._driver, passing=not self._sqlite)
         self._presence: Presence | None = None
         self._writer = OneWriter(self._engine) if self._sqlite else None
 
@@ -110,7 +110,7 @@ class Journal:
         ) as error:
             self.close()
             raise ConfigError(
-                f"store = {self._shown!r}: cannot be opened: {_cause(error)}"
+                f"store = {self._shown!r}: cannot be opened: {cause_of(error)}"
             ) from error
         if not is_known(current):
             self.close()
@@ -143,9 +143,15 @@ class Journal:
         Raises:
             StoreUnavailable: nothing was stored, or it is not known whether it was.
         """
-        with self._named_errors(), self._writer or self._engine.begin() as connection:
+        with self._errors, self._begun() as connection:
             yield connection
-        # Not before: what is answered is in a file that will be found again.
+        self._look_for_files()
+
+    def _begun(self) -> AbstractContextManager[sa.Connection]:
+        return self._writer or self._engine.begin()
+
+    def _look_for_files(self) -> None:
+        """After a commit and not before: what is answered is in a file that is found again."""
         if self._presence is not None:
             self._presence.check()
 
@@ -156,29 +162,8 @@ class Journal:
             with self.transaction() as connection:
                 yield connection
             return
-        with self._named_errors(), self._reading_engine.begin() as connection:
+        with self._errors, self._reading_engine.begin() as connection:
             yield connection
-
-    @contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (IntegrityError, self._driver.IntegrityError):
-            raise
-        except (SQLAlchemyError, self._driver.Error, UnicodeDecodeError) as error:
-            # SQLite's driver cannot read some of its words on a page that makes no sense.
-            kind = StoreInterrupted if self._passing(error) else StoreUnavailable
-            raise kind(f"the store cannot be used: {_cause(error)}") from error
-
-    def _passing(self, error: BaseException) -> bool:
-        """Return whether the same transaction may well work if begun anew."""
-        of_driver = error.orig if isinstance(error, DBAPIError) else error
-        if self._sqlite or not isinstance(of_driver, self._driver.Error):
-            return False
-        state = getattr(of_driver, "sqlstate", None) or ""
-        # Without a state the connection was lost, or could not be made.
-        lost = getattr(error, "connection_invalidated", False) or not state
-        return lost or state[:2] in _PASSING_CLASSES or state in _PASSING_STATES
 
     @contextmanager
     def claim(self, number: int) -> Iterator[bool]:
@@ -189,7 +174,7 @@ class Journal:
         if self._sqlite:
             yield True
             return
-        with self._named_errors(), self._engine.connect() as connection:
+        with self._errors, self._engine.connect() as connection:
             mine = connection.execute(sa.select(sa.func.pg_try_advisory_lock(number))).scalar_one()
             connection.commit()
             try:
@@ -269,13 +254,14 @@ class Journal:
             RunNotFound: no run of that name.
             StoreUnavailable: nothing was stored.
         """
-        with self.transaction() as connection:
+        with self._errors, self._begun() as connection:
             run = self._statements.hold(driver_of(connection), run_id)
             if run is None:
                 raise RunNotFound(f"run {run_id!r} does not exist")
             writing = Writing(connection, run, self._statements)
             yield writing
             writing.finish()
+        self._look_for_files()
 
     @contextmanager
     def reading(self, run_id: str) -> Iterator[Reading]:
@@ -298,14 +284,3 @@ def insert_run(connection: sa.Connection, run: RunRow) -> RunRow:
     result = connection.execute(sa.insert(runs).values(values))
     (key,) = result.inserted_primary_key or (0,)
     return replace(run, run_key=int(key))
-
-
-# Of PostgreSQL: connection lost (08), transaction rolled back for another's sake (40),
-# and a server that stops, starts or is cut off (57P).
-_PASSING_CLASSES = ("08", "40")
-_PASSING_STATES = ("57P01", "57P02", "57P03", "25P03")
-
-
-def _cause(error: BaseException) -> str:
-    inner = getattr(error, "orig", None) or error
-    return str(inner).splitlines()[0]
