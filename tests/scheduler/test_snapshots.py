@@ -78,7 +78,7 @@ def trimmed(state: RunState) -> RunState:
     same._bands = same._bands[:size]
     # Of these only what they answer counts, not how much more they remember.
     for name in ("_visited", "_revisited"):
-        setattr(same, name, getattr(state, name).newest(1024, state._visits, state._keys))
+        setattr(same, name, getattr(state, name).newest(state._visits, state._keys))
     rows = np.arange(-1, size)
     same.__dict__["_evidence"] = state._evidence.of(rows, state._visits, state.discounts)
     same._prior = same._drift = None
