@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
@@ -74,6 +75,12 @@ class Call:
         """
         seq = run.recorded(self.kind, self.key, self.digest)
         return None if seq is None else Repeated(seq, answer)
+
+    def apart(self) -> Call:
+        """Return it under a name that no id can be, made of its content: its id stays free."""
+        apart = copy(self)
+        apart.key = f"\x01{self.digest.hex()}"
+        return apart
 
     def entry(self, step: int, answer: Message) -> Entry:
         """Return what is to be appended for it; see ``Entry`` for the step."""

@@ -260,6 +260,11 @@ class LoadedRun:
         """Return whether a report is one that a rewind forgot, arriving once more."""
         return (report_id, digest) in self._forgotten
 
+    def holds(self, kind: str, key: str, digest: bytes) -> bool:
+        """Return whether a call of this id was made before, with the same content."""
+        known = self._calls.get((kind, key))
+        return known is not None and known[1] == digest
+
     def recorded(self, kind: str, key: str, digest: bytes) -> int | None:
         """Return the number of the entry of a call made before, or None.
 

@@ -36,14 +36,16 @@ def decide_report(
             rollouts than were allocated, or its step or policy version is far beyond the run's.
         FailedPrecondition: its step is closed.
     """
+    ignored = run.is_abandoned(request.allocation_id) or run.has_forgotten(
+        request.report_id, call.digest
+    )
+    if ignored and not run.holds(call.kind, call.key, call.digest):
+        # Its id may be that of a report of the step done anew, before or after.
+        call = call.apart()
     before = call.repeated(run, pb.ReportResponse.FromString)
     if before is not None:
         return before
     count = len(request.rewards)
-    if not request.allocation_id and run.has_forgotten(request.report_id, call.digest):
-        # Nothing is recorded: its id is free for a report of the step done anew.
-        return Decided(pb.ReportResponse(ignored_rollouts=count))
-    ignored = run.is_abandoned(request.allocation_id)
     by_steps = by_versions = 0
     if not ignored:
         by_versions = version_jump(request.policy_version, run.state, limits)

@@ -100,8 +100,8 @@ class RunState:
         self._evidence = EvidenceOfAll()
         self._bands: BandArray = np.zeros(0, np.int8)
         self.population = np.zeros(len(BANDS), np.int64)
-        self._visited = LastVisited(twice=False)
-        self._revisited = LastVisited(twice=True)
+        self._visited = LastVisited(PRIOR_PROMPTS, twice=False)
+        self._revisited = LastVisited(DRIFT_PROMPTS, twice=True)
         self._prior: Prior | None = Prior()
         self._drift: Drift | None = Drift()
         self._sums = np.zeros((_SUMS, 0), np.int64)
@@ -204,7 +204,7 @@ class RunState:
     def prior(self) -> Prior:
         """Return what is believed of a prompt of the run before it is seen."""
         if self._prior is None:
-            rows = self._visited.newest(PRIOR_PROMPTS, self._visits, self._keys)
+            rows = self._visited.newest(self._visits, self._keys)
             version = self.last_policy_version
             self._prior = newest_prior(self._visits, rows, version, self.discounts)
         return self._prior
@@ -212,7 +212,7 @@ class RunState:
     def drift(self, prior: Prior) -> Drift:
         """Return how success rates moved up to the newest visits; ``prior`` is the run's."""
         if self._drift is None:
-            rows = self._revisited.newest(DRIFT_PROMPTS, self._visits, self._keys)
+            rows = self._revisited.newest(self._visits, self._keys)
             self._drift = newest_drift(self._visits, rows, self.discounts, prior)
         return self._drift
 
@@ -350,8 +350,8 @@ class RunState:
         merge_visits(self._visits, unique, step, policy_version, rollouts, successes, by_level)
         self._evidence.visited(unique)
         self._evidence.prepare(self._visits, self.discounts, FEW_VISITS)
-        self._visited.add(unique, self._visits)
-        self._revisited.add(unique, self._visits)
+        for last in (self._visited, self._revisited):
+            last.add(unique, step, self._visits, self._keys)
         self._prior = self._drift = None
         self._place(unique)
         sums = self._sums
@@ -407,8 +407,8 @@ class RunState:
         """
         size, ids, keys = len(self.prompt_ids), self.prompt_ids, self._keys
         # Where nobody allocates, nobody else lets go of what was visited again since.
-        self._visited.newest(PRIOR_PROMPTS, self._visits, self._keys)
-        self._revisited.newest(DRIFT_PROMPTS, self._visits, self._keys)
+        self._visited.newest(self._visits, self._keys)
+        self._revisited.newest(self._visits, self._keys)
         scalars = {name: getattr(self, name) for name in _SCALARS}
         scalars["levels_kept"] = self.reward_levels.kept
         copied = {
@@ -454,11 +454,15 @@ class RunState:
         state._evidence.grow(len(state.prompt_ids))
         state._evidence.visited(np.arange(len(state.prompt_ids)))
         if "visited.rows" in columns:
-            state._visited = LastVisited.from_columns(_of_name("visited", columns), twice=False)
+            state._visited = LastVisited.from_columns(
+                _of_name("visited", columns), PRIOR_PROMPTS, twice=False
+            )
         else:
             # Of a scheduler whose prior had no need of it.
-            state._visited.add(np.flatnonzero(state._visits.rollouts[:, 0]), state._visits)
-        state._revisited = LastVisited.from_columns(_of_name("revisited", columns), twice=True)
+            state._visited = LastVisited.of(state._visits, PRIOR_PROMPTS)
+        state._revisited = LastVisited.from_columns(
+            _of_name("revisited", columns), DRIFT_PROMPTS, twice=True
+        )
         state._prior = state._drift = None
         # Not stored: they are what the visits say.
         state._bands = bands_of(state._visits, np.arange(len(state.prompt_ids)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -84,45 +86,65 @@ def test_the_newest_visit_is_predicted_from_the_older_ones_alone() -> None:
 
 def test_steps_that_were_all_visited_again_are_forgotten() -> None:
     """A few prompts over many steps leave the newest step, and nothing to walk through."""
-    visits, revisited = Visits(8), LastVisited(twice=True)
-    rows, one = np.arange(8), np.ones(8, np.int64)
+    visits, revisited = Visits(8), LastVisited(1024, twice=True)
+    rows, one, keys = np.arange(8), np.ones(8, np.int64), np.arange(8, dtype=np.uint64)
     for step in range(300):
         merge_visits(visits, rows, step, step, one, one)
-        revisited.add(rows, visits)
-        assert revisited.newest(1024, visits, np.arange(8, dtype=np.uint64)).size == 8 * (step > 0)
+        revisited.add(rows, step, visits, keys)
+        assert revisited.newest(visits, keys).size == 8 * (step > 0)
     assert len(revisited._by_step) == 1
 
 
+def test_of_many_prompts_visited_at_one_step_few_are_held() -> None:
+    """Those that are asked for and the reports since, also where nobody asks."""
+    visits, last = Visits(600_000), LastVisited(512, twice=False)
+    keys = np.random.default_rng(0).permutation(len(visits)).astype(np.uint64)
+    for start in range(0, len(visits), 10_000):
+        rows = np.arange(start, start + 10_000)
+        merge_visits(visits, rows, 3, 0, np.ones(10_000), np.ones(10_000))
+        last.add(rows, 3, visits, keys)
+        assert last.columns()["rows"].size <= 512 + 2**16 + 10_000
+    assert np.array_equal(last.newest(visits, keys), np.argsort(keys)[:512])
+    assert last.columns()["rows"].size == 512
+
+
 VISITS = st.lists(
-    st.tuples(st.integers(0, 9), st.lists(st.integers(0, 11), min_size=1, max_size=6, unique=True)),
-    max_size=25,
+    st.tuples(
+        st.integers(0, 5),
+        # From one policy version to enough to fill a window with a step.
+        st.sampled_from([1, 2, 8]),
+        st.lists(st.integers(0, 11), min_size=1, max_size=8, unique=True),
+    ),
+    max_size=20,
 )
 
 
-@given(VISITS, st.integers(1, 14), st.booleans(), st.randoms(use_true_random=False))
-@settings(max_examples=200, deadline=None)
+@given(VISITS, st.integers(1, 14), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
+@settings(max_examples=150, deadline=None)
 def test_the_prompts_visited_last_are_those_of_a_full_search(
-    reports: list[tuple[int, list[int]]], count: int, twice: bool, order: object
+    waves: list[tuple[int, int, list[int]]], count: int, twice: bool, alike: bool, order: Any
 ) -> None:
-    """In any order of arrival, and whoever was asked for before."""
-    keys = tie_keys([f"p{k}" for k in range(12)])
+    """In any order of arrival, whoever was asked for before, after a restart, with equal keys."""
+    keys = tie_keys([f"p{k}" for k in range(12)]) >> np.uint64(63 if alike else 0)
+    reports = [(step, version, rows) for step, n, rows in waves for version in range(n)]
     answers = []
     for ask in (False, True):
-        visits, last = Visits(12), LastVisited(twice)
-        for step, rows in reports:
+        visits, last = Visits(12), LastVisited(count, twice=twice)
+        for step, version, rows in reports:
             at = np.array(sorted(rows))
             one = np.ones(at.size, np.int64)
-            merge_visits(visits, at, step, 0, one, one)
-            last.add(at, visits)
-            if ask:
-                last.newest(count, visits, keys)
-        answers.append(last.newest(count, visits, keys).tolist())
-        order.shuffle(reports)  # type: ignore[attr-defined]
-    steps = [{step for step, rows in reports if row in rows} for row in range(12)]
+            merge_visits(visits, at, step, version, one, one)
+            last.add(at, step, visits, keys)
+            if ask and order.random() < 0.5:
+                last.newest(visits, keys)
+                last = LastVisited.from_columns(last.columns(), count, twice=twice)
+        answers.append(last.newest(visits, keys).tolist())
+        order.shuffle(reports)
+    steps = [{step for step, _, rows in reports if row in rows} for row in range(12)]
     newest = {row: max(seen) for row, seen in enumerate(steps) if len(seen) > twice}
     chosen: list[int] = []
     for step in sorted(set(newest.values()), reverse=True):
         if len(chosen) < count:
-            chosen += [row for row, last in newest.items() if last == step]
+            chosen += [row for row, last_step in newest.items() if last_step == step]
     expected = sorted(chosen, key=lambda row: keys[row])[:count]
     assert answers == [expected, expected]

@@ -46,8 +46,9 @@ class ReferenceRun:
         return [c for c in self.calls if not c.forgotten and (not kinds or c.kind in kinds)]
 
     def same_id(self, kind: str, call_id: str) -> Call | None:
-        """Return the call that has taken this id."""
-        return next((c for c in self.kept(kind) if c.id == call_id), None)
+        """Return the call that has taken this id; one that is ignored takes none."""
+        taken = (c for c in self.kept(kind) if c.id == call_id and not c.ignored)
+        return next(taken, None)
 
     def allocation(self, name: str) -> tuple[Call, list[int], list[int]]:
         """Return a kept allocation, what it has given and what was reported, by position."""

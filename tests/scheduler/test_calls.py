@@ -254,7 +254,10 @@ async def test_rewind_forgets_later_steps_and_ignores_their_reports(
 
 
 async def test_a_forgotten_report_that_arrives_again_is_ignored(tmp_path, calls) -> None:
-    """Also one that was of no allocation, and after a restart; a new one of its id counts."""
+    """And counted as such, once, also one that was of no allocation, and after a restart.
+
+    A new one of its id counts, before and after.
+    """
     store = f"sqlite:///{tmp_path / 's.db'}"
     report = calls.own_report(["a"], [[1.0, 0.0]], step=5, report_id="x", policy_version=9)
     async with open_service(store) as service:
@@ -267,10 +270,38 @@ async def test_a_forgotten_report_that_arrives_again_is_ignored(tmp_path, calls)
         run = await service.get_run(pb.GetRunRequest(run_id="run"))
         assert {(a.accepted_rollouts, a.ignored_rollouts) for a in answers} == {(0, 2)}
         assert (run.last_step, run.last_policy_version, run.total_rollouts) == (1, 0, 1)
+        assert run.ignored_rollouts == 2
         other = calls.own_report(["a"], [[1.0, 1.0]], step=5, report_id="x", policy_version=9)
         assert (await service.report(other)).accepted_rollouts == 2
         run = await service.get_run(pb.GetRunRequest(run_id="run"))
         assert (run.last_step, run.total_rollouts) == (5, 3)
+        assert (await service.report(report)).ignored_rollouts == 2
+        # Done anew with the same outcomes it is a report as any other, sent twice or not.
+        await service.rewind_run(calls.rewind(3))
+        assert (await service.report(other)).ignored_rollouts == 2
+        run = await service.get_run(pb.GetRunRequest(run_id="run"))
+        assert (run.total_rollouts, run.ignored_rollouts) == (1, 4)
+
+
+@pytest.mark.parametrize("late_first", [True, False])
+async def test_a_late_report_takes_no_id_from_the_step_done_anew(
+    service: SchedulerService, calls, late_first: bool
+) -> None:
+    """A trainer may name its reports by step: that of the abandoned step is ignored, the other is
+    counted, whichever comes first."""
+    lost = await service.allocate(calls.allocate(step=7, request_id="step-7"))
+    await service.rewind_run(calls.rewind(5))
+    anew = await service.allocate(calls.allocate(step=7, request_id="step-7"))
+    late = calls.report(lost.allocation_id, [[1.0], [0.0]], "step-7", policy_version=9)
+    real = calls.report(anew.allocation_id, [[1.0], [0.0, 0.0]], "step-7")
+    answers = {}
+    for report in [late, real, late, real] if late_first else [real, late, real, late]:
+        answer = await service.report(report)
+        assert answers.setdefault(report.allocation_id, answer) == answer
+    assert answers[lost.allocation_id] == pb.ReportResponse(ignored_rollouts=2)
+    assert answers[anew.allocation_id] == pb.ReportResponse(accepted_rollouts=3)
+    run = await service.get_run(pb.GetRunRequest(run_id="run"))
+    assert (run.total_rollouts, run.ignored_rollouts, run.last_policy_version) == (3, 2, 0)
 
 
 async def test_an_empty_first_wave_can_be_extended(service: SchedulerService, calls) -> None:

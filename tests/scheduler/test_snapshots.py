@@ -78,7 +78,7 @@ def trimmed(state: RunState) -> RunState:
     same._bands = same._bands[:size]
     # Of these only what they answer counts, not how much more they remember.
     for name in ("_visited", "_revisited"):
-        setattr(same, name, getattr(state, name).newest(1024, state._visits, state._keys))
+        setattr(same, name, getattr(state, name).newest(state._visits, state._keys))
     rows = np.arange(-1, size)
     same.__dict__["_evidence"] = state._evidence.of(rows, state._visits, state.discounts)
     same._prior = same._drift = None
@@ -571,6 +571,25 @@ def test_a_run_whose_step_stands_still_is_compacted_by_its_calls() -> None:
         assert run.row.last_seq - run.row.floor_seq <= 1300
 
 
+@pytest.mark.parametrize("late", [0, 3])
+def test_a_run_whose_steps_pass_slowly_closes_what_its_calls_compacted(late: int) -> None:
+    """Whose calls are all forgotten, but no step that calls still come of, a mistake's included."""
+    run = Compacted(Retention(horizon=100, max_calls=1000), 50)
+    calls: list[int] = []
+    for number in range(10_000):
+        step = max(number // 250 - late * (number % 9 == 0), 0)
+        step = 90_000 if number == 5000 else step
+        run.call(step)
+        calls.append(step)
+        floor, closed = run.row.floor_seq, run.row.closed_step
+        assert all(step > closed for step in calls[-1000:])
+        assert closed <= run.row.floor_step
+        if number % 500 == 499:
+            kept = min(calls[floor:])
+            assert all(step <= closed or step >= kept for step in calls[:floor])
+    assert closed >= 40 - 7 - late
+
+
 def test_a_snapshot_of_what_a_rewind_forgot_is_dropped() -> None:
     """And the floor is never one of them, nor the newest snapshot, which may be damaged."""
     marks = marks_of((10, 5), (20, 10), (40, 6), (50, 7))
@@ -616,6 +635,28 @@ async def test_what_is_compacted_is_refused_and_not_counted_again(compacted: str
         anew = await service.rewind_run(calls.rewind(-1))
         assert (anew.last_step, anew.total_rollouts) == (-1, 0)
         assert (await service.report(repeated)).accepted_rollouts == 1
+
+
+async def test_what_was_compacted_for_many_calls_is_not_counted_again(tmp_path, calls) -> None:
+    """Nor gone back to, however few the steps; of a step that goes on reports are taken."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    first = calls.own_report(["once"], [[1.0]], 0, report_id="first")
+    async with open_service(url, retention=Retention(1000, 12, 3)) as service:
+        await service.report(first)
+        for number in range(40):
+            await service.report(calls.own_report(["a"], [[1.0]], number // 10))
+            await settle(service)
+        row = loaded(service).row
+        assert (row.floor_step, row.closed_step) == (2, 1)
+        before = await service.get_run(pb.GetRunRequest(run_id="run"))
+        with pytest.raises(FailedPrecondition, match="takes reports of step 2 and later"):
+            await service.report(first)
+        with pytest.raises(FailedPrecondition, match="to step 2 or a later one"):
+            await service.rewind_run(calls.rewind(1))
+        assert await service.get_run(pb.GetRunRequest(run_id="run")) == before
+        for step in (2, 3):
+            late = await service.report(calls.own_report(["a"], [[1.0]], step))
+            assert late.accepted_rollouts == 1
 
 
 def damage(url: str, which: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_scheduler.core.drift import Drift
+from knapsack_scheduler.core.paper import recent_outcomes
+from knapsack_scheduler.core.policy import plan_allocation
+from knapsack_scheduler.core.problem import Bounds, Budget
 from knapsack_scheduler.embedded import open_service
-from knapsack_scheduler.facts import OutcomesReported, Rewards
+from knapsack_scheduler.facts import ImportedPart, OutcomesImported, OutcomesReported, Rewards
 from knapsack_scheduler.runconfig import RunConfig
 from knapsack_scheduler.service import SchedulerService
 from knapsack_scheduler.state import RunState
@@ -57,6 +62,23 @@ def allocate(step: int, request_id: str) -> Any:
         prompt_ids=[*PROMPTS, "unseen"],
         total_rollouts=40,
     )
+
+
+def decided(state: RunState, ids: tuple[str, ...], step: int) -> list[object]:
+    """Return what is believed of prompts and what they are given for it, to the bit."""
+    beliefs, prior = state.beliefs(ids, step)
+    rows = state.rows_of(ids)
+    bounds = Bounds(np.full(len(ids), 2), np.full(len(ids), 128))
+    decision = plan_allocation("posterior", "paper", beliefs, bounds, Budget(9 * len(ids)))
+    recent = recent_outcomes(state._visits, rows)
+    stats = state.stats_of(rows[rows >= 0])
+    arrays = (
+        *(beliefs.posterior.alpha, beliefs.posterior.beta, beliefs.expected_tokens, beliefs.unseen),
+        *(getattr(stats, field.name) for field in fields(stats)),
+        *(recent.rollouts, recent.successes),
+        *(state.bands(rows), decision.num_rollouts, decision.chances),
+    )
+    return [prior, state.drift(prior), decision.reasons, *(a.tobytes() for a in arrays)]
 
 
 async def statistics(service: SchedulerService) -> bytes:
@@ -198,6 +220,84 @@ def test_a_step_that_was_pushed_out_of_the_window_leaves_no_trace() -> None:
         posterior = state.beliefs(ids, 3)[0].posterior
         seen.append((posterior.alpha.tobytes(), posterior.beta.tobytes()))
     assert seen[0] == seen[1]
+
+
+def test_whom_a_decision_learns_drift_from_does_not_depend_on_when_it_came() -> None:
+    """Over 512 were visited last, and then versions of their step push its elders out."""
+    ids = tuple(f"p{k}" for k in range(1200))
+
+    def reported(step: int, version: int, begin: int, end: int) -> OutcomesReported:
+        draw = np.random.default_rng(step * 100 + version)
+        owner = np.repeat(np.arange(end - begin), 4)
+        succeeded = draw.random(owner.size) < (0.2 if step < 3 else 0.8)
+        rewards = Rewards(owner, succeeded.astype(np.float32), None)
+        return OutcomesReported("", step, ids[begin:end], version, rewards, False)
+
+    first = [reported(1, 1, 0, 1200), reported(2, 2, 600, 1200), reported(3, 3, 0, 600)]
+    rest = [reported(3, version, 0, 400) for version in range(4, 11)]
+    seen = []
+    for reports, asked in ((first + rest, True), (first + rest, False), (rest + first, True)):
+        state = RunState(RunConfig())
+        for report in reports:
+            state.fold(report)
+            if asked:
+                state.prepare()
+        seen.append(decided(state, ids, 4))
+        assert state.drift(state.prior()) != Drift()
+    assert seen[0] == seen[1] == seen[2]
+
+
+LATE_REPORTS = st.lists(
+    st.tuples(
+        st.integers(-1, 4),
+        st.integers(0, 5),
+        # One policy version, or enough of them to fill a window.
+        st.sampled_from([1, 2, 9]),
+        st.lists(st.integers(0, 7), min_size=1, max_size=8),
+        FEW_LEVELS | SUCCESS_OR_FAILURE,
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(waves=LATE_REPORTS, most=st.integers(1, 5), order=st.randoms(use_true_random=False))
+def test_nothing_that_is_believed_depends_on_the_order_of_arrival(
+    waves: list[Any], most: int, order: Any
+) -> None:
+    """Late by versions, in parts, decided and restarted between; the few fitted to are many."""
+    ids = tuple(f"p{k}" for k in range(8))
+    facts: list[OutcomesReported | OutcomesImported] = []
+    for step, since, versions, rows, reward in waves:
+        named = tuple(ids[row] for row in rows)
+        for version in range(since, since + versions):
+            values = [reward, *(float((row + version) % 2) for row in rows[1:])]
+            rewards = Rewards(
+                np.arange(len(rows)), np.array(values, np.float32), np.full(len(rows), 7 + version)
+            )
+            if step < 0:
+                facts.append(OutcomesImported((ImportedPart(0, named, rewards),)))
+            else:
+                facts.append(OutcomesReported("", step, named, version, rewards, False))
+    seen = []
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("state.PRIOR_PROMPTS", "state.DRIFT_PROMPTS"):
+            patched.setattr(f"knapsack_scheduler.{name}", most)
+        for name in ("posterior", "drift"):
+            patched.setattr(f"knapsack_scheduler.core.{name}.FEWEST_PROMPTS", 1)
+        for shuffled in (False, True, True):
+            if shuffled:
+                order.shuffle(facts)
+            state = RunState(RunConfig())
+            for fact in facts:
+                state.fold(fact)
+                if shuffled and order.random() < 0.3:
+                    state.prepare()
+                if shuffled and order.random() < 0.1:
+                    state = RunState.from_columns(state.config, state.columns())
+            seen.append(decided(state, ids, 4))
+    assert seen[0] == seen[1] == seen[2]
 
 
 def test_many_prompts_are_found_and_sorted_as_few_are() -> None:

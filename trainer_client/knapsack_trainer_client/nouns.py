@@ -94,7 +94,7 @@ class ReportReceipt:
         report_id: its name; reporting again under the same name changes nothing.
         delivered: False if it waits in the outbox.
         accepted_rollouts: rollouts the scheduler counted; 0 while it waits.
-        ignored_rollouts: rollouts of an allocation that a rewind had forgotten.
+        ignored_rollouts: those that a rewind had forgotten, or their allocation.
     """
 
     report_id: str
@@ -197,7 +197,7 @@ class Run:
         total_rollouts: rollouts counted, imported ones among them.
         total_successes: those of them that were successes.
         rewinds: how often it was rewound.
-        ignored_rollouts: rollouts of allocations that a rewind had forgotten.
+        ignored_rollouts: rollouts reported after a rewind had forgotten them or their allocation.
         reward_levels: the different rewards seen, ascending; empty if none, too many or
             not asked for.
         calibration: predicted against realised effective groups.

@@ -15,6 +15,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from knapsack_scheduler.core.distinct import ascending
 from knapsack_scheduler.core.evidence import WINDOW, Visits, Windows, resized
 from knapsack_scheduler.core.problem import BoolArray, FloatArray, IntArray
 
@@ -179,7 +180,7 @@ class EvidenceOfAll:
             return
         rows = self._stale[0]
         if len(self._stale) > 1:
-            rows = np.unique(np.concatenate(self._stale))
+            rows = ascending(np.concatenate(self._stale))
         for start in range(0, rows.size, _CHUNK):
             self.of(rows[start : start + _CHUNK], visits, discounts)
         self._stale, self._stale_rows = [], 0

