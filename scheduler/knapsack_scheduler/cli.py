@@ -109,7 +109,7 @@ def _backup(settings: Settings, options: argparse.Namespace) -> int:
 
 
 def _restore(settings: Settings, options: argparse.Namespace) -> int:
-    from knapsack_scheduler.journal.backup import restore
+    from knapsack_scheduler.journal.restore import restore
 
     old = restore(settings.store, options.file)
     print("restored" + (f"; what was there is {old}" if old else ""))

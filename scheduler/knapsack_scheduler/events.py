@@ -173,15 +173,17 @@ class RunRemoved:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A transaction of the store ended.
+    """A transaction of the store ended, or was not begun.
 
     Attributes:
         seconds: from the wait for its thread to its end, the decision of a small call included.
         failed: it could not be committed.
+        busy: no thread came free for it in time; the store has not failed.
     """
 
     seconds: float
     failed: bool
+    busy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """What the journal says happened to a run: the events that its state is folded from.
 
-Frozen, plain, without protobuf. ``wire.py`` makes them from stored calls.
+Frozen, plain, without protobuf. ``wire.fact_of`` makes them from stored calls.
 """
 
 from __future__ import annotations

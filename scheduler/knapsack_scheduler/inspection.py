@@ -60,6 +60,7 @@ def check_run(journal: Journal, run_id: str, report: StoreReport) -> None:
     """Add to a report what is found of one run; nothing if it is deleted meanwhile."""
     try:
         with journal.reading(run_id) as reading:
+            reading.check_run()
             faults = _entry_faults(reading) or _snapshot_faults(reading)
             report.faults += [f"run {run_id!r}: {fault}" for fault in faults]
             state = LoadedRun.load(reading).state

@@ -78,6 +78,7 @@ class LoadedRun:
             FailedPrecondition: the journal does not go back to ``rewound_to``.
             StoreUnavailable: what is needed cannot be read.
         """
+        reading.check_run()
         run = cls(reading.run)
         outline = reading.outline()
         kept = _kept(outline, rewound_to)

@@ -68,6 +68,11 @@ class Metrics:
             "Transactions of the store that failed.",
             registry=registry,
         )
+        self.commits_not_begun = Counter(
+            name("store_busy_total"),
+            "Transactions that were not begun: the threads for them were busy.",
+            registry=registry,
+        )
         self.snapshots = Counter(
             name("snapshots_total"), "Snapshots of runs.", ["result"], registry=registry
         )
@@ -139,6 +144,7 @@ class Metrics:
             case Committed():
                 self.commit_seconds.observe(event.seconds)
                 self.commit_failures.inc(int(event.failed))
+                self.commits_not_begun.inc(int(event.busy))
             case SnapshotEnded():
                 self.snapshots.labels("failed" if event.failed else "written").inc()
             case RunRead():

@@ -26,6 +26,9 @@ from knapsack_scheduler.expiry import end_of_authorities, end_of_chain, in_words
 _LOG = logging.getLogger(__name__)
 _BEARER = "Bearer "
 
+_LOOKS = 5
+"""At certificates that are being replaced, before the next connection looks again."""
+
 
 class Watched:
     """A file's bytes, read again when the file changes or is replaced."""
@@ -157,7 +160,8 @@ class Certificates:
     """The server's certificate, its key and its clients' authorities, as files that may change.
 
     What was read again serves the next connections, and what cannot serve leaves what there was:
-    a file that is missing for a moment, a certificate beside another one's key.
+    a file that is missing for a moment, a certificate beside another one's key. What is read while
+    the files are replaced is read again, so that no certificate is served with another one's key.
 
     Args:
         cert: PEM certificate chain.
@@ -199,14 +203,20 @@ class Certificates:
 
     def _read(self) -> bool:
         """Return whether there is something new that can serve."""
-        for file in self._files:
-            # Remembered when another file cannot be read, and used when it can.
-            self._is_new |= file.changed()
+        self._look()
         if not self._is_new:
             return False
+        for _ in range(_LOOKS):
+            _check_certificates(*self._paths)
+            # What was checked is what was read, unless a file has changed since.
+            if self._look():
+                continue
+            ends = _ends_of(*self._paths)
+            if not self._look():
+                break
+        else:
+            raise ConfigError("their files change all the time")
         self._is_new = False
-        _check_certificates(*self._paths)
-        ends = _ends_of(*self._paths)
         cert, key, *authorities = (file.data for file in self._files)
         self._configuration = grpc.ssl_server_certificate_configuration(
             [(key, cert)], root_certificates=authorities[0] if authorities else None
@@ -214,6 +224,15 @@ class Certificates:
         self._ends = ends
         self._is_to_be_served = True
         return True
+
+    def _look(self) -> bool:
+        """Read what has changed; returns whether anything has."""
+        changed = False
+        for file in self._files:
+            if file.changed():
+                # Remembered when another file cannot be read, and used when it can.
+                changed = self._is_new = True
+        return changed
 
     def _refresh(self) -> None:
         try:

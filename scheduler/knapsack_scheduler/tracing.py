@@ -74,7 +74,9 @@ class Tracing:
             case BudgetDivided():
                 self._child("solve", event.seconds, event.end_time, prompts=event.prompts)
             case Committed():
-                self._child("store", event.seconds, time.time_ns(), failed=event.failed)
+                self._child(
+                    "store", event.seconds, time.time_ns(), failed=event.failed, busy=event.busy
+                )
             case CallHandled():
                 self._end(event)
 

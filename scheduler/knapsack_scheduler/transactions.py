@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from knapsack_scheduler.errors import StoreInterrupted, Unavailable
+from knapsack_scheduler.errors import Busy, StoreInterrupted, Unavailable
 from knapsack_scheduler.events import Committed, Events
 from knapsack_scheduler.workers import Workers
 
@@ -26,16 +26,17 @@ async def transacted(workers: Workers, events: Events, attempt: Callable[[], Ans
     Raises:
         Busy: no thread came free in time; nothing was begun.
     """
-    start, failed = time.perf_counter(), False
+    start, failed, busy = time.perf_counter(), False, False
     try:
         return await workers.run(lambda: again(attempt))
-    except Unavailable:
-        failed = True
+    except Unavailable as error:
+        busy = isinstance(error, Busy)
+        failed = not busy
         raise
     finally:
         # The answer goes first, in this turn of the event loop and the next: whoever listens
         # takes some of its time.
-        committed = Committed(time.perf_counter() - start, failed)
+        committed = Committed(time.perf_counter() - start, failed, busy)
         asyncio.get_running_loop().call_later(0.0, events.emit, committed)
 
 

@@ -12,6 +12,7 @@ from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.errors import ConfigError
+from knapsack_scheduler.inspection import check_store
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.store import _alembic, migrate, open_engine, revisions
 from knapsack_scheduler.runconfig import RunConfig
@@ -91,6 +92,20 @@ async def test_a_store_of_every_release_goes_on(url: str, revision: str) -> None
             prompt_indices=[1], num_rewards=[2], rewards=[1.0, 1.0],
         )  # fmt: skip
         assert (await service.report(rest)).accepted_rollouts == 2
+
+
+@pytest.mark.parametrize("revision", REVISIONS[:-1])
+def test_a_run_of_every_release_is_guarded_from_then_on(url: str, revision: str) -> None:
+    """The check finds nothing in what was brought up to date, and what is changed afterwards."""
+    fill(url, revision)
+    engine = open_engine(url)
+    migrate(engine)
+    assert check_store(url).faults == []
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE runs SET identity = identity + 1"))
+    engine.dispose()
+    (fault,) = check_store(url).faults
+    assert "run 'run': its row is damaged" in fault
 
 
 @pytest.mark.parametrize("revision", REVISIONS[:-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from knapsack_scheduler.allocations import Counted
 from knapsack_scheduler.bulk_histogram import BulkHistogram
 from knapsack_scheduler.core.calibration import Calibration
 from knapsack_scheduler.embedded import open_service
+from knapsack_scheduler.errors import StoreUnavailable
 from knapsack_scheduler.events import (
     BudgetDivided,
     CallHandled,
@@ -149,3 +151,19 @@ async def test_calls_that_read_their_run_are_counted(loaded_bytes: int, reads: i
                 )  # fmt: skip
                 await service.settled()
     assert registry.get_sample_value("knapsack_scheduler_run_reads_total") == reads
+
+
+async def test_a_transaction_that_the_store_refuses_is_counted_as_failed(
+    tmp_path: Path, calls: Any
+) -> None:
+    """And as nothing else."""
+    registry, file = CollectorRegistry(), tmp_path / "stats.db"
+    async with open_service(f"sqlite:///{file}") as service:
+        service.events.listen(Metrics(registry))
+        await service.report(calls.own_report(["a"], [[1.0]]))
+        file.rename(tmp_path / "elsewhere.db")
+        with pytest.raises(StoreUnavailable):
+            await service.report(calls.own_report(["a"], [[1.0]]))
+    counted = [registry.get_sample_value(f"knapsack_scheduler_store_{name}_total")
+               for name in ("failures", "busy")]  # fmt: skip
+    assert counted == [1, 0]

@@ -220,6 +220,35 @@ async def test_a_changed_byte_of_an_entry_is_found(store: str, column: str, comm
             await service.allocate(calls.allocate())
 
 
+@pytest.mark.parametrize("column", ["run_id", "config", "create_time", "identity"])
+async def test_a_changed_byte_of_a_run_is_found(store: str, column: str, command, calls) -> None:
+    """Other settings would divide another way. The run is refused, and all else is served."""
+    async with open_service(store) as service:
+        calls.run_id = "other"
+        await service.report(calls.own_report(["a"], [[1.0]]))
+        calls.run_id = "run"
+        config = pb.RunConfig(policy="uniform")
+        await service.create_run(pb.CreateRunRequest(run_id="set", config=config))
+    with sqlite3.connect(store.removeprefix("sqlite:///")) as database:
+        (value,) = database.execute(f"SELECT {column} FROM runs WHERE run_id = 'run'").fetchone()
+        (other,) = database.execute("SELECT config FROM runs WHERE run_id = 'set'").fetchone()
+        assert other != value
+        changed = {"run_id": "Run", "config": other}.get(column) or value ^ 4096
+        database.execute(f"UPDATE runs SET {column} = ? WHERE run_id = 'run'", (changed,))
+    database.close()
+    name = "Run" if column == "run_id" else "run"
+    done = command("check", "--store", store)
+    assert done.returncode == 1
+    assert f"run '{name}': its row is damaged" in done.stderr
+    assert "run 'other': 1 entries" in done.stdout
+    async with open_service(store) as service:
+        calls.run_id = name
+        with pytest.raises(StoreUnavailable, match="its row is damaged"):
+            await service.allocate(calls.allocate())
+        calls.run_id = "other"
+        await service.allocate(calls.allocate())
+
+
 def test_the_check_finds_what_is_missing(store: str, command) -> None:
     """A part of a snapshot, the snapshot that the journal begins with, or a rewind."""
     file = Path(store.removeprefix("sqlite:///"))

@@ -151,13 +151,15 @@ _STORE = [
     ),
     timeseries(
         "Transactions per second",
-        "Committed, and failed: the disk is full, the database away.",
+        """All, those that failed (the disk is full, the database away), and those that were not
+        begun as no thread came free in time.""",
         "ops",
         [
             query(_rate("store_transaction_seconds_count", "job"), "all"),
             query(_rate("store_failures_total", "job"), "failed"),
+            query(_rate("store_busy_total", "job"), "busy"),
         ],
-        colours={"all": "blue", "failed": "red"},
+        colours={"all": "blue", "failed": "red", "busy": "orange"},
     ),
     timeseries(
         "Snapshots in an hour",

@@ -1,4 +1,4 @@
-"""A copy of a SQLite store, made while a scheduler goes on writing to it, and put back."""
+"""A copy of a SQLite store, made while a scheduler goes on writing to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from knapsack_scheduler.errors import ConfigError
-from knapsack_scheduler.journal.store import FileLock, readable_uri, safe_url, sqlite_file
+from knapsack_scheduler.journal.store import readable_uri, safe_url, sqlite_file
+
+BESIDE = ("-wal", "-shm", "-journal")
+"""Ends of the names of what SQLite keeps beside a file."""
 
 
 def back_up(url: str, to: Path) -> int:
@@ -22,54 +25,19 @@ def back_up(url: str, to: Path) -> int:
         ConfigError: the store is no SQLite file, or cannot be read; the new file exists
             already, or cannot be written. No file is left then.
     """
-    file = _file_of(url, "back up PostgreSQL with pg_dump")
+    file = file_of(url, "back up PostgreSQL with pg_dump")
     if not file.is_file():
         raise ConfigError(f"store = {safe_url(url)!r}: there is no file {file}")
     if to.exists():
         raise ConfigError(f"to = {str(to)!r}: exists already")
-    with _copied(file, to, f"store = {safe_url(url)!r}") as partial:
+    with copied(file, to, f"store = {safe_url(url)!r}") as partial:
         os.rename(partial, to)
-        _sync(to.parent)
+        sync(to.parent)
     return to.stat().st_size
 
 
-def restore(url: str, backup: Path) -> Path | None:
-    """Put a checked copy of a backup in the place of a store that no scheduler uses.
-
-    What SQLite keeps beside the file goes with it: a log left by a crash would be played
-    back into the backup, of which it knows nothing.
-
-    Returns:
-        Where the replaced file is, with its log beside it; None if there was none.
-
-    Raises:
-        ConfigError: the store is no SQLite file or in use; the backup is damaged or cannot be
-            read; there is a replaced file from before. Nothing is changed then.
-    """
-    file = _file_of(url, "restore PostgreSQL with pg_restore").resolve()
-    old = file.with_name(f"{file.name}.replaced")
-    if not backup.is_file():
-        raise ConfigError(f"from = {str(backup)!r}: there is no such file")
-    if old.exists():
-        raise ConfigError(f"store = {safe_url(url)!r}: {old} is there from before; move it away")
-    lock = FileLock(file)
-    lock.acquire()
-    try:
-        with _copied(backup, file, f"from = {str(backup)!r}") as partial:
-            # The log first: without it the old file is old, with another's it would be broken.
-            for end in ("-wal", ""):
-                with suppress(FileNotFoundError):
-                    os.rename(f"{file}{end}", f"{old}{end}")
-            for end in ("-shm", "-journal"):
-                Path(f"{file}{end}").unlink(missing_ok=True)
-            os.rename(partial, file)
-            _sync(file.parent)
-    finally:
-        lock.release()
-    return old if old.exists() else None
-
-
-def _file_of(url: str, otherwise: str) -> Path:
+def file_of(url: str, otherwise: str) -> Path:
+    """Return the file of a SQLite store; ConfigError, with what to do otherwise, for another."""
     file = sqlite_file(url)
     if file is None:
         raise ConfigError(f"store = {safe_url(url)!r}: not a SQLite file; {otherwise}")
@@ -77,11 +45,13 @@ def _file_of(url: str, otherwise: str) -> Path:
 
 
 @contextmanager
-def _copied(file: Path, to: Path, shown: str) -> Iterator[Path]:
+def copied(file: Path, to: Path, shown: str) -> Iterator[Path]:
     """Yield a checked copy of a database on disk beside ``to``, of one moment of it."""
     partial = to.with_name(to.name + ".partial")
+    beside = [partial, *(to.with_name(f"{partial.name}{end}") for end in BESIDE)]
     try:
-        partial.unlink(missing_ok=True)
+        for left in beside:
+            left.unlink(missing_ok=True)
         with (
             closing(sqlite3.connect(readable_uri(file), uri=True)) as source,
             closing(sqlite3.connect(partial)) as copy,
@@ -92,20 +62,18 @@ def _copied(file: Path, to: Path, shown: str) -> Iterator[Path]:
             found = copy.execute("PRAGMA integrity_check").fetchone()[0]
             if found != "ok":
                 raise ConfigError(f"{shown}: is damaged: {found}")
-        _sync(partial)
+        sync(partial)
         yield partial
     except (sqlite3.Error, OSError) as error:
         raise ConfigError(f"{shown}: cannot be copied to {str(to)!r}: {error}") from error
     finally:
-        for left in (partial, *(to.with_name(f"{partial.name}{end}") for end in _BESIDE)):
+        for left in beside:
             with suppress(OSError):
                 left.unlink(missing_ok=True)
 
 
-_BESIDE = ("-wal", "-shm", "-journal")
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

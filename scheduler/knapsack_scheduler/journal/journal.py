@@ -279,7 +279,7 @@ class Journal:
 
 def insert_run(connection: sa.Connection, run: RunRow) -> RunRow:
     """Store a run's row and return it with its key."""
-    values = columns_of(run)
+    values = columns_of(run) | {"checksum": run.checksum}
     del values["run_key"]
     result = connection.execute(sa.insert(runs).values(values))
     (key,) = result.inserted_primary_key or (0,)

@@ -44,6 +44,12 @@ class RunRow:
     floor_step: int = -1
     closed_step: int = -1
 
+    @property
+    def checksum(self) -> bytes:
+        """8-byte BLAKE2b of name, config, creation and identity, which no call changes."""
+        text = f"{self.create_time}/{self.identity}/{len(self.config)}/{self.run_id}"
+        return hashlib.blake2b(text.encode() + self.config, digest_size=8).digest()
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:

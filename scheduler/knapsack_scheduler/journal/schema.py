@@ -35,6 +35,8 @@ runs = sa.Table(
     sa.Column("floor_seq", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("floor_step", sa.BigInteger, nullable=False, server_default="-1"),
     sa.Column("closed_step", sa.BigInteger, nullable=False, server_default="-1"),
+    # Of run_id, config, create_time and identity, which no call changes.
+    sa.Column("checksum", sa.LargeBinary),
 )
 
 entries = sa.Table(

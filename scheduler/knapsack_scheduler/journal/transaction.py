@@ -17,7 +17,7 @@ from knapsack_scheduler.journal.records import (
     RunRow,
     SnapshotMark,
 )
-from knapsack_scheduler.journal.schema import entries, snapshot_parts, snapshots
+from knapsack_scheduler.journal.schema import entries, runs, snapshot_parts, snapshots
 from knapsack_scheduler.journal.statements import CallStatements, driver_of
 
 _BATCH = 200
@@ -30,6 +30,16 @@ class Reading:
     def __init__(self, connection: sa.Connection, run: RunRow) -> None:
         self._connection = connection
         self.run = run
+
+    def check_run(self) -> None:
+        """Raise StoreUnavailable if what no call changes of the run is not what was written."""
+        query = sa.select(runs.c.checksum).where(runs.c.run_key == self.run.run_key)
+        checksum = self._connection.execute(query).scalar_one()
+        if checksum is not None and checksum != self.run.checksum:
+            raise StoreUnavailable(
+                f"run {self.run.run_id!r}: its row is damaged: the checksum of its name, config, "
+                "creation and identity is wrong; bring the store back from a backup"
+            )
 
     def tail(self, after: int) -> Iterator[Entry]:
         """Yield the entries with a number above ``after``, in order.
