@@ -46,7 +46,7 @@ def check_store(url: str) -> StoreReport:
     try:
         report.faults += journal.integrity()
         runs = journal.list_runs("", 10**9)
-        report.lines.append(f"{len(runs)} runs")
+        report.lines.append(_counted(len(runs), "run"))
         for row in runs:
             check_run(journal, row.run_id, report)
     except SchedulerError as error:
@@ -64,8 +64,9 @@ def check_run(journal: Journal, run_id: str, report: StoreReport) -> None:
             report.faults += [f"run {run_id!r}: {fault}" for fault in faults]
             state = LoadedRun.load(reading).state
             report.lines.append(
-                f"run {run_id!r}: {reading.run.last_seq} entries, last step {state.last_step}, "
-                f"{state.known_prompts} known prompts, {state.total_rollouts} rollouts"
+                f"run {run_id!r}: {_counted(reading.run.last_seq, 'entry', 'entries')}, "
+                f"last step {state.last_step}, {_counted(state.known_prompts, 'known prompt')}, "
+                f"{_counted(state.total_rollouts, 'rollout')}"
             )
     except NotFound:
         return
@@ -73,6 +74,10 @@ def check_run(journal: Journal, run_id: str, report: StoreReport) -> None:
         report.faults.append(str(error))
     except Exception as error:
         report.faults.append(f"run {run_id!r}: cannot be folded: {type(error).__name__}: {error}")
+
+
+def _counted(count: int, noun: str, many: str = "") -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {many or noun + 's'}"
 
 
 def _entry_faults(reading: Reading) -> list[str]:

@@ -88,6 +88,8 @@ def test_a_backup_of_a_store_in_use_is_whole(
         writer.join(60)
     done = command("check", "--store", f"sqlite:///{copy}")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 run\n")
+    assert "1 known prompt," in done.stdout
     assert sorted(p.name for p in tmp_path.glob("copy*")) == ["copy.db"]
     restored = start_scheduler(store="copy.db")
     counted = restored.stub.GetRun(pb.GetRunRequest(run_id="run")).total_rollouts
