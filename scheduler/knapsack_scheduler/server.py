@@ -112,6 +112,9 @@ class Server:
     async def start(self) -> None:
         """Open the store and every socket; ConfigError says which of them failed."""
         settings = self._settings
+        _LOG.info(
+            "knapsack-rl %s starts, with the store %s", version("knapsack-rl"), settings.store
+        )
         await asyncio.to_thread(self._journal.open)
         warn_of_readable([settings.token_file, settings.tls_key])
         try:
@@ -135,6 +138,7 @@ class Server:
             await self.stop(0.0)
             raise
         self._set_ready(True)
+        _LOG.info("ready: calls are served at %s", self.addresses["listen"])
 
     async def _start_api(self, service: SchedulerService) -> None:
         settings = self._settings
@@ -309,6 +313,9 @@ async def serve(settings: Settings) -> None:
     line = {"event": "serving", **{name: server.addresses[name] for name in order}}
     print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
     await stopped.wait()
+    _LOG.info(
+        "told to end: no call is taken any more, those under way have %g s", settings.drain_seconds
+    )
     try:
         async with asyncio.timeout(settings.drain_seconds + CLOSING_SECONDS):
             await server.stop(settings.drain_seconds)
@@ -319,3 +326,4 @@ async def serve(settings: Settings) -> None:
         )
         # Not by returning: Python would wait for the threads that hang.
         os._exit(0)
+    _LOG.info("ended")
