@@ -282,7 +282,8 @@ class Runs:
             loaded = []
             rows = self._journal.list_runs("", 10**9)
             newest = sorted(rows, key=lambda row: -row.update_time)[:count]
-            _LOG.info("runs to load before calls are served: %d of %d", len(newest), len(rows))
+            if newest:
+                _LOG.info("runs to load before calls are served: %d of %d", len(newest), len(rows))
             for row in newest:
                 start = time.perf_counter()
                 try:

@@ -112,9 +112,6 @@ class Server:
     async def start(self) -> None:
         """Open the store and every socket; ConfigError says which of them failed."""
         settings = self._settings
-        _LOG.info(
-            "knapsack-rl %s starts, with the store %s", version("knapsack-rl"), settings.store
-        )
         await asyncio.to_thread(self._journal.open)
         warn_of_readable([settings.token_file, settings.tls_key])
         try:
@@ -138,7 +135,12 @@ class Server:
             await self.stop(0.0)
             raise
         self._set_ready(True)
-        _LOG.info("ready: calls are served at %s", self.addresses["listen"])
+        _LOG.info(
+            "ready: knapsack-rl %s serves calls at %s, from %s",
+            version("knapsack-rl"),
+            self.addresses["listen"],
+            settings.store,
+        )
 
     async def _start_api(self, service: SchedulerService) -> None:
         settings = self._settings
