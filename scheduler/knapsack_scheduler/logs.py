@@ -160,6 +160,8 @@ def log_event(event: Event) -> None:
                 step=event.step,
                 rollouts=event.counted.accepted,
                 ignored=event.counted.ignored,
+                groups=event.counted.groups,
+                effective_groups=event.counted.effective_groups,
             )
             _warn_of_jump(event.run_id, "step", event.step, event.step_jump)
             _warn_of_jump(event.run_id, "policy_version", event.policy_version, event.version_jump)
