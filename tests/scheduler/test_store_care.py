@@ -204,6 +204,33 @@ def test_a_damaged_file_is_refused_whole(store: str, tmp_path: Path, command) ->
     assert command("check", "--store", other).stdout == "0 runs\n"
 
 
+async def test_of_a_malformed_file_the_whole_runs_are_named_and_exported(
+    tmp_path: Path, command, calls
+) -> None:
+    """One page is lost, and with it one run; the others move to a new store."""
+    file = tmp_path / "stats.db"
+    async with open_service(f"sqlite:///{file}") as service:
+        for calls.run_id in ("broken", "whole"):
+            await service.create_run(pb.CreateRunRequest(run_id=calls.run_id))
+            for step in range(20):
+                ids = [f"{calls.run_id}-{step}-{position}" for position in range(100)]
+                await service.allocate(calls.allocate(ids, 400, step, f"{step}"))
+    data, page = bytearray(file.read_bytes()), 4096
+    at = data.index(b"broken-10-50") // page * page
+    data[at : at + page] = b"U" * page
+    file.write_bytes(data)
+    store, other = f"sqlite:///{file}", f"sqlite:///{tmp_path / 'new.db'}"
+    done = command("check", "--store", store)
+    assert done.returncode == 1
+    assert "run 'broken': the store cannot be used" in done.stderr
+    assert "run 'whole': 20 entries" in done.stdout
+    saved = tmp_path / "whole.run"
+    assert command("export", "--store", store, "--run", "broken", "--to", saved).returncode == 2
+    assert command("export", "--store", store, "--run", "whole", "--to", saved).returncode == 0
+    assert command("import", "--store", other, "--from", saved).returncode == 0
+    assert command("check", "--store", other).returncode == 0
+
+
 @pytest.mark.parametrize("column", ["key", "step", "digest", "payload", "answer"])
 async def test_a_changed_byte_of_an_entry_is_found(store: str, column: str, command, calls) -> None:
     """SQLite notices nothing. Neither the check nor a scheduler takes it for what was written."""
