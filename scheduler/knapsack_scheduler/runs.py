@@ -76,7 +76,7 @@ class Runs:
         self._turns = Turns()
         self._rewinds = Turns()
         self._unfinished: set[asyncio.Task[None]] = set()
-        self._settling: set[asyncio.Task[None]] = set()
+        self._settling: set[asyncio.Future[None]] = set()
         # Others may hold runs of a shared store, and then each of them takes a thread.
         self._writers = Workers("writes", 8 if journal.shared else 4)
         self._readers = Workers("reads", 4)
@@ -91,7 +91,7 @@ class Runs:
 
     async def ended(self) -> None:
         """Wait until all that was begun is done too, whether somebody waits for it or not."""
-        while under_way := self._unfinished | self._settling:
+        while under_way := {*self._unfinished, *self._settling}:
             await asyncio.wait(under_way)
 
     def close(self) -> None:
@@ -150,21 +150,39 @@ class Runs:
                 stored = await self._stored(run_id, call, decide, create, large)
                 if not stored.entries:
                     return stored.decided.answer
-                folded = asyncio.Event()
-                task = asyncio.ensure_future(self._settle(run_id, stored, folded))
+                folded = self._settle_soon(run_id, stored)
                 settling = True
             finally:
                 if not settling:
                     self._turns.end(run_id)
-            self._settling.add(task)
-            task.add_done_callback(self._settling.discard)
             if heavy:
-                await folded.wait()
+                await folded
             return stored.decided.answer
 
         return await finished(locked(), self._unfinished)
 
-    async def _settle(self, run_id: str, stored: Stored[Answer], folded: asyncio.Event) -> None:
+    def _settle_soon(self, run_id: str, stored: Stored[Answer]) -> asyncio.Future[None]:
+        """Have a call settled, which ends its turn; returns what is done when it is folded.
+
+        A timer of no time: to begin a task takes some of the time in which the answer goes.
+        """
+        loop = asyncio.get_running_loop()
+        begun, folded = loop.create_future(), loop.create_future()
+
+        def begin() -> None:
+            task = loop.create_task(self._settle(run_id, stored, folded))
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
+            self._settling.discard(begun)
+            begun.set_result(None)
+
+        self._settling.add(begun)
+        loop.call_later(0.0, begin)
+        return folded
+
+    async def _settle(
+        self, run_id: str, stored: Stored[Answer], folded: asyncio.Future[None]
+    ) -> None:
         """Fold what was stored, tell of it, and end the turn.
 
         When all of an allocation has come, what the next decision needs of the statistics is
@@ -178,7 +196,7 @@ class Runs:
                     break
                 await asyncio.sleep(0)
             event, completes = await self._readers.run(lambda: self._fold(run_id, stored))
-            folded.set()
+            folded.set_result(None)
             if event is not None:
                 self._events.emit(event)
             if completes:
@@ -189,7 +207,8 @@ class Runs:
         except Exception:
             _LOG.exception("run %r: could not be folded, to be read anew", run_id)
         finally:
-            folded.set()
+            if not folded.done():
+                folded.set_result(None)
             self._turns.end(run_id)
 
     async def look(self, run_id: str, work: Callable[[LoadedRun, Reading], Answer]) -> Answer:

@@ -1,12 +1,17 @@
-"""Threads for blocking work: a few of each kind, and nobody waits for one for ever."""
+"""Threads for blocking work: a few of each kind, and nobody waits for one for ever.
+
+The futures and locks of ``concurrent.futures`` take longer than a small transaction leaves for
+them, so work goes to a thread through a queue, and its answer straight to the event loop.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 from knapsack_scheduler.errors import Busy
@@ -30,8 +35,12 @@ class Workers:
         self._kind = kind
         self._count = count
         self._patience = patience
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix=kind)
         self._free = asyncio.Semaphore(count)
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads: list[Thread] = []
+        self._under_way = 0
+        self._closing = Lock()
+        self._closed = False
 
     async def run(self, work: Callable[[], Answer]) -> Answer:
         """Return what work returns, done off the event loop.
@@ -40,6 +49,7 @@ class Workers:
 
         Raises:
             Busy: no thread came free in time; nothing was begun.
+            RuntimeError: the threads are closed.
         """
         if self._free.locked():
             await self._wait()
@@ -49,6 +59,7 @@ class Workers:
         answer: Any = loop.create_future()
 
         def done(result: Answer | None, error: BaseException | None) -> None:
+            self._under_way -= 1
             self._free.release()
             if answer is None or answer.cancelled():
                 return
@@ -73,7 +84,7 @@ class Workers:
             result = error = None
 
         try:
-            self._threads.submit(in_thread)
+            self._submit(in_thread)
         except BaseException:
             self._free.release()
             raise
@@ -82,6 +93,18 @@ class Workers:
         finally:
             # So does this frame, and the future has the error; nobody waits any more.
             answer = None
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        with self._closing:
+            if self._closed:
+                raise RuntimeError(f"the threads for {self._kind} are closed")
+            # No more are begun than were ever needed at once.
+            if self._under_way == len(self._threads):
+                thread = Thread(target=_serve, args=(self._queue,), name=self._kind, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+            self._under_way += 1
+            self._queue.put(work)
 
     async def _wait(self) -> None:
         try:
@@ -94,5 +117,21 @@ class Workers:
             ) from None
 
     def close(self) -> None:
-        """Wait for what is under way."""
-        self._threads.shutdown(wait=True)
+        """Wait for what is under way; nothing is begun any more."""
+        with self._closing:
+            self._closed = True
+            for _ in self._threads:
+                self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+
+
+def _serve(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+    """Do what comes out of a queue, until None does."""
+    while True:
+        work = queue.get()
+        if work is None:
+            return
+        work()
+        # Work holds its request, which may be large, and the next may be long in coming.
+        work = None

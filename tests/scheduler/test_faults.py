@@ -16,7 +16,8 @@ import pytest
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.errors import StoreUnavailable
-from knapsack_scheduler.journal.store import OneWriter
+from knapsack_scheduler.journal.onewriter import OneWriter
+from knapsack_scheduler.journal.store import open_engine
 
 # Root writes to files that are read-only, unless it gives that right up.
 AS_A_USER = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
@@ -167,8 +168,9 @@ async def test_a_store_that_is_deleted_under_it_acknowledges_nothing_more(
 
 def test_a_writer_that_waits_too_long_for_another_is_refused() -> None:
     """Threads are few: those that wait for a disk that hangs are missed elsewhere."""
-    one = OneWriter(0.01)
+    one = OneWriter(open_engine("sqlite://"), 0.01)
     with one, pytest.raises(StoreUnavailable, match="those who write before"), one:
         pytest.fail("two writers at once")
     with one:
         pass
+    one.close()

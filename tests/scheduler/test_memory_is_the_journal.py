@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
@@ -17,6 +17,7 @@ from knapsack_scheduler.errors import FailedPrecondition, StoreUnavailable
 from knapsack_scheduler.journal import compaction
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.statements import driver_of
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.service import SchedulerService
@@ -77,10 +78,18 @@ async def test_what_was_not_stored_is_not_taken_for_what_comes_next(calls) -> No
         report = calls.own_report(["a", "b"], [[1.0, 0.0], [0.0, 0.0]])
         failing = [True]
 
-        @sa.event.listens_for(service._journal._engine, "commit")
-        def fail(_connection: object) -> None:
-            if failing and failing.pop():
-                raise sa.exc.OperationalError("COMMIT", {}, Exception("disk is full"))
+        def refuse(action: int, operation: str | None, *_: object) -> int:
+            if (
+                action == sqlite3.SQLITE_TRANSACTION
+                and operation == "COMMIT"
+                and failing
+                and failing.pop()
+            ):
+                return sqlite3.SQLITE_DENY
+            return sqlite3.SQLITE_OK
+
+        with service._journal._engine.connect() as connection:
+            driver_of(connection).set_authorizer(refuse)
 
         with pytest.raises(StoreUnavailable):
             await service.report(report)

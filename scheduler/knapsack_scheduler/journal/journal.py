@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,13 +27,13 @@ from knapsack_scheduler.errors import (
     StoreInterrupted,
     StoreUnavailable,
 )
+from knapsack_scheduler.journal.onewriter import OneWriter
 from knapsack_scheduler.journal.presence import Presence
 from knapsack_scheduler.journal.records import RunRow
 from knapsack_scheduler.journal.schema import entries, runs, snapshot_parts, snapshots
-from knapsack_scheduler.journal.statements import RUN, CallStatements
+from knapsack_scheduler.journal.statements import RUN, CallStatements, driver_of
 from knapsack_scheduler.journal.store import (
     FileLock,
-    OneWriter,
     is_known,
     migrate,
     open_engine,
@@ -69,9 +69,7 @@ class Journal:
         self._file_lock = FileLock(self._true_file) if self._true_file and not read_only else None
         self._read_only = read_only
         self._presence: Presence | None = None
-        self._writer: sa.Connection | None = None
-        # SQLite has one writer; waiting here is fairer than its busy handler.
-        self._one: AbstractContextManager[object] = OneWriter() if self._sqlite else nullcontext()
+        self._writer = OneWriter(self._engine) if self._sqlite else None
 
     @property
     def shared(self) -> bool:
@@ -98,16 +96,14 @@ class Journal:
             if self._read_only:
                 current, newest = revisions(self._reading_engine or self._engine)
             else:
-                with self._one:
-                    current, newest = revisions(self._engine)
+                current, newest = revisions(self._engine)
             if is_known(current) and not self._read_only:
-                with self._one:
-                    migrate(self._engine)
-                    current, newest = revisions(self._engine)
-                    # A database that can only be read is found out now, not by a trainer.
-                    with self._engine.begin() as connection:
-                        connection.execute(sa.update(runs).where(sa.false()).values(last_seq=0))
-                    self._presence = Presence(self._true_file) if self._true_file else None
+                migrate(self._engine)
+                current, newest = revisions(self._engine)
+                # A database that can only be read is found out now, not by a trainer.
+                with self._engine.begin() as connection:
+                    connection.execute(sa.update(runs).where(sa.false()).values(last_seq=0))
+                self._presence = Presence(self._true_file) if self._true_file else None
         except (
             *(SQLAlchemyError, self._driver.Error, OSError, CommandError),
             UnicodeDecodeError,
@@ -147,30 +143,11 @@ class Journal:
         Raises:
             StoreUnavailable: nothing was stored, or it is not known whether it was.
         """
-        with self._named_errors(), self._one:
-            with self._begun() as connection:
-                yield connection
-            # Not before: what is answered is in a file that will be found again.
-            if self._presence is not None:
-                self._presence.check()
-
-    @contextmanager
-    def _begun(self) -> Iterator[sa.Connection]:
-        if not self._sqlite:
-            with self._engine.begin() as connection:
-                yield connection
-            return
-        # SQLAlchemy's own part of the one connection there is takes time to make.
-        if self._writer is None or self._writer.invalidated:
-            self._writer = self._engine.connect()
-        try:
-            with self._writer.begin():
-                yield self._writer
-        except BaseException:
-            # A commit that failed may leave its transaction open; given back, it is undone.
-            given_back, self._writer = self._writer, None
-            given_back.close()
-            raise
+        with self._named_errors(), self._writer or self._engine.begin() as connection:
+            yield connection
+        # Not before: what is answered is in a file that will be found again.
+        if self._presence is not None:
+            self._presence.check()
 
     @contextmanager
     def _view(self) -> Iterator[sa.Connection]:
@@ -258,7 +235,7 @@ class Journal:
     def find_run(self, run_id: str) -> RunRow | None:
         """Return the run of that name, or None."""
         with self._view() as connection:
-            return self._statements.find(connection, run_id)
+            return self._statements.find(driver_of(connection), run_id)
 
     def list_runs(self, after: str, count: int) -> list[RunRow]:
         """Return up to ``count`` runs whose names sort after ``after``, in their order."""
@@ -276,7 +253,7 @@ class Journal:
             only_new: do nothing unless the run has this identity and no entry.
         """
         with self.transaction() as connection:
-            run = self._statements.hold(connection, run_id)
+            run = self._statements.hold(driver_of(connection), run_id)
             if run is None:
                 raise RunNotFound(f"run {run_id!r} does not exist")
             if only_new is not None and (run.identity != only_new or run.last_seq):
@@ -293,7 +270,7 @@ class Journal:
             StoreUnavailable: nothing was stored.
         """
         with self.transaction() as connection:
-            run = self._statements.hold(connection, run_id)
+            run = self._statements.hold(driver_of(connection), run_id)
             if run is None:
                 raise RunNotFound(f"run {run_id!r} does not exist")
             writing = Writing(connection, run, self._statements)
@@ -308,7 +285,7 @@ class Journal:
             RunNotFound: no run of that name.
         """
         with self._view() as connection:
-            run = self._statements.find(connection, run_id)
+            run = self._statements.find(driver_of(connection), run_id)
             if run is None:
                 raise RunNotFound(f"run {run_id!r} does not exist")
             yield Reading(connection, run)

@@ -24,6 +24,11 @@ _ENTRY_COLUMNS = tuple(field.name for field in fields(Entry))
 _MOVED = ("last_seq", "branch", "closed_step", "update_time")
 
 
+def driver_of(connection: sa.Connection) -> Any:
+    """Return the driver's own connection, which SQLAlchemy takes several steps to find."""
+    return connection.connection.driver_connection
+
+
 class _Worded:
     """A statement as one driver takes it."""
 
@@ -33,9 +38,8 @@ class _Worded:
         # None where the driver takes values by name.
         self._order: list[str] | None = getattr(compiled, "positiontup", None)
 
-    def run(self, connection: sa.Connection, values: Mapping[str, Any]) -> Any:
-        """Execute it with values by name; returns the driver's cursor."""
-        driver: Any = connection.connection.driver_connection
+    def run(self, driver: Any, values: Mapping[str, Any]) -> Any:
+        """Execute it on the driver's connection with values by name; returns its cursor."""
         if self._order is None:
             return driver.execute(self._text, values)
         return driver.execute(self._text, [values[name] for name in self._order])
@@ -43,6 +47,8 @@ class _Worded:
 
 class CallStatements:
     """What a call does to its run's rows, in the words of one database.
+
+    All is done on the driver's own connection, inside of a transaction.
 
     Args:
         dialect: of the engine that the connections are of.
@@ -59,24 +65,24 @@ class CallStatements:
             dialect,
         )
 
-    def find(self, connection: sa.Connection, run_id: str) -> RunRow | None:
+    def find(self, driver: Any, run_id: str) -> RunRow | None:
         """Return the run of that name, or None."""
-        return _run(self._find.run(connection, {"name": run_id}))
+        return _run(self._find.run(driver, {"name": run_id}))
 
-    def hold(self, connection: sa.Connection, run_id: str) -> RunRow | None:
+    def hold(self, driver: Any, run_id: str) -> RunRow | None:
         """Return the run of that name, held alone until the transaction ends, or None."""
-        return _run(self._hold.run(connection, {"name": run_id}))
+        return _run(self._hold.run(driver, {"name": run_id}))
 
-    def append(self, connection: sa.Connection, run_key: int, entry: Entry) -> None:
+    def append(self, driver: Any, run_key: int, entry: Entry) -> None:
         """Store an entry of a run."""
         values = {name: getattr(entry, name) for name in _ENTRY_COLUMNS}
         checksum = entry.checksum
-        self._insert.run(connection, {"run_key": run_key, **values, "checksum": checksum})
+        self._insert.run(driver, {"run_key": run_key, **values, "checksum": checksum})
 
-    def move(self, connection: sa.Connection, run: RunRow) -> None:
+    def move(self, driver: Any, run: RunRow) -> None:
         """Store what an entry has changed of its run."""
         values = {name: getattr(run, name) for name in _MOVED}
-        self._move.run(connection, {"of_run": run.run_key, **values})
+        self._move.run(driver, {"of_run": run.run_key, **values})
 
 
 def _run(cursor: Any) -> RunRow | None:

@@ -6,7 +6,6 @@ import fcntl
 import logging
 import os
 import sqlite3
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +18,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from knapsack_scheduler.errors import ConfigError, StoreUnavailable
+from knapsack_scheduler.errors import ConfigError
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _MIGRATION_LOCK = 0x6B6E6170
@@ -149,9 +148,10 @@ def _on_sqlite(engine: sa.Engine, pragmas: tuple[str, ...], begin: str) -> None:
 
     @sa.event.listens_for(engine, "begin")
     def on_begin(connection: sa.Connection) -> None:
-        # By the driver itself, as statements.py says.
         driver: Any = connection.connection.driver_connection
-        driver.execute(f"BEGIN {begin}")
+        # Else it was begun by the driver itself, see onewriter.py.
+        if not driver.in_transaction:
+            driver.execute(f"BEGIN {begin}")
 
 
 def safe_url(url: str | sa.URL) -> str:
@@ -229,25 +229,6 @@ class FileLock:
         if self._handle is not None:
             self._handle.close()
             self._handle = None
-
-
-class OneWriter:
-    """Lets one thread write at a time; as long as the disk is slow the others are refused."""
-
-    def __init__(self, patience: float = 10.0) -> None:
-        self._lock = threading.Lock()
-        self._patience = patience
-
-    def __enter__(self) -> None:
-        """Wait for the writer before; StoreUnavailable if that takes too long."""
-        if not self._lock.acquire(timeout=self._patience):
-            raise StoreUnavailable(
-                f"the store cannot be used: those who write before took {self._patience:g} s"
-            )
-
-    def __exit__(self, *_error: object) -> None:
-        """Let the next one write."""
-        self._lock.release()
 
 
 def _alembic(connection: sa.Connection | None = None) -> AlembicConfig:

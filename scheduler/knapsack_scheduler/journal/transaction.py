@@ -18,7 +18,7 @@ from knapsack_scheduler.journal.records import (
     SnapshotMark,
 )
 from knapsack_scheduler.journal.schema import entries, snapshot_parts, snapshots
-from knapsack_scheduler.journal.statements import CallStatements
+from knapsack_scheduler.journal.statements import CallStatements, driver_of
 
 _BATCH = 200
 """Entries fetched at once: a tail of any length is read in bounded memory."""
@@ -100,6 +100,7 @@ class Writing(Reading):
     def __init__(self, connection: sa.Connection, run: RunRow, statements: CallStatements) -> None:
         super().__init__(connection, run)
         self._statements = statements
+        self._driver = driver_of(connection)
         self.run_after = run
         self.appended: list[Entry] = []
 
@@ -110,7 +111,7 @@ class Writing(Reading):
         """
         run = self.run_after
         numbered = replace(entry, seq=run.last_seq + 1, branch=run.branch)
-        self._statements.append(self._connection, run.run_key, numbered)
+        self._statements.append(self._driver, run.run_key, numbered)
         rewound = entry.kind == "rewind"
         self.run_after = replace(
             run,
@@ -124,7 +125,7 @@ class Writing(Reading):
     def finish(self) -> None:
         """Move the run's newest number; called by ``Journal.writing``."""
         if self.appended:
-            self._statements.move(self._connection, self.run_after)
+            self._statements.move(self._driver, self.run_after)
 
 
 def columns_of(record: Entry | RunRow | SnapshotMark) -> dict[str, object]:

@@ -1,0 +1,83 @@
+"""The one connection that writes to a SQLite file, for one thread at a time.
+
+SQLAlchemy's own transactions take longer to begin and to end than SQLite takes for a row. So
+the driver does both. Statements of SQLAlchemy's find themselves in the transaction that is
+open (see ``store.py``), and theirs ends with it.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+
+import sqlalchemy as sa
+
+from knapsack_scheduler.errors import StoreUnavailable
+from knapsack_scheduler.journal.statements import driver_of
+
+
+class OneWriter:
+    """A transaction as a context: committed when its block ends, undone if that raises.
+
+    As long as the disk is slow, others are refused. That is fairer than SQLite's busy handler,
+    which lets those who came last go first.
+
+    Args:
+        engine: of the file.
+        patience: longest wait for those who write before, s.
+    """
+
+    def __init__(self, engine: sa.Engine, patience: float = 10.0) -> None:
+        self._engine = engine
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._connection: sa.Connection | None = None
+
+    def __enter__(self) -> sa.Connection:
+        """Begin; StoreUnavailable if the writers before take too long."""
+        if not self._lock.acquire(timeout=self._patience):
+            raise StoreUnavailable(
+                f"the store cannot be used: those who write before took {self._patience:g} s"
+            )
+        try:
+            # SQLAlchemy's own part of the one connection there is takes time to make.
+            if self._connection is None:
+                self._connection = self._engine.connect()
+            driver_of(self._connection).execute("BEGIN IMMEDIATE")
+            return self._connection
+        except BaseException:
+            self._give_back()
+            self._lock.release()
+            raise
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        """Commit, or undo, and let the next one write."""
+        try:
+            connection = self._connection
+            if error is not None or connection is None:
+                self._give_back()
+            elif connection.in_transaction():
+                connection.commit()
+            else:
+                driver_of(connection).commit()
+        except BaseException:
+            # A commit that failed may leave its transaction open.
+            self._give_back()
+            raise
+        finally:
+            self._lock.release()
+
+    def _give_back(self) -> None:
+        """Give the connection back, by which what it has open is undone."""
+        given_back, self._connection = self._connection, None
+        if given_back is not None:
+            given_back.close()
+
+    def close(self) -> None:
+        """Give the connection back."""
+        self._give_back()
