@@ -14,6 +14,7 @@ from knapsack_scheduler.events import (
     BudgetDivided,
     CallHandled,
     Event,
+    LoopLagged,
     OutcomesCounted,
     RunRemoved,
     RunRewound,
@@ -22,6 +23,9 @@ from knapsack_scheduler.jumps import NOTICED
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """Names the call that is being answered, in every line that is logged on its behalf."""
+
+SLOW_SECONDS = 1.0
+"""A call or a wait that took as long is worth a line: trainers give up after two."""
 
 _LOG = logging.getLogger("knapsack_scheduler")
 _FAULT_OF_CALLER = {
@@ -115,7 +119,10 @@ def log_event(event: Event) -> None:
     """Write an event to the log, with the ids that find it again."""
     match event:
         case CallHandled(code="OK"):
-            _write(logging.DEBUG, "call", method=event.method, **_ids(event))
+            # The time of an import is that of its caller, who sends it bit by bit.
+            slow = event.seconds >= SLOW_SECONDS and event.method != "ImportOutcomes"
+            level, message = (logging.WARNING, "call was slow") if slow else (logging.DEBUG, "call")
+            _write(level, message, method=event.method, **_ids(event))
         case CallHandled():
             level = logging.WARNING if event.code in _FAULT_OF_CALLER else logging.ERROR
             _write(
@@ -125,6 +132,12 @@ def log_event(event: Event) -> None:
                 code=event.code,
                 reason=event.message,
                 **_ids(event),
+            )
+        case LoopLagged() if event.seconds >= SLOW_SECONDS:
+            _write(
+                logging.WARNING,
+                "event loop was blocked, or had no processor, and every call with it",
+                seconds=round(event.seconds, 2),
             )
         case BudgetDivided():
             _write(
@@ -147,6 +160,8 @@ def log_event(event: Event) -> None:
                 step=event.step,
                 rollouts=event.counted.accepted,
                 ignored=event.counted.ignored,
+                groups=event.counted.groups,
+                effective_groups=event.counted.effective_groups,
             )
             _warn_of_jump(event.run_id, "step", event.step, event.step_jump)
             _warn_of_jump(event.run_id, "policy_version", event.policy_version, event.version_jump)

@@ -158,7 +158,9 @@ class SchedulerServicer:
             ):
                 data = await call.context.read()
             if data is grpc.aio.EOF:
-                raise InvalidArgument("request", "", "must be one message")
+                # A larger one was refused by gRPC, which leaves nothing of it to read.
+                most = self._limits.message_bytes
+                raise InvalidArgument("request", "", f"must be one message of up to {most} bytes")
             large = len(data) > self._limits.large_bytes
             if large:
                 ticket.resize(len(data))

@@ -300,7 +300,10 @@ class Runs:
         def load() -> list[LoadedRun]:
             loaded = []
             rows = self._journal.list_runs("", 10**9)
-            for row in sorted(rows, key=lambda row: -row.update_time)[:count]:
+            newest = sorted(rows, key=lambda row: -row.update_time)[:count]
+            if newest:
+                _LOG.info("runs to load before calls are served: %d of %d", len(newest), len(rows))
+            for row in newest:
                 start = time.perf_counter()
                 try:
                     run = self._load(row.run_id)

@@ -135,6 +135,12 @@ class Server:
             await self.stop(0.0)
             raise
         self._set_ready(True)
+        _LOG.info(
+            "ready: knapsack-rl %s serves calls at %s, from %s",
+            version("knapsack-rl"),
+            self.addresses["listen"],
+            settings.store,
+        )
 
     async def _start_api(self, service: SchedulerService) -> None:
         settings = self._settings
@@ -309,6 +315,9 @@ async def serve(settings: Settings) -> None:
     line = {"event": "serving", **{name: server.addresses[name] for name in order}}
     print(json.dumps(line), file=sys.stdout, flush=True)  # noqa: T201
     await stopped.wait()
+    _LOG.info(
+        "told to end: no call is taken any more, those under way have %g s", settings.drain_seconds
+    )
     try:
         async with asyncio.timeout(settings.drain_seconds + CLOSING_SECONDS):
             await server.stop(settings.drain_seconds)
@@ -319,3 +328,4 @@ async def serve(settings: Settings) -> None:
         )
         # Not by returning: Python would wait for the threads that hang.
         os._exit(0)
+    _LOG.info("ended")

@@ -165,6 +165,10 @@ class SchedulerService:
             except StoreUnavailable as error:
                 _LOG.warning("run %r is listed by its name alone: %s", row.run_id, error)
                 answer.runs.append(pb.Run(run_id=row.run_id))
+            except Exception:
+                # One run that nobody can read must not hide all others.
+                _LOG.exception("run %r is listed by its name alone", row.run_id)
+                answer.runs.append(pb.Run(run_id=row.run_id))
         if len(seen) > size:
             answer.next_page_token = pages.token_after(seen[size - 1].run_id)
         return answer

@@ -210,8 +210,11 @@ async def test_what_was_taken_is_read_under_any_limits() -> None:
         journal.close()
 
 
+@pytest.mark.parametrize(
+    "why", [StoreUnavailable("none of its snapshots can be read"), ValueError("no config")]
+)
 async def test_one_run_that_cannot_be_read_hides_no_other(
-    calls, monkeypatch: pytest.MonkeyPatch
+    calls, monkeypatch: pytest.MonkeyPatch, why: Exception
 ) -> None:
     """It is listed by its name alone."""
     async with open_service("sqlite://") as service:
@@ -221,7 +224,7 @@ async def test_one_run_that_cannot_be_read_hides_no_other(
 
         async def get_run(request: pb.GetRunRequest) -> pb.Run:
             if request.run_id == "broken":
-                raise StoreUnavailable("none of its snapshots can be read")
+                raise why
             return await original(request)
 
         monkeypatch.setattr(service, "get_run", get_run)

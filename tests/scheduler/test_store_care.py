@@ -88,6 +88,8 @@ def test_a_backup_of_a_store_in_use_is_whole(
         writer.join(60)
     done = command("check", "--store", f"sqlite:///{copy}")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 run\n")
+    assert "1 known prompt," in done.stdout
     assert sorted(p.name for p in tmp_path.glob("copy*")) == ["copy.db"]
     restored = start_scheduler(store="copy.db")
     counted = restored.stub.GetRun(pb.GetRunRequest(run_id="run")).total_rollouts
@@ -200,6 +202,33 @@ def test_a_damaged_file_is_refused_whole(store: str, tmp_path: Path, command) ->
         assert done.returncode == 2
         assert "the file is" in done.stderr
     assert command("check", "--store", other).stdout == "0 runs\n"
+
+
+async def test_of_a_malformed_file_the_whole_runs_are_named_and_exported(
+    tmp_path: Path, command, calls
+) -> None:
+    """One page is lost, and with it one run; the others move to a new store."""
+    file = tmp_path / "stats.db"
+    async with open_service(f"sqlite:///{file}") as service:
+        for calls.run_id in ("broken", "whole"):
+            await service.create_run(pb.CreateRunRequest(run_id=calls.run_id))
+            for step in range(20):
+                ids = [f"{calls.run_id}-{step}-{position}" for position in range(100)]
+                await service.allocate(calls.allocate(ids, 400, step, f"{step}"))
+    data, page = bytearray(file.read_bytes()), 4096
+    at = data.index(b"broken-10-50") // page * page
+    data[at : at + page] = b"U" * page
+    file.write_bytes(data)
+    store, other = f"sqlite:///{file}", f"sqlite:///{tmp_path / 'new.db'}"
+    done = command("check", "--store", store)
+    assert done.returncode == 1
+    assert "run 'broken': the store cannot be used" in done.stderr
+    assert "run 'whole': 20 entries" in done.stdout
+    saved = tmp_path / "whole.run"
+    assert command("export", "--store", store, "--run", "broken", "--to", saved).returncode == 2
+    assert command("export", "--store", store, "--run", "whole", "--to", saved).returncode == 0
+    assert command("import", "--store", other, "--from", saved).returncode == 0
+    assert command("check", "--store", other).returncode == 0
 
 
 @pytest.mark.parametrize("column", ["key", "step", "digest", "payload", "answer"])

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from knapsack_trainer_client.calls import Caller
-from knapsack_trainer_client.errors import InvalidRequest, KnapsackError, SchedulerUnavailable
-from knapsack_trainer_client.nouns import TLS, PromptStats, Run
-from knapsack_trainer_client.queries import fetch_prompt_stats, fetch_runs, no_fallback
-from knapsack_trainer_client.terminal import printable, shortened, width
+from knapsack_trainer_client.connection import Unreached, add_connection, ask, seconds
+from knapsack_trainer_client.errors import InvalidRequest, KnapsackError
+from knapsack_trainer_client.forget_command import CHANGE_SECONDS, delete, rewind, step_to_keep
+from knapsack_trainer_client.nouns import PromptStats, Run
+from knapsack_trainer_client.queries import fetch_prompt_stats, fetch_runs
+from knapsack_trainer_client.tables import percent, step_or_dash, table
 from knapsack_trainer_client.top import Screen, show
-from knapsack_trainer_client.transport import GrpcTransport
-
-DEFAULT_ADDRESS = "localhost:50051"
 
 _SORTS: dict[str, Callable[[PromptStats], tuple[Any, ...]]] = {
     "prompt": lambda s: (s.prompt_id,),
@@ -84,7 +81,10 @@ _WHOLE_COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code: 0, or 2 after one line of error."""
+    """Run the command line; return its exit code.
+
+    0, 1 where a person was asked and said no, or 2 after one line of error.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in _WHOLE_COMMANDS:
         # These read their own arguments, --help among them.
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.command(arguments))
-    except SchedulerUnavailable as error:
+    except Unreached as error:
         where = arguments.address
         return _failed(f"is a scheduler serving its API at {where}? --address names it. {error}")
     except KnapsackError as error:
@@ -110,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="knapsack-rl",
-        description="Look into a budget scheduler, see the demo, or see what the policies would "
-        "do in a simulation or on a log of your own.",
+        description="Look into a budget scheduler, rewind or delete its runs, see the demo, or see "
+        "what the policies would do in a simulation or on a log of your own.",
         epilog="Each command has its own --help.",
     )
     parser.add_argument("--version", action="version", version=version("knapsack-rl"))
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "groups whose rewards are not all equal. predicted, came: of the chances to become "
         "effective that were predicted in each wave, the mean, and the share that came true.",
     )
-    _add_connection(runs)
+    add_connection(runs)
     runs.set_defaults(command=_runs)
     top = commands.add_parser(
         "top",
@@ -132,10 +132,10 @@ def _parser() -> argparse.ArgumentParser:
         "first. effective, predicted and came: as for runs; success: share of rewards above the "
         "run's threshold; ignored: rollouts reported of steps that a rewind had forgotten.",
     )
-    _add_connection(top)
+    add_connection(top)
     top.add_argument(
         "--every",
-        type=_seconds,
+        type=seconds,
         default=2.0,
         metavar="SECONDS",
         help="time between refreshes (default: %(default)s)",
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         description="List what is known of each prompt of a run: rollouts, successes and the "
         "posterior mean of the success rate.",
     )
-    _add_connection(stats)
+    add_connection(stats)
     stats.add_argument("--run", required=True, metavar="RUN", help="name of the run")
     stats.add_argument(
         "--sort",
@@ -165,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         help="most prompts to show; 0 for all (default: %(default)s)",
     )
     stats.set_defaults(command=_stats)
+    _add_forgetting(commands)
     for name, command in _WHOLE_COMMANDS.items():
         commands.add_parser(
             name, help=f"{command.help} (needs knapsack-rl[{command.extra}])", add_help=False
@@ -172,60 +173,75 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_connection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--address",
-        default=DEFAULT_ADDRESS,
-        metavar="HOST:PORT",
-        help="gRPC address of the scheduler (default: %(default)s)",
+def _add_forgetting(commands: Any) -> None:
+    rewound = commands.add_parser(
+        "rewind",
+        help="forget what came after a step of a run",
+        description="Forget every allocation and report of a run that came after a step, for "
+        "good: it goes on as a run that never went further. Stop its trainer first, or it goes "
+        "on from where it is. Outcomes that were imported stay. Reports of forgotten steps that "
+        "still come are counted as ignored, and not otherwise. How far back it goes: the "
+        "scheduler's --rewind-horizon, 1,000 steps by default.",
+        epilog="The exit code is 0, 1 if you said no, or 2 after a line of error. A trainer that "
+        "resumes from a checkpoint calls rewind(step) itself.",
     )
-    parser.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=5.0,
-        metavar="SECONDS",
-        help="longest wait for an answer (default: %(default)s)",
+    add_connection(rewound, CHANGE_SECONDS)
+    rewound.add_argument("--run", required=True, metavar="RUN", help="name of the run")
+    rewound.add_argument(
+        "--step",
+        required=True,
+        type=step_to_keep,
+        metavar="STEP",
+        help="the last step to keep; -1 keeps none",
     )
-    parser.add_argument(
-        "--token-file",
-        metavar="FILE",
-        help="file that holds the bearer token alone (default: no token)",
+    rewound.add_argument("--yes", action="store_true", help="do not ask back, for scripts")
+    rewound.set_defaults(command=rewind)
+    deleted = commands.add_parser(
+        "delete",
+        help="delete a run",
+        description="Delete a run with all that is known of its prompts, for good. Stop its "
+        "trainer first, or its next call begins the run anew. One that the scheduler cannot read "
+        "can be deleted, too. To keep a copy, where the store is: knapsack-scheduler export "
+        "--store URL --run RUN --to FILE.",
+        epilog="The exit code is 0, 1 if you said no, or 2 after a line of error.",
     )
-    parser.add_argument("--tls", action="store_true", help="use TLS with the system's authorities")
-    parser.add_argument("--tls-ca", metavar="FILE", help="use TLS and trust this PEM file")
-    parser.add_argument("--tls-cert", metavar="FILE", help="client certificate, PEM")
-    parser.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
+    add_connection(deleted, CHANGE_SECONDS)
+    deleted.add_argument("--run", required=True, metavar="RUN", help="name of the run")
+    deleted.add_argument("--yes", action="store_true", help="do not ask back, for scripts")
+    deleted.set_defaults(command=delete)
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    runs: list[Run] = _ask(arguments, lambda caller: fetch_runs(caller, arguments.timeout))
-    rows = [
-        [
-            run.run_id,
-            run.config.policy or "",
-            run.config.objective or "",
-            str(run.last_step) if run.last_step >= 0 else "-",
-            f"{run.known_prompts:,}",
-            f"{run.total_rollouts:,}",
-            _share(run.total_successes, run.total_rollouts),
-            _share(run.effective_groups, run.reported_groups),
-            _percent(run.calibration.predicted_effective_group_rate),
-            _percent(run.calibration.effective_group_rate),
-            f"{run.create_time:%Y-%m-%d %H:%M}" if run.create_time else "",
-        ]
-        for run in runs
-    ]
+    runs: list[Run] = ask(arguments, lambda caller: fetch_runs(caller, arguments.timeout))
+    rows = [[run.run_id, *_figures(run)] for run in runs]
     heads = ["run", "policy", "objective", "step", "prompts", "rollouts", "success"]
     heads += ["effective", "predicted", "came", "created"]
-    print(_table(heads, rows, left={0, 1, 2, 10}) if rows else "no runs")
+    print(table(heads, rows, left={0, 1, 2, 10}) if rows else "no runs")
     return 0
+
+
+def _figures(run: Run) -> list[str]:
+    if not run.is_known:
+        return ["cannot be read", *[""] * 9]
+    return [
+        run.config.policy or "",
+        run.config.objective or "",
+        step_or_dash(run.last_step),
+        f"{run.known_prompts:,}",
+        f"{run.total_rollouts:,}",
+        _share(run.total_successes, run.total_rollouts),
+        _share(run.effective_groups, run.reported_groups),
+        percent(run.calibration.predicted_effective_group_rate),
+        percent(run.calibration.effective_group_rate),
+        f"{run.create_time:%Y-%m-%d %H:%M}",
+    ]
 
 
 def _top(arguments: argparse.Namespace) -> int:
     def fetch() -> list[Run]:
-        return list(_ask(arguments, lambda caller: fetch_runs(caller, arguments.timeout)))
+        return list(ask(arguments, lambda caller: fetch_runs(caller, arguments.timeout)))
 
-    screen = Screen(_table, _percent)
+    screen = Screen()
     if arguments.once:
         print("\n".join(screen.lines(fetch(), time.monotonic())))
     elif sys.stdout.isatty():
@@ -236,7 +252,7 @@ def _top(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    stats: list[PromptStats] = _ask(
+    stats: list[PromptStats] = ask(
         arguments, lambda caller: fetch_prompt_stats(caller, arguments.run, arguments.timeout)
     )
     shown = sorted(stats, key=_SORTS[arguments.sort])[: arguments.limit or None]
@@ -246,13 +262,13 @@ def _stats(arguments: argparse.Namespace) -> int:
             f"{s.total_rollouts:,}",
             f"{s.total_successes:,}",
             f"{s.success_rate:.3f}",
-            str(s.last_step) if s.last_step >= 0 else "-",
+            step_or_dash(s.last_step),
             f"{s.mean_completion_tokens:,.0f}" if s.mean_completion_tokens else "-",
         ]
         for s in shown
     ]
     heads = ["prompt", "rollouts", "successes", "rate", "step", "tokens"]
-    print(_table(heads, rows, left={0}) if rows else "no outcomes yet")
+    print(table(heads, rows, left={0}) if rows else "no outcomes yet")
     if len(shown) < len(stats):
         print(f"{len(shown):,} of {len(stats):,} prompts; --limit 0 shows all")
     return 0
@@ -274,78 +290,14 @@ def _whole_command(command: _WholeCommand, argv: Sequence[str]) -> int:
         return 130
 
 
-def _ask(arguments: argparse.Namespace, question: Callable[[Caller], Any]) -> Any:
-    async def ask() -> Any:
-        transport = GrpcTransport(arguments.address, _token(arguments), _tls(arguments))
-        caller = Caller(transport, lambda event: None, lambda: 0, lambda: None)
-        await transport.open()
-        try:
-            with no_fallback():
-                return await question(caller)
-        finally:
-            await transport.close()
-
-    return asyncio.run(ask())
-
-
-def _token(arguments: argparse.Namespace) -> str | None:
-    if arguments.token_file is None:
-        return None
-    try:
-        with open(arguments.token_file) as file:
-            token = file.read().strip()
-    except OSError as error:
-        raise InvalidRequest(f"--token-file {arguments.token_file}: {error.strerror}") from None
-    if len(token.split()) != 1:
-        raise InvalidRequest(
-            f"--token-file {arguments.token_file}: must hold one token and nothing else; is it the "
-            "scheduler's own file, which has a run prefix beside each token?"
-        )
-    return token
-
-
-def _tls(arguments: argparse.Namespace) -> TLS | bool | None:
-    if arguments.tls_ca or arguments.tls_cert or arguments.tls_key:
-        return TLS(arguments.tls_ca, arguments.tls_cert, arguments.tls_key)
-    return True if arguments.tls else None
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: set[int]) -> str:
-    """Return rows under their heads, columns aligned, those in ``left`` to the left."""
-    # Names come from users: a control character must not steer the terminal.
-    lines = [list(heads), *([shortened(printable(cell)) for cell in row] for row in rows)]
-    widths = [max(width(line[i]) for line in lines) for i in range(len(heads))]
-    return "\n".join("  ".join(_padded(line, widths, left)).rstrip() for line in lines)
-
-
-def _padded(line: Sequence[str], widths: Sequence[int], left: set[int]) -> Iterator[str]:
-    for i, cell in enumerate(line):
-        blank = " " * (widths[i] - width(cell))
-        yield cell + blank if i in left else blank + cell
-
-
 def _share(part: int, whole: int) -> str:
-    return _percent(part / whole if whole else None)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}%"
+    return percent(part / whole if whole else None)
 
 
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 0 or more")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be seconds above 0")
-    return seconds
 
 
 def _failed(message: str) -> int:

@@ -220,6 +220,11 @@ class Run:
     reported_groups: int = 0
     effective_groups: int = 0
 
+    @property
+    def is_known(self) -> bool:
+        """Whether more than its name is known: False in a list if it could not be read."""
+        return self.create_time is not None
+
 
 @dataclass(frozen=True, slots=True)
 class PromptStats:

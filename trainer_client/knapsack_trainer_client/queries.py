@@ -27,6 +27,12 @@ async def fetch_prompt_stats(caller: Caller, run_id: str, timeout: float) -> lis
             return stats
 
 
+async def fetch_run(caller: Caller, run_id: str, timeout: float) -> Run:
+    """Return a run, within ``timeout`` seconds. Raises what ``Caller.call`` raises."""
+    request = wire.get_run_request(run_id)
+    return wire.to_run(await caller.call(wire.GET_RUN, request, Deadline.after(timeout)))
+
+
 async def fetch_runs(caller: Caller, timeout: float) -> list[Run]:
     """Return every run, ordered by run id.
 

@@ -106,7 +106,10 @@ class Telemetry:
                 )
             case SchedulerBack(seconds, reports):
                 logger.warning(
-                    "scheduler %s is back after %.1f s, %d reports queued", target, seconds, reports
+                    "scheduler %s is back after %.1f s; reports queued: %d",
+                    target,
+                    seconds,
+                    reports,
                 )
             case CallFailed(call, reason, unreachable, denied):
                 level = logging.ERROR if denied else logging.WARNING
@@ -136,7 +139,7 @@ class Telemetry:
                     rollouts,
                 )
             case ReportsDropped(reports, reason):
-                logger.error("%d queued reports dropped: %s", reports, reason)
+                logger.error("queued reports dropped: %d (%s)", reports, reason)
             case ReportRefused(report_id, step, rollouts, reason):
                 logger.error(
                     "queued report %s of step %d (%d rollouts) was refused and is kept as a "

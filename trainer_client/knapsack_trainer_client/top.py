@@ -9,6 +9,7 @@ from shutil import get_terminal_size
 
 from knapsack_trainer_client.errors import SchedulerUnavailable
 from knapsack_trainer_client.nouns import Run
+from knapsack_trainer_client.tables import counted, percent, step_or_dash, table
 from knapsack_trainer_client.terminal import LONGEST, cut, printable, shortened
 
 _HOME_AND_CLEAR = "\x1b[H\x1b[J"
@@ -24,20 +25,11 @@ LEFT = {0, 1, 2}
 _SHORTEST = 16
 """Columns of a run's name that there are on the narrowest terminal."""
 
-Table = Callable[[Sequence[str], Sequence[Sequence[str]], set[int]], str]
-
 
 class Screen:
-    """Remembers the answer before, for what changes per second.
+    """Remembers the answer before, for what changes per second."""
 
-    Args:
-        table: lays out rows under their heads.
-        share: shows a share, or that there is none.
-    """
-
-    def __init__(self, table: Table, share: Callable[[float | None], str]) -> None:
-        self._table = table
-        self._share = share
+    def __init__(self) -> None:
         self._before: dict[str, tuple[float, int]] = {}
 
     def lines(self, runs: Sequence[Run], now: float, name_columns: int = LONGEST) -> list[str]:
@@ -55,7 +47,7 @@ class Screen:
             [shortened(printable(run.run_id), name_columns), *self._figures(run, rates[run.run_id])]
             for run in moving
         ]
-        return self._table(HEADS, rows, LEFT).splitlines()
+        return table(HEADS, rows, LEFT).splitlines()
 
     def _rate(self, run: Run, now: float) -> float | None:
         before = self._before.get(run.run_id)
@@ -65,19 +57,21 @@ class Screen:
         return max(run.total_rollouts - before[1], 0) / (now - before[0])
 
     def _figures(self, run: Run, rate: float | None) -> list[str]:
+        if not run.is_known:
+            return ["cannot be read", *[""] * (len(HEADS) - 2)]
         total, groups, calibration = run.total_rollouts, run.reported_groups, run.calibration
         return [
             run.config.policy or "",
             run.config.objective or "",
-            str(run.last_step) if run.last_step >= 0 else "-",
+            step_or_dash(run.last_step),
             str(run.last_policy_version),
             f"{run.known_prompts:,}",
             f"{total:,}",
             "-" if rate is None else f"{rate:,.1f}",
-            self._share(run.total_successes / total if total else None),
-            self._share(run.effective_groups / groups if groups else None),
-            self._share(calibration.predicted_effective_group_rate),
-            self._share(calibration.effective_group_rate),
+            percent(run.total_successes / total if total else None),
+            percent(run.effective_groups / groups if groups else None),
+            percent(calibration.predicted_effective_group_rate),
+            percent(calibration.effective_group_rate),
             f"{run.ignored_rollouts:,}",
             f"{run.rewinds:,}",
         ]
@@ -120,7 +114,7 @@ def _frame(address: str, state: str, seconds: float, lines: Sequence[str]) -> st
         room = max(height - 5, 1)
         rows += [cut(line, columns) for line in lines[1 : room + 1]]
         if len(lines) - 1 > room:
-            more = f"{len(lines) - 1 - room:,} more runs; a taller terminal shows them"
+            more = f"{counted(len(lines) - 1 - room, 'more run')}; a taller terminal shows all"
             rows.append(cut(more, columns))
         if len(lines) == 1:
             rows.append("no runs")

@@ -27,6 +27,7 @@ ALLOCATE = Method("Allocate", pb.AllocateRequest, pb.Allocation)
 EXTEND = Method("Extend", pb.ExtendRequest, pb.Allocation)
 REPORT = Method("Report", pb.ReportRequest, pb.ReportResponse)
 REWIND_RUN = Method("RewindRun", pb.RewindRunRequest, pb.Run)
+DELETE_RUN = Method("DeleteRun", pb.DeleteRunRequest, pb.DeleteRunResponse)
 LIST_PROMPT_STATS = Method("ListPromptStats", pb.ListPromptStatsRequest, pb.ListPromptStatsResponse)
 
 STATS_PAGE = 20_000
@@ -166,6 +167,11 @@ def extend_request(
 def rewind_request(run_id: str, request_id: str, step: int) -> pb.RewindRunRequest:
     """Return the request to forget what came after a step."""
     return pb.RewindRunRequest(run_id=run_id, step=step, request_id=request_id)
+
+
+def delete_run_request(run_id: str) -> pb.DeleteRunRequest:
+    """Return the request to delete a run."""
+    return pb.DeleteRunRequest(run_id=run_id)
 
 
 def to_allocation(response: pb.Allocation, ask: AllocationAsk) -> Allocation:
