@@ -50,8 +50,11 @@ class RecordedSteps:
                 top = max(firsts, default=-1)
             # Those that no rewind forgets are of no step.
             elif entry.step >= 0:
-                firsts.setdefault(entry.step, entry.seq)
                 top = max(top, entry.step)
+                # A late report is of a step that began before the floor, as its allocation did.
+                late = entry.kind != "allocate" and entry.step <= run.floor_step in firsts
+                if not late:
+                    firsts.setdefault(entry.step, entry.seq)
         highest.update(dict.fromkeys(waiting, top))
         return cls(firsts, highest)
 
