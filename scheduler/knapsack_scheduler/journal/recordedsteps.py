@@ -51,9 +51,9 @@ class RecordedSteps:
             # Those that no rewind forgets are of no step.
             elif entry.step >= 0:
                 top = max(top, entry.step)
-                # A late report is of a step that began before the floor, as its allocation did.
-                late = entry.kind != "allocate" and entry.step <= run.floor_step in firsts
-                if not late:
+                # A late report of a closed step begins nothing: its allocation did, before the
+                # floor. Others of such steps are refused.
+                if entry.kind == "allocate" or entry.step > run.closed_step:
                     firsts.setdefault(entry.step, entry.seq)
         highest.update(dict.fromkeys(waiting, top))
         return cls(firsts, highest)
