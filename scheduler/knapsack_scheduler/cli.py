@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import sys
 import time
@@ -52,7 +53,11 @@ def _serve(settings: Settings, _options: argparse.Namespace) -> int:
     from knapsack_scheduler import logs, server
 
     logs.configure(settings.log_level, settings.log_format, secret_of(settings.store))
-    asyncio.run(server.serve(settings))
+    try:
+        asyncio.run(server.serve(settings))
+    finally:
+        # Before the message of what ended it.
+        logging.shutdown()
     return 0
 
 

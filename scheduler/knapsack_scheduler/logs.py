@@ -20,6 +20,7 @@ from knapsack_scheduler.events import (
     RunRewound,
 )
 from knapsack_scheduler.jumps import NOTICED
+from knapsack_scheduler.logwriter import LogWriter
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
 """Names the call that is being answered, in every line that is logged on its behalf."""
@@ -97,7 +98,8 @@ def configure(level: str, kind: str, secret: tuple[str, str]) -> None:
         kind: json or text.
         secret: what no line may hold, and what to write in its place.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    # None where the process began with stderr closed: its number may be of any file by now.
+    handler = LogWriter(sys.stderr.fileno()) if sys.stderr else logging.NullHandler()
     handler.setFormatter(_Hidden(JsonLines() if kind == "json" else Text(), secret))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("alembic", "grpc", "asyncio"):

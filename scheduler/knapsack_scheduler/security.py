@@ -139,9 +139,11 @@ def _parse(path: Path, data: bytes) -> list[tuple[bytes, str]]:
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
-        if len(words) != 2:
+        # Zeros are what a disk may leave of a file, U+FFFD is what is no UTF-8.
+        if len(words) != 2 or not "".join(words).isprintable() or "\ufffd" in line:
             raise ConfigError(
-                f"token_file = {str(path)!r}: line {number} must be a token and a run prefix"
+                f"token_file = {str(path)!r}: line {number} must be a token and a run prefix, "
+                "in UTF-8 and without control characters"
             )
         tokens.append((_fingerprint(words[0].encode()), words[1]))
     if not tokens:

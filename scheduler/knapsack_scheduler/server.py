@@ -300,6 +300,7 @@ async def serve(settings: Settings) -> None:
         if not server.takes_calls:
             # Loading runs can take minutes, and there is no call to wait for.
             _LOG.warning("told to end before calls are served, which is done at once")
+            logging.shutdown()
             os._exit(128 + number)
         stopped.set()
 
@@ -327,5 +328,6 @@ async def serve(settings: Settings) -> None:
             "ends without it, and nothing that was answered is lost"
         )
         # Not by returning: Python would wait for the threads that hang.
+        logging.shutdown()
         os._exit(0)
     _LOG.info("ended")

@@ -307,10 +307,16 @@ def test_a_token_file_that_cannot_be_read_leaves_the_old_tokens(
     file, other = tmp_path / "tokens", tmp_path / "other"
     file.write_text("old-token *\n")
     guard = TokenGuard(file)
-    for broken in ("old-token team-a/ team-b/\n", "", None):
+    for broken in (
+        b"old-token team-a/ team-b/\n",
+        b"",
+        b"new *\n\0\0 \0\n",
+        b"old-\xfftoken *\n",
+        None,
+    ):
         file.unlink()
         if broken is not None:
-            file.write_text(broken)
+            file.write_bytes(broken)
         caplog.clear()
         for _ in range(3):
             assert guard.bearer("old-token").is_everywhere

@@ -31,6 +31,7 @@ from knapsack_scheduler.journal.columns import (
     text_column,
 )
 from knapsack_scheduler.journal.compaction import Retention, plan_compaction
+from knapsack_scheduler.journal.recordedsteps import RecordedSteps
 from knapsack_scheduler.journal.records import Outline, RunRow, SnapshotMark
 from knapsack_scheduler.journal.snapshots import usable
 from knapsack_scheduler.service import SchedulerService
@@ -556,9 +557,23 @@ def test_a_run_that_begins_again_at_lower_steps_is_compacted() -> None:
     for step in range(1000, 1300):
         run.call(step)
     for step in range(300):
-        run.call(step)
+        run.call(step, "allocate")
     assert len(run.outline) <= 50 + 12 + 10
     assert run.can_go_back(260)
+
+
+def test_late_reports_of_compacted_steps_begin_none() -> None:
+    """Else a newer step would be taken for one far beyond the others, and a rewind leave it."""
+    run = Compacted(Retention(horizon=4, max_calls=NEVER), 12)
+    made: dict[int, int] = {}
+    for step in range(40):
+        run.call(step, "allocate")
+        made[step] = run.row.last_seq
+        for late in range(max(step - 9, 0), step):
+            # Of those that are compacted nothing is taken.
+            if made[late] > run.row.floor_seq:
+                run.call(late)
+        assert not RecordedSteps.of(run.row, run.outline, run.marks).settled(4)
 
 
 def test_a_run_whose_step_stands_still_is_compacted_by_its_calls() -> None:

@@ -50,8 +50,11 @@ class RecordedSteps:
                 top = max(firsts, default=-1)
             # Those that no rewind forgets are of no step.
             elif entry.step >= 0:
-                firsts.setdefault(entry.step, entry.seq)
                 top = max(top, entry.step)
+                # A late report of a closed step begins nothing: its allocation did, before the
+                # floor. Others of such steps are refused.
+                if entry.kind == "allocate" or entry.step > run.closed_step:
+                    firsts.setdefault(entry.step, entry.seq)
         highest.update(dict.fromkeys(waiting, top))
         return cls(firsts, highest)
 
