@@ -41,12 +41,16 @@ class LogWriter(logging.Handler):
         threading.Thread(target=self._write_waiting, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a record in; never waits."""
+        """Take a record in; never waits, and never fails who logs."""
         lost = self._not_taken + self._not_written
         if lost > self._told and self._take(self._notice(lost - self._told)):
             self._told = lost
-        if not self._take(record):
-            self._not_taken += 1
+        try:
+            taken = self._take(record)
+        except Exception:
+            # Its words do not fit its arguments, say.
+            taken = False
+        self._not_taken += not taken
 
     def flush(self) -> None:
         """Wait until all lines are written, but not for one that hangs."""

@@ -69,3 +69,15 @@ def test_lost_lines_are_counted_where_they_are_missing(pipe: tuple[int, int]) ->
     assert re.match(rf"{10 - len(kept)} lines of the log were lost", notice)
     assert 3 <= len(kept) <= 4
     assert last == "last"
+
+
+def test_a_line_whose_words_do_not_fit_fails_nobody(pipe: tuple[int, int]) -> None:
+    """It is lost, and counted as such before the next one."""
+    reader, writer = pipe
+    handler = LogWriter(writer)
+    handler.handle(logging.makeLogRecord({"msg": "%d prompts", "args": ("no number",)}))
+    handler.handle(logging.makeLogRecord({"msg": "next"}))
+    read = b""
+    while not read.endswith(b"next\n"):
+        read += os.read(reader, PAGE)
+    assert read.decode().startswith("1 lines of the log were lost")
