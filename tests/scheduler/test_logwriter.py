@@ -36,10 +36,11 @@ def test_a_log_that_nobody_reads_holds_up_nothing(
     finally:
         os.close(reader)
     # The last one may be cut.
-    lines = taken.splitlines()[:-1]
+    lines = [json.loads(line) for line in taken.splitlines()[:-1]]
     assert len(taken) <= PAGE
-    assert [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
-    assert 5 < len(lines) < 59
+    steps = [line["step"] for line in lines if "step" in line]
+    assert steps == list(range(len(steps)))
+    assert 5 < len(steps) < 59
 
 
 @pytest.fixture
