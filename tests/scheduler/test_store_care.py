@@ -269,7 +269,7 @@ async def test_a_changed_byte_of_a_run_is_found(store: str, column: str, command
     done = command("check", "--store", store)
     assert done.returncode == 1
     assert f"run '{name}': its row is damaged" in done.stderr
-    assert "run 'other': 1 entries" in done.stdout
+    assert "run 'other': 1 entry" in done.stdout
     async with open_service(store) as service:
         calls.run_id = name
         with pytest.raises(StoreUnavailable, match="its row is damaged"):
