@@ -121,6 +121,20 @@ def test_a_restore_that_is_killed_leaves_one_store_or_the_other(crashed: Path) -
     assert set(left) == {OLD, NEW}
 
 
+def test_what_is_restored_is_of_whom_the_store_was(crashed: Path) -> None:
+    """Else the scheduler could not write to what root has restored."""
+    file = crashed / "stats.db"
+    file.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(file, 4711, 4712)
+    before = file.stat()
+    restore(url_of(crashed), crashed / "copy.db")
+    after = file.stat()
+    assert after.st_ino != before.st_ino
+    for name in ("st_mode", "st_uid", "st_gid"):
+        assert getattr(after, name) == getattr(before, name)
+
+
 def test_a_damaged_store_is_set_aside_and_a_log_without_a_store_too(crashed: Path) -> None:
     """Neither can be made whole; the backup is put back all the same, and nothing is lost."""
     file, log = crashed / "stats.db", crashed / "stats.db-wal"

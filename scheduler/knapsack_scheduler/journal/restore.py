@@ -46,6 +46,7 @@ def restore(url: str, backup: Path) -> Path | None:
             try:
                 if file.exists():
                     _bring_log_in(file, shown)
+                    _own_alike(partial, file.stat())
                 for name, aside in names.items():
                     with suppress(FileNotFoundError):
                         os.link(name, aside)
@@ -78,6 +79,13 @@ def _forget_names(names: dict[Path, Path], shown: str) -> None:
             raise ConfigError(f"{shown}: {aside} is there from before; move it away")
     for _, aside in there:
         aside.unlink()
+
+
+def _own_alike(file: Path, like: os.stat_result) -> None:
+    """Let a file be of whom another is: who restores may be root, and the scheduler is not."""
+    os.chmod(file, like.st_mode & 0o7777)
+    with suppress(PermissionError):
+        os.chown(file, like.st_uid, like.st_gid)
 
 
 def _bring_log_in(file: Path, shown: str) -> None:
