@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from google.protobuf.json_format import MessageToDict
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import wire
 from knapsack_scheduler.errors import ConfigError, NotFound, SchedulerError, StoreUnavailable
+from knapsack_scheduler.journal.backup import sync
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.records import Entry, RunRow
 from knapsack_scheduler.journal.runfile import read_run, write_run
@@ -143,20 +145,24 @@ def write_run_file(url: str, run_id: str, to: Path) -> int:
         ConfigError: the store cannot be opened, or the file exists or cannot be written.
         NotFound: no run of that name.
     """
+    partial = to.with_name(f"{to.name}.partial")
     journal = Journal(url, read_only=True)
     journal.open()
     try:
-        with journal.reading(run_id) as reading, to.open("xb") as file:
-            try:
-                write_run(reading, file)
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                to.unlink()
-                raise
+        if to.exists():
+            raise ConfigError(f"to = {str(to)!r}: exists already")
+        with journal.reading(run_id) as reading, partial.open("wb") as file:
+            write_run(reading, file)
+            file.flush()
+            os.fsync(file.fileno())
+        # Whole, or not there under its name.
+        os.rename(partial, to)
+        sync(to.parent)
     except OSError as error:
         raise ConfigError(f"to = {str(to)!r}: cannot be written: {error.strerror}") from error
     finally:
+        with suppress(OSError):
+            partial.unlink()
         journal.close()
     return to.stat().st_size
 

@@ -78,7 +78,7 @@ class SchedulerService:
         self._default_config = default_config or RunConfig()
         self._limits = limits or Limits()
         self.events = events or Events()
-        self._summaries: dict[str, tuple[int, int, pb.Run]] = {}
+        self._summaries: dict[str, tuple[tuple[int, ...], pb.Run]] = {}
         self._runs = Runs(
             journal,
             self.events,
@@ -179,15 +179,16 @@ class SchedulerService:
         Else whoever looks at the list every few seconds would have old runs loaded again and
         again, at the cost of those that are being trained.
         """
+        # With its time: a run that was put back from an export goes on from there as another.
+        at = (row.identity, row.last_seq, row.update_time)
         known = self._summaries.pop(row.run_id, None)
-        if known is None or known[:2] != (row.identity, row.last_seq):
-            run = await self.get_run(pb.GetRunRequest(run_id=row.run_id))
+        if known is None or known[0] != at:
             # What was added meanwhile is not in the row, so it is looked at again next time.
-            known = (row.identity, row.last_seq, run)
+            known = (at, await self.get_run(pb.GetRunRequest(run_id=row.run_id)))
         self._summaries[row.run_id] = known
         if len(self._summaries) > _MOST_SUMMARIES:
             del self._summaries[next(iter(self._summaries))]
-        return known[2]
+        return known[1]
 
     async def delete_run(self, request: pb.DeleteRunRequest) -> pb.DeleteRunResponse:
         """Delete a run."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.errors import StoreUnavailable
 from knapsack_scheduler.journal.compaction import Retention
+from knapsack_scheduler.journal.runfile import read_run, write_run
 from knapsack_scheduler.service import SchedulerService
 
 NEVER = 10**9
@@ -202,6 +207,44 @@ def test_a_damaged_file_is_refused_whole(store: str, tmp_path: Path, command) ->
         assert done.returncode == 2
         assert "the file is" in done.stderr
     assert command("check", "--store", other).stdout == "0 runs\n"
+
+
+async def test_a_run_that_was_put_back_is_not_listed_as_what_it_was(tmp_path: Path, calls) -> None:
+    """It has the identity of the one that was deleted, and as many entries before long."""
+    async with open_service(f"sqlite:///{tmp_path / 'stats.db'}") as service:
+        journal, file = service._journal, io.BytesIO()
+
+        async def listed() -> int:
+            return (await service.list_runs(pb.ListRunsRequest())).runs[0].total_rollouts
+
+        await service.report(calls.own_report(["a"], [[1.0]], report_id="kept"))
+        with journal.reading("run") as reading:
+            write_run(reading, file)
+        await service.report(calls.own_report(["a"], [[1.0]], report_id="lost"))
+        assert await listed() == 2
+        await service.delete_run(pb.DeleteRunRequest(run_id="run"))
+        file.seek(0)
+        read_run(journal, file)
+        await service.report(calls.own_report(["a"], [[1.0, 0.0, 1.0]], report_id="new"))
+        assert await listed() == 4
+
+
+def test_an_export_that_is_killed_leaves_no_file_of_its_name(
+    store: str, tmp_path: Path, command
+) -> None:
+    """What there is of it is in the way of no other export."""
+    file = tmp_path / "run.knapsack"
+    arguments = ["export", "--store", store, "--run", "run", "--to", str(file)]
+    killed = subprocess.run(
+        ["strace", "-f", "-qq", "-o", os.devnull, "-e", "trace=fsync",
+         "-e", "inject=fsync:signal=SIGKILL", sys.executable, "-m", "knapsack_scheduler.cli",
+         *arguments],
+        check=False,
+    )  # fmt: skip
+    assert killed.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)
+    assert [path.name for path in tmp_path.glob("run.*")] == ["run.knapsack.partial"]
+    assert command(*arguments).returncode == 0
+    assert [path.name for path in tmp_path.glob("run.*")] == ["run.knapsack"]
 
 
 async def test_of_a_malformed_file_the_whole_runs_are_named_and_exported(
