@@ -46,8 +46,10 @@ class OneWriter:
             driver_of(self._connection).execute("BEGIN IMMEDIATE")
             return self._connection
         except BaseException:
-            self._give_back()
-            self._lock.release()
+            try:
+                self._give_back()
+            finally:
+                self._lock.release()
             raise
 
     def __exit__(
