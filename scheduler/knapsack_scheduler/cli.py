@@ -78,6 +78,8 @@ def _check(settings: Settings, options: argparse.Namespace) -> int:
         print(line)
     for line in report.faults:
         print(f"fault: {line}", file=sys.stderr)
+    if not report.faults:
+        print("no fault found", file=sys.stderr)
     return 1 if report.faults else 0
 
 
@@ -152,30 +154,63 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=version("knapsack-rl"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="serve the API until SIGTERM")
+    serve = commands.add_parser(
+        "serve",
+        help="serve the API until SIGTERM",
+        description="Serve the API, and a page to read on the admin address, until SIGTERM. The "
+        "first line on stdout, one JSON object, says which addresses; the log goes to stderr.",
+        epilog="The exit code is 0 after a drain, 143 if told to end before it served, or 2 after "
+        "a line that says why it does not start.",
+    )
     _add_settings(serve, list(Settings.model_fields))
     serve.set_defaults(command=_serve)
-    check = commands.add_parser("check", help="check settings, and with --store a store")
+    check = commands.add_parser(
+        "check",
+        help="check settings, and with --store a store",
+        description="Without --store: show what flags, environment and file come to, refuse what "
+        "cannot be, and say how long certificates are good. With --store: say whether the store "
+        "is whole, also while a scheduler uses it, and sum up its runs.",
+        epilog="The exit code is 0, 1 after lines of fault (a damaged store, a certificate that "
+        "has ended), or 2 if it could not look.",
+    )
     _add_settings(check, list(Settings.model_fields))
     check.set_defaults(command=_check)
-    migrate = commands.add_parser("migrate", help="bring a store's schema up to date")
+    migrate = commands.add_parser(
+        "migrate",
+        help="bring a store's schema up to date",
+        description="Bring a store's schema up to date, as serve does too; the scheduler is "
+        "stopped. There is no way back but a copy from before: see backup.",
+    )
     _add_settings(migrate, ["store"])
     migrate.set_defaults(command=_migrate)
     backup = commands.add_parser(
-        "backup", help="copy a SQLite store, also while a scheduler writes to it"
+        "backup",
+        help="copy a SQLite store, also while a scheduler writes to it",
+        description="Copy a SQLite store as of one moment, also while a scheduler writes to it, "
+        "and check the copy. Of PostgreSQL use pg_dump.",
     )
     _add_settings(backup, ["store"])
     backup.add_argument("--to", type=Path, required=True, metavar="FILE", help="new file to write")
     backup.set_defaults(command=_backup)
     restored = commands.add_parser(
-        "restore", help="put a backup in the place of a SQLite store; the scheduler is stopped"
+        "restore",
+        help="put a backup in the place of a SQLite store; the scheduler is stopped",
+        description="Put a checked copy of a backup in the place of a SQLite store; the scheduler "
+        "is stopped. What was there is kept as FILE.replaced, and one of an earlier restore is "
+        "to be moved away first.",
     )
     _add_settings(restored, ["store"])
     restored.add_argument(
         "--from", type=Path, required=True, dest="file", metavar="FILE", help="backup to read"
     )
     restored.set_defaults(command=_restore)
-    export = commands.add_parser("export", help="write a run as one file, or as JSON lines")
+    export = commands.add_parser(
+        "export",
+        help="write a run as one file, or as JSON lines",
+        description="With --to: write a run as one file with a checksum, for import. Without: its "
+        "recorded calls or statistics as JSON lines on stdout. Also while a scheduler uses the "
+        "store.",
+    )
     _add_settings(export, ["store"])
     export.add_argument("--run", required=True, help="run to export")
     export.add_argument(
@@ -188,7 +223,12 @@ def _parser() -> argparse.ArgumentParser:
         "--to", type=Path, metavar="FILE", help="new file to write the run to, for import"
     )
     export.set_defaults(command=_export)
-    imported = commands.add_parser("import", help="store a run from the file of an export")
+    imported = commands.add_parser(
+        "import",
+        help="store a run from the file of an export",
+        description="Store a run from the file of an export, whole or not at all. A scheduler on "
+        "a SQLite store is stopped; one on PostgreSQL may go on.",
+    )
     _add_settings(imported, ["store"])
     imported.add_argument(
         "--from", type=Path, required=True, dest="file", metavar="FILE", help="file to read"

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,10 @@ def load_settings(flags: dict[str, Any], file: Path | None) -> Settings:
         settings = Settings(**{**from_file, **environment, **given})
     except ValidationError as error:
         lines = [
-            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()
+            _no_setting([str(name) for name in e["loc"]])
+            if e["type"] == "extra_forbidden"
+            else f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}"
+            for e in error.errors()
         ]
         raise ConfigError("the scheduler does not start: " + "; ".join(lines)) from None
     check(settings)
@@ -163,6 +166,14 @@ def _refuse_unknown(environment: Mapping[str, str]) -> None:
             near = get_close_matches(key, Settings.model_fields, 1)
             hint = f"; did you mean {ENVIRONMENT}{near[0].upper()}?" if near else ""
             raise ConfigError(f"the scheduler does not start: {name}: is no setting{hint}")
+
+
+def _no_setting(names: Sequence[str]) -> str:
+    """Return what to say of a key of the file, or of a section in it, that is no setting."""
+    fields = (Settings if len(names) == 1 else RunDefaults).model_fields
+    near = get_close_matches(names[-1], fields, 1)
+    hint = f"; did you mean {'.'.join([*names[:-1], near[0]])}?" if near else ""
+    return f"{'.'.join(names)}: is no setting{hint}"
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -75,18 +75,33 @@ def test_check_refuses_wrong_settings() -> None:
     assert "secret" not in done.stdout + done.stderr
 
 
+def test_a_typing_error_in_the_file_is_named_with_what_was_meant(tmp_path: Path) -> None:
+    """At the top and in its section; each of several."""
+    file = tmp_path / "settings.yaml"
+    file.write_text("listn: 127.0.0.1:1001\nrun_defaults:\n  objectiv: paper\n  zzz: 1\n")
+    done = command("check", f"--config={file}")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "knapsack-scheduler: the scheduler does not start: run_defaults.objectiv: is no setting; "
+        "did you mean run_defaults.objective?; run_defaults.zzz: is no setting; listn: is no "
+        "setting; did you mean listen?\n"
+    )
+
+
 async def test_check_of_a_store_counts_it_and_finds_damage(store: str) -> None:
     """A whole store is summed up; a lost entry is a fault and exit code 1."""
     done = command("check", f"--store={store}")
     assert done.returncode == 0, done.stderr
     assert "2 runs" in done.stdout
     assert "run 'run': 5 entries, last step 0, 2 known prompts, 3 rollouts" in done.stdout
+    assert done.stderr == "no fault found\n"
     with sqlite3.connect(store.removeprefix("sqlite:///")) as database:
         database.execute("DELETE FROM entries WHERE seq = 2")
     database.close()
     done = command("check", f"--store={store}")
     assert done.returncode == 1
     assert "run 'run': its entries are not numbered without gap" in done.stderr
+    assert "no fault found" not in done.stderr
 
 
 async def test_export_writes_json_lines(store: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,19 @@ def test_errors_are_one_line(
     assert answer.err.startswith("knapsack-rl: ")
     assert answer.err.count("\n") == 1
     assert said in answer.err
+
+
+def test_a_wrong_tls_flag_is_one_line(shared_scheduler: Any) -> None:
+    """No line of gRPC's core, which writes past Python, stands before what the command says."""
+    environment = {k: v for k, v in os.environ.items() if k != "GRPC_VERBOSITY"}
+    command = [sys.executable, "-m", "knapsack_trainer_client.cli", "runs", "--timeout", "1"]
+    command += ["--address", shared_scheduler.address]
+    answer = subprocess.run(
+        [*command, "--tls"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert answer.returncode == 2
+    [line] = answer.stderr.splitlines()
+    assert line.startswith("knapsack-rl: is a scheduler serving its API with TLS at ")
 
 
 def test_help_and_usage() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from knapsack_trainer_client.connection import Unreached, add_connection, ask, seconds
+from knapsack_trainer_client.connection import Unreached, add_connection, ask, seconds, uses_tls
 from knapsack_trainer_client.errors import InvalidRequest, KnapsackError
 from knapsack_trainer_client.forget_command import CHANGE_SECONDS, delete, rewind, step_to_keep
 from knapsack_trainer_client.nouns import PromptStats, Run
@@ -89,14 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and argv[0] in _WHOLE_COMMANDS:
         # These read their own arguments, --help among them.
         return _whole_command(_WHOLE_COMMANDS[argv[0]], argv[1:])
-    # Read when the first channel is made; its lines would stand among those of the command.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.command(arguments))
     except Unreached as error:
-        where = arguments.address
-        return _failed(f"is a scheduler serving its API at {where}? --address names it. {error}")
+        tls = uses_tls(arguments)
+        return _failed(
+            f"is a scheduler serving its API{' with TLS' if tls else ''} at {arguments.address}? "
+            f"--address names it{'' if tls else '; where it has TLS, add --tls or --tls-ca'}. "
+            f"{error}"
+        )
     except KnapsackError as error:
         return _failed(str(error))
     except KeyboardInterrupt:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Awaitable, Callable
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import TypeVar
 
 from knapsack_trainer_client.calls import Caller, NotFound, Refused, Unanswered
@@ -87,7 +90,8 @@ def ask(
             await transport.close()
 
     try:
-        return asyncio.run(connected())
+        with _grpc_silent():
+            return asyncio.run(connected())
     except Refused as error:
         raise InvalidRequest(str(error)) from None
     except NotFound as error:
@@ -95,6 +99,11 @@ def ask(
     except Unanswered as failure:
         kind = Unreached if failure.unreachable else SchedulerUnavailable
         raise kind(failure.reason) from None
+
+
+def uses_tls(arguments: argparse.Namespace) -> bool:
+    """Return whether the flags of ``add_connection`` ask for an encrypted connection."""
+    return bool(_tls(arguments))
 
 
 def seconds(text: str) -> float:
@@ -106,6 +115,27 @@ def seconds(text: str) -> float:
     if not 0 < number < 1e6:
         raise argparse.ArgumentTypeError(f"{text!r}: must be seconds above 0")
     return number
+
+
+@contextmanager
+def _grpc_silent() -> Iterator[None]:
+    """Keep what gRPC's core writes to file descriptor 2 from among the lines of the command.
+
+    It reads ``GRPC_VERBOSITY`` when it is imported, which is before a command can set it; who
+    sets it sees its lines.
+    """
+    if "GRPC_VERBOSITY" in os.environ or sys.stderr is None:
+        yield
+        return
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere, open(kept, "w", buffering=1) as ours:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            # Where Python's own is not the descriptor, it needs no other.
+            with redirect_stderr(ours if sys.stderr is sys.__stderr__ else sys.stderr):
+                yield
+        finally:
+            os.dup2(kept, 2)
 
 
 def _token(arguments: argparse.Namespace) -> str | None:
