@@ -80,6 +80,7 @@ def serve(url: str) -> tuple[float, float, float]:
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "knapsack_scheduler.cli", "serve", f"--store={url}",
+         "--log-level=error",
          *(f"--{name}=127.0.0.1:0" for name in ("listen", "admin-listen", "health-listen"))],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -294,7 +294,8 @@ async def test_a_changed_byte_of_an_entry_is_found(store: str, column: str, comm
 
 @pytest.mark.parametrize("column", ["run_id", "config", "create_time", "identity"])
 async def test_a_changed_byte_of_a_run_is_found(store: str, column: str, command, calls) -> None:
-    """Other settings would divide another way. The run is refused, and all else is served."""
+    """Other settings would divide another way. The run is refused, in a file for another store
+    too, where its checksum would be made anew, and all else is served."""
     async with open_service(store) as service:
         calls.run_id = "other"
         await service.report(calls.own_report(["a"], [[1.0]]))
@@ -317,6 +318,11 @@ async def test_a_changed_byte_of_a_run_is_found(store: str, column: str, command
         calls.run_id = name
         with pytest.raises(StoreUnavailable, match="its row is damaged"):
             await service.allocate(calls.allocate())
+        with (
+            service._journal.reading(name) as reading,
+            pytest.raises(StoreUnavailable, match="its row is damaged"),
+        ):
+            write_run(reading, io.BytesIO())
         calls.run_id = "other"
         await service.allocate(calls.allocate())
 

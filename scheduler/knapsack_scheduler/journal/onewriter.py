@@ -46,8 +46,10 @@ class OneWriter:
             driver_of(self._connection).execute("BEGIN IMMEDIATE")
             return self._connection
         except BaseException:
-            self._give_back()
-            self._lock.release()
+            try:
+                self._give_back()
+            finally:
+                self._lock.release()
             raise
 
     def __exit__(
@@ -58,13 +60,10 @@ class OneWriter:
     ) -> None:
         """Commit, or undo, and let the next one write."""
         try:
-            connection = self._connection
-            if error is not None or connection is None:
+            if error is not None:
                 self._give_back()
-            elif connection.in_transaction():
-                connection.commit()
             else:
-                driver_of(connection).commit()
+                self._commit()
         except BaseException:
             # A commit that failed may leave its transaction open.
             self._give_back()
@@ -72,12 +71,30 @@ class OneWriter:
         finally:
             self._lock.release()
 
+    def _commit(self) -> None:
+        connection = self._connection
+        # SQLite undoes a transaction by itself after some errors. To commit none does not fail.
+        if connection is None or not driver_of(connection).in_transaction:
+            raise StoreUnavailable("the store cannot be used: the transaction was undone")
+        if connection.in_transaction():
+            connection.commit()
+        else:
+            driver_of(connection).commit()
+
     def _give_back(self) -> None:
         """Give the connection back, by which what it has open is undone."""
         given_back, self._connection = self._connection, None
         if given_back is not None:
-            given_back.close()
+            with given_back:
+                # SQLAlchemy takes its own transaction for ended where the commit of it failed,
+                # and would leave the driver's open.
+                given_back.rollback()
 
     def close(self) -> None:
-        """Give the connection back."""
-        self._give_back()
+        """Give the connection back; who writes and ends too late for it is refused."""
+        held = self._lock.acquire(timeout=self._patience)
+        try:
+            self._give_back()
+        finally:
+            if held:
+                self._lock.release()

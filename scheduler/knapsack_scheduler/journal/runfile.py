@@ -34,7 +34,9 @@ _LONGEST = 2**31
 
 
 def write_run(reading: Reading, file: IO[bytes]) -> None:
-    """Write the run as it is read to a file."""
+    """Write the run as it is read to a file; StoreUnavailable if a part of it is damaged."""
+    # Stored anew it would get a checksum that is right.
+    reading.check_run()
     digest = hashlib.blake2b(digest_size=32)
 
     def put(data: bytes) -> None:
