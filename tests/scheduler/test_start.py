@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import grpc
@@ -32,6 +34,21 @@ async def store(tmp_path: Path, calls) -> Path:
         calls.run_id = "b"
         await service.report(calls.own_report(["x"], [[1.0]], 1, report_id="later"))
     return file
+
+
+def test_a_service_in_the_process_leaves_the_log_of_its_trainer_alone() -> None:
+    """One that shows what any library tells of itself."""
+    trainer = """
+import asyncio, logging
+logging.basicConfig(level=logging.INFO)
+from knapsack_scheduler.embedded import open_service
+async def main():
+    async with open_service("sqlite://"):
+        pass
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", trainer], capture_output=True, check=True)
+    assert done.stderr == b""
 
 
 async def test_it_is_alive_while_it_loads_and_ready_afterwards(store: Path, monkeypatch) -> None:

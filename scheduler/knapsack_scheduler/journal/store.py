@@ -6,7 +6,8 @@ import fcntl
 import logging
 import os
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -238,6 +239,18 @@ def _alembic(connection: sa.Connection | None = None) -> AlembicConfig:
     return config
 
 
+@contextmanager
+def _alembic_silent() -> Iterator[None]:
+    """Keep its lines on every start out of the log of a trainer that runs us in-process."""
+    log = logging.getLogger("alembic")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
 def migrate(engine: sa.Engine, revision: str = "head") -> None:
     """Bring the schema to a revision, the newest one by default.
 
@@ -248,14 +261,8 @@ def migrate(engine: sa.Engine, revision: str = "head") -> None:
         if connection.dialect.name == "postgresql":
             connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-        # Its lines on every start would stand in the log of a trainer that runs us in-process.
-        log = logging.getLogger("alembic")
-        level = log.level
-        log.setLevel(logging.WARNING)
-        try:
+        with _alembic_silent():
             command.upgrade(_alembic(connection), revision)
-        finally:
-            log.setLevel(level)
 
 
 def is_known(revision: str | None) -> bool:
@@ -266,6 +273,6 @@ def is_known(revision: str | None) -> bool:
 
 def revisions(engine: sa.Engine) -> tuple[str | None, str | None]:
     """Return the revision of the database and the newest one there is."""
-    with engine.begin() as connection:
+    with engine.begin() as connection, _alembic_silent():
         current = MigrationContext.configure(connection).get_current_revision()
     return current, ScriptDirectory.from_config(_alembic()).get_current_head()
