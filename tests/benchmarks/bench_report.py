@@ -1,6 +1,6 @@
 """What a durable Report costs, next to a bare commit of the same rows, in one run.
 
-    python tests/benchmarks/bench_report.py [--sizes 256 2000] [--repeat 100]
+    python tests/benchmarks/bench_report.py [--sizes 256 2000] [--repeat 500]
 
 The bare commit is sqlite3 itself, with a store of its own on the same disk: it inserts the
 journal's row of a Report and moves the run's row on, with the journal's tables and pragmas
@@ -138,7 +138,7 @@ def over_wire(folder: Path, size: int, repeat: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 2000])
-    parser.add_argument("--repeat", type=int, default=100)
+    parser.add_argument("--repeat", type=int, default=500)
     arguments = parser.parse_args()
     print(f"{MEAN} rollouts per prompt, milliseconds, next to a bare commit of the same rows")
     print(
