@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import signal
@@ -201,7 +202,11 @@ def test_a_damaged_file_is_refused_whole(store: str, tmp_path: Path, command) ->
     other = f"sqlite:///{tmp_path / 'other.db'}"
     damaged = [data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
                for at in (3, 9, 30, len(data) // 3, len(data) // 2, len(data) - 1)]  # fmt: skip
-    for wrong in (*damaged, data[: len(data) * 2 // 3], data + b"more", b""):
+    # Of its frames the last alone, with the checksum that it must have.
+    head = data[:10]
+    digest = hashlib.blake2b(head, digest_size=32).digest()
+    end = head + data[-len(digest) - 9 : -len(digest)] + digest
+    for wrong in (*damaged, data[: len(data) * 2 // 3], data + b"more", b"", end):
         file.write_bytes(wrong)
         done = command("import", "--store", other, "--from", file)
         assert done.returncode == 2

@@ -86,7 +86,7 @@ def read_run(journal: Journal, file: IO[bytes], run_id: str | None = None) -> Ru
 def _store(
     connection: sa.Connection, frames: Iterator[tuple[bytes, bytes]], run_id: str | None
 ) -> RunRow:
-    kind, data = next(frames)
+    kind, data = next(frames, (b"", b""))
     if kind != b"R":
         raise ConfigError("the file is not a run: it does not begin with one")
     run = RunRow(**_from_json(data))
