@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         "posterior mean of the success rate.",
     )
     add_connection(stats)
-    stats.add_argument("--run", required=True, metavar="RUN", help="name of the run")
+    _add_run(stats)
     stats.add_argument(
         "--sort",
         choices=_SORTS,
@@ -187,8 +187,7 @@ def _add_forgetting(commands: Any) -> None:
         epilog="The exit code is 0, 1 if you said no, or 2 after a line of error. A trainer that "
         "resumes from a checkpoint calls rewind(step) itself.",
     )
-    add_connection(rewound, CHANGE_SECONDS)
-    rewound.add_argument("--run", required=True, metavar="RUN", help="name of the run")
+    _add_change(rewound, rewind)
     rewound.add_argument(
         "--step",
         required=True,
@@ -196,8 +195,6 @@ def _add_forgetting(commands: Any) -> None:
         metavar="STEP",
         help="the last step to keep; -1 keeps none",
     )
-    rewound.add_argument("--yes", action="store_true", help="do not ask back, for scripts")
-    rewound.set_defaults(command=rewind)
     deleted = commands.add_parser(
         "delete",
         help="delete a run",
@@ -207,10 +204,20 @@ def _add_forgetting(commands: Any) -> None:
         "--store URL --run RUN --to FILE.",
         epilog="The exit code is 0, 1 if you said no, or 2 after a line of error.",
     )
-    add_connection(deleted, CHANGE_SECONDS)
-    deleted.add_argument("--run", required=True, metavar="RUN", help="name of the run")
-    deleted.add_argument("--yes", action="store_true", help="do not ask back, for scripts")
-    deleted.set_defaults(command=delete)
+    _add_change(deleted, delete)
+
+
+def _add_change(
+    parser: argparse.ArgumentParser, command: Callable[[argparse.Namespace], int]
+) -> None:
+    add_connection(parser, CHANGE_SECONDS)
+    _add_run(parser)
+    parser.add_argument("--yes", action="store_true", help="do not ask back, for scripts")
+    parser.set_defaults(command=command)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, metavar="RUN", help="name of the run")
 
 
 def _runs(arguments: argparse.Namespace) -> int:
