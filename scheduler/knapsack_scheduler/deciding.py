@@ -17,6 +17,7 @@ be folded.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -80,12 +81,21 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Stored(Generic[Answer]):
-    """What is committed and not folded yet; no entries if nothing was appended."""
+    """What is committed and not folded yet.
+
+    Attributes:
+        decided: what the call has come to.
+        run: in memory, without it.
+        entries: that were appended; none if nothing changed.
+        row: of the run, as the transaction found it.
+        time_ns: of the entries, nanoseconds since 1970.
+    """
 
     decided: Decided[Answer]
     run: LoadedRun
     entries: list[Entry]
     row: RunRow
+    time_ns: int
 
 
 _Verdict = Decided[Answer] | Repeated[Answer] | Refused
@@ -165,8 +175,32 @@ class Decisions:
     ) -> Stored[Answer]:
         self._loaded.take(run_id)
         call.serialise()
-        first = run.intact and not self._journal.shared
-        return self._transact(run_id, run, _verdict(run, decide) if first else None, decide)
+        verdict: _Verdict[Answer] | None = None
+        if run.intact and not self._journal.shared:
+            verdict = _verdict(run, decide)
+        try:
+            stored = self._appended(run_id, run, verdict)
+            return stored or self._transact(run_id, run, verdict, decide)
+        finally:
+            # For the same reason as in _transact.
+            verdict = None
+
+    def _appended(
+        self, run_id: str, run: LoadedRun, verdict: _Verdict[Answer] | None
+    ) -> Stored[Answer] | None:
+        """Store what was decided if the run's row is the one in memory; None if it has to be read.
+
+        Most calls of most runs come this way.
+        """
+        if not (isinstance(verdict, Decided) and verdict.entry and run.stands_at(run.row)):
+            return None
+        now = time.time_ns()
+        try:
+            entry = self._journal.append(run.row, verdict.entry, now)
+        except StoreUnavailable:
+            self._loaded.keep(run_id, run)
+            raise
+        return None if entry is None else Stored(verdict, run, [entry], run.row, now)
 
     def _large(
         self, run_id: str, run: LoadedRun, call: Call, decide: Decide[Answer]
@@ -213,7 +247,7 @@ class Decisions:
             raise
         if not writing.appended:
             self._loaded.keep(run_id, run)
-        return Stored(decided, run, writing.appended, writing.run_after)
+        return Stored(decided, run, writing.appended, writing.run, writing.time_ns)
 
 
 class _Moved(Exception):

@@ -52,17 +52,30 @@ class AllocationExtended:
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """Rewards of some positions, flat.
+    """Rewards of some positions, flat: first those of ``positions[0]``, and so on.
 
     Attributes:
-        owner: position of each reward, int64[n].
+        positions: that rewards are of, int64[k]; one may be there more than once.
+        counts: rewards of each, int64[k], 0 or more, n in all.
         rewards: float32[n].
         tokens: completion length of each rollout, int64[n]; None if unknown.
     """
 
-    owner: IntArray
+    positions: IntArray
+    counts: IntArray
     rewards: npt.NDArray[np.float32]
     tokens: IntArray | None
+
+    @classmethod
+    def of_each(
+        cls, owner: IntArray, rewards: npt.NDArray[np.float32], tokens: IntArray | None = None
+    ) -> Rewards:
+        """Return rewards whose positions are given one by one, int64[n]."""
+        return cls(owner, np.ones(owner.size, np.int64), rewards, tokens)
+
+    def owner(self) -> IntArray:
+        """Return the position of each reward, int64[n]."""
+        return np.repeat(self.positions, self.counts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
-from knapsack_scheduler import wire
+from knapsack_scheduler import validation, wire
 from knapsack_scheduler.allocations import Counted, OpenAllocation
 from knapsack_scheduler.calls import Call, Repeated
 from knapsack_scheduler.deciding import Decided
@@ -126,12 +126,13 @@ def _check_report(request: pb.ReportRequest, rewards: Rewards, allocation: OpenA
             "step", request.step, f"must be the allocation's, {allocation.step}, or not set"
         )
     positions = allocation.rows.size
-    if np.asarray(request.prompt_indices, np.int64).max(initial=0) >= positions:
-        wire.rewards_of(request, positions)
-    delivered = allocation.delivered + np.bincount(rewards.owner, minlength=positions)
-    over = delivered > allocation.allocated
+    validation.within_positions(rewards.positions, positions)
+    # Weights are summed as float64, which is exact for as many rollouts as there can be.
+    coming = np.bincount(rewards.positions, rewards.counts, positions)
+    over = coming > np.subtract(allocation.allocated, allocation.delivered, dtype=np.float64)
     if over.any():
         at = int(np.argmax(over))
+        delivered = allocation.delivered + coming
         place = list(request.prompt_indices).index(at)
         raise InvalidArgument(
             f"num_rewards[{place}]",

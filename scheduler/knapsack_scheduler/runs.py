@@ -150,24 +150,27 @@ class Runs:
                 stored = await self._stored(run_id, call, decide, create, large)
                 if not stored.entries:
                     return stored.decided.answer
-                folded = self._settle_soon(run_id, stored)
+                folded = self._settle_soon(run_id, stored, heavy)
                 settling = True
             finally:
                 if not settling:
                     self._turns.end(run_id)
-            if heavy:
+            if folded is not None:
                 await folded
             return stored.decided.answer
 
         return await finished(locked(), self._unfinished)
 
-    def _settle_soon(self, run_id: str, stored: Stored[Answer]) -> asyncio.Future[None]:
+    def _settle_soon(
+        self, run_id: str, stored: Stored[Answer], heavy: bool
+    ) -> asyncio.Future[None] | None:
         """Have a call settled, which ends its turn; returns what is done when it is folded.
 
         A timer of no time: to begin a task takes some of the time in which the answer goes.
         """
         loop = asyncio.get_running_loop()
-        begun, folded = loop.create_future(), loop.create_future()
+        begun = loop.create_future()
+        folded = loop.create_future() if heavy else None
 
         def begin() -> None:
             task = loop.create_task(self._settle(run_id, stored, folded))
@@ -181,7 +184,7 @@ class Runs:
         return folded
 
     async def _settle(
-        self, run_id: str, stored: Stored[Answer], folded: asyncio.Future[None]
+        self, run_id: str, stored: Stored[Answer], folded: asyncio.Future[None] | None
     ) -> None:
         """Fold what was stored, tell of it, and end the turn.
 
@@ -196,7 +199,8 @@ class Runs:
                     break
                 await asyncio.sleep(0)
             event, completes = await self._readers.run(lambda: self._fold(run_id, stored))
-            folded.set_result(None)
+            if folded is not None:
+                folded.set_result(None)
             if event is not None:
                 self._events.emit(event)
             if completes:
@@ -207,7 +211,7 @@ class Runs:
         except Exception:
             _LOG.exception("run %r: could not be folded, to be read anew", run_id)
         finally:
-            if not folded.done():
+            if folded is not None and not folded.done():
                 folded.set_result(None)
             self._turns.end(run_id)
 
@@ -394,10 +398,11 @@ class Runs:
 
     def _fold(self, run_id: str, stored: Stored[Answer]) -> tuple[Event | None, bool]:
         """Take in what was stored; returns what there is to tell, and if an allocation is whole."""
-        run, counted = stored.run, Counted()
+        run, row, counted = stored.run, stored.row, Counted()
         for entry in stored.entries:
             counted = run.applied(entry, stored.decided.fact)
-        run.row = stored.row
+            row = row.after(entry, stored.time_ns)
+        run.row = row
         event = stored.decided.event(counted)
         self._loaded.keep(run_id, run)
         self._snapshots.offer(run)

@@ -328,7 +328,7 @@ class RunState:
 
     def _outcomes(self, rewards: Rewards, positions: int) -> GroupOutcomes:
         return group_outcomes(
-            rewards.rewards, rewards.owner, positions, self.config.success_threshold
+            rewards.rewards, rewards.owner(), positions, self.config.success_threshold
         )
 
     def _learn(
@@ -369,7 +369,7 @@ class RunState:
             sums[_LAST_VERSION, unique[newer]] = policy_version
         if rewards.tokens is not None:
             tokens = np.zeros(rows.size, np.int64)
-            np.add.at(tokens, rewards.owner, rewards.tokens)
+            np.add.at(tokens, rewards.owner(), rewards.tokens)
             np.add.at(sums[_TOKENS], rows, tokens)
             np.add.at(sums[_TOKEN_ROLLOUTS], rows, outcomes.rollouts)
             self._token_sum += int(rewards.tokens.sum())
@@ -388,7 +388,7 @@ class RunState:
         self.reward_levels = levels
         if self._visits.by_level is None:
             return None
-        owner = np.searchsorted(unique, rows[rewards.owner])
+        owner = np.searchsorted(unique, rows[rewards.owner()])
         level = levels.index(rewards.rewards)
         return counted_by_level(owner, level, unique.size, levels.values.size)
 

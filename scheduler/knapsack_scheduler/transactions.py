@@ -36,8 +36,10 @@ async def transacted(workers: Workers, events: Events, attempt: Callable[[], Ans
     finally:
         # The answer goes first, in this turn of the event loop and the next: whoever listens
         # takes some of its time.
-        committed = Committed(time.perf_counter() - start, failed, busy)
-        asyncio.get_running_loop().call_later(0.0, events.emit, committed)
+        seconds = time.perf_counter() - start
+        asyncio.get_running_loop().call_later(
+            0.0, lambda: events.emit(Committed(seconds, failed, busy))
+        )
 
 
 def again(attempt: Callable[[], Answer]) -> Answer:

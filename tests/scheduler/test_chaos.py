@@ -24,6 +24,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+import sqlalchemy as sa
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
@@ -31,7 +32,6 @@ from knapsack_scheduler import service as service_module
 from knapsack_scheduler.errors import StoreUnavailable
 from knapsack_scheduler.inspection import check_store
 from knapsack_scheduler.journal.journal import Journal
-from knapsack_scheduler.journal.transaction import Writing
 from knapsack_scheduler.service import SchedulerService
 
 from held_port import HeldPort
@@ -216,14 +216,14 @@ class FaultyJournal(Journal):
         self.faults: Counter[str] = Counter()
 
     @contextmanager
-    def writing(self, run_id: str) -> Iterator[Writing]:
-        """Hold a run; may fail before it begins, before the commit, and after it."""
+    def _begun(self) -> Iterator[sa.Connection]:
+        """Begin a transaction; may fail before it begins, before the commit, and after it."""
         fault = self._draw.choice(["none", "none", "begin", "commit", "answer", "slow"])
         self.faults[fault] += 1
         if fault == "begin":
             raise StoreUnavailable("the disk is away")
-        with super().writing(run_id) as writing:
-            yield writing
+        with super()._begun() as connection:
+            yield connection
             if fault == "slow":
                 time.sleep(0.002)
             if fault == "commit":

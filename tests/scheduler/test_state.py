@@ -207,7 +207,7 @@ def test_a_step_that_was_pushed_out_of_the_window_leaves_no_trace() -> None:
     def reported(step: int, version: int) -> OutcomesReported:
         draw = np.random.default_rng(step * 100 + version)
         succeeded = draw.random(240) < (0.2 if step == 1 else 0.8)
-        rewards = Rewards(np.repeat(np.arange(60), 4), succeeded.astype(np.float32), None)
+        rewards = Rewards.of_each(np.repeat(np.arange(60), 4), succeeded.astype(np.float32))
         return OutcomesReported("", step, ids, version, rewards, False)
 
     late = [reported(1, 0)]
@@ -230,7 +230,7 @@ def test_whom_a_decision_learns_drift_from_does_not_depend_on_when_it_came() -> 
         draw = np.random.default_rng(step * 100 + version)
         owner = np.repeat(np.arange(end - begin), 4)
         succeeded = draw.random(owner.size) < (0.2 if step < 3 else 0.8)
-        rewards = Rewards(owner, succeeded.astype(np.float32), None)
+        rewards = Rewards.of_each(owner, succeeded.astype(np.float32))
         return OutcomesReported("", step, ids[begin:end], version, rewards, False)
 
     first = [reported(1, 1, 0, 1200), reported(2, 2, 600, 1200), reported(3, 3, 0, 600)]
@@ -273,7 +273,7 @@ def test_nothing_that_is_believed_depends_on_the_order_of_arrival(
         named = tuple(ids[row] for row in rows)
         for version in range(since, since + versions):
             values = [reward, *(float((row + version) % 2) for row in rows[1:])]
-            rewards = Rewards(
+            rewards = Rewards.of_each(
                 np.arange(len(rows)), np.array(values, np.float32), np.full(len(rows), 7 + version)
             )
             if step < 0:
@@ -306,7 +306,7 @@ def test_many_prompts_are_found_and_sorted_as_few_are() -> None:
     first, rest = ids[:10], ids[10:]
     state = RunState(RunConfig())
     for step, some in enumerate((first, rest)):
-        rewards = Rewards(np.arange(len(some)), np.ones(len(some), np.float32), None)
+        rewards = Rewards.of_each(np.arange(len(some)), np.ones(len(some), np.float32))
         state.fold(OutcomesReported("", step, some, 0, rewards, False))
     for each in (state, RunState.from_columns(state.config, state.columns())):
         assert each.rows_of(ids[::-1]).tolist() == list(range(len(ids)))[::-1]
@@ -323,7 +323,7 @@ def test_prompts_are_listed_in_order_as_they_are_added(batches: list[list[str]])
         ids = tuple(batch)
         # Of the first only, so that some prompts are known and have no outcome.
         some = min(len(ids), 1)
-        rewards = Rewards(np.zeros(some, np.int64), np.ones(some, np.float32), None)
+        rewards = Rewards.of_each(np.zeros(some, np.int64), np.ones(some, np.float32))
         state.fold(OutcomesReported("", step, ids, 0, rewards, False))
         seen.update(ids[:1])
         for after in ("", "a", "b", "é"):

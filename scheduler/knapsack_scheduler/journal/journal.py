@@ -27,7 +27,7 @@ from knapsack_scheduler.errors import (
 )
 from knapsack_scheduler.journal.onewriter import OneWriter
 from knapsack_scheduler.journal.presence import Presence
-from knapsack_scheduler.journal.records import RunRow
+from knapsack_scheduler.journal.records import Entry, RunRow
 from knapsack_scheduler.journal.schema import entries, runs, snapshot_parts, snapshots
 from knapsack_scheduler.journal.statements import RUN, CallStatements, driver_of
 from knapsack_scheduler.journal.store import (
@@ -262,6 +262,32 @@ class Journal:
             yield writing
             writing.finish()
         self._look_for_files()
+
+    def append(self, run: RunRow, entry: Entry, now: int) -> Entry | None:
+        """Append an entry to a run that is still as it was read; committed on return.
+
+        As ``writing`` does, in fewer statements: a small call takes little else besides its
+        commit. Not for rewinds.
+
+        Args:
+            run: as it was read.
+            entry: to be numbered.
+            now: nanoseconds since 1970.
+
+        Returns:
+            The entry as it is stored; None, and nothing is, if the run is not as it was.
+
+        Raises:
+            StoreUnavailable: nothing was stored, or it is not known whether it was.
+        """
+        numbered = run.numbered(entry)
+        with self._errors, self._begun() as connection:
+            driver = self._writer.driver if self._writer else driver_of(connection)
+            is_as_read = self._statements.move_on(driver, run, now)
+            if is_as_read:
+                self._statements.append(driver, run.run_key, numbered)
+        self._look_for_files()
+        return numbered if is_as_read else None
 
     @contextmanager
     def reading(self, run_id: str) -> Iterator[Reading]:

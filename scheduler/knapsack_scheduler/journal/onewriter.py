@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from types import TracebackType
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -25,6 +26,9 @@ class OneWriter:
     Args:
         engine: of the file.
         patience: longest wait for those who write before, s.
+
+    Attributes:
+        driver: the driver's own connection, inside of a block.
     """
 
     def __init__(self, engine: sa.Engine, patience: float = 10.0) -> None:
@@ -32,6 +36,7 @@ class OneWriter:
         self._patience = patience
         self._lock = threading.Lock()
         self._connection: sa.Connection | None = None
+        self.driver: Any = None
 
     def __enter__(self) -> sa.Connection:
         """Begin; StoreUnavailable if the writers before take too long."""
@@ -43,7 +48,8 @@ class OneWriter:
             # SQLAlchemy's own part of the one connection there is takes time to make.
             if self._connection is None:
                 self._connection = self._engine.connect()
-            driver_of(self._connection).execute("BEGIN IMMEDIATE")
+                self.driver = driver_of(self._connection)
+            self.driver.execute("BEGIN IMMEDIATE")
             return self._connection
         except BaseException:
             try:
@@ -74,16 +80,16 @@ class OneWriter:
     def _commit(self) -> None:
         connection = self._connection
         # SQLite undoes a transaction by itself after some errors. To commit none does not fail.
-        if connection is None or not driver_of(connection).in_transaction:
+        if connection is None or not self.driver.in_transaction:
             raise StoreUnavailable("the store cannot be used: the transaction was undone")
         if connection.in_transaction():
             connection.commit()
         else:
-            driver_of(connection).commit()
+            self.driver.commit()
 
     def _give_back(self) -> None:
         """Give the connection back, by which what it has open is undone."""
-        given_back, self._connection = self._connection, None
+        given_back, self._connection, self.driver = self._connection, None, None
         if given_back is not None:
             with given_back:
                 # SQLAlchemy takes its own transaction for ended where the commit of it failed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,33 @@ class RunRow:
         """8-byte BLAKE2b of name, config, creation and identity, which no call changes."""
         text = f"{self.create_time}/{self.identity}/{len(self.config)}/{self.run_id}"
         return hashlib.blake2b(text.encode() + self.config, digest_size=8).digest()
+
+    def numbered(self, entry: Entry) -> Entry:
+        """Return an entry as the run's next one, in its present branch."""
+        return Entry(
+            self.last_seq + 1,
+            entry.kind,
+            entry.key,
+            self.branch,
+            entry.step,
+            entry.digest,
+            entry.payload,
+            entry.answer,
+        )
+
+    def after(self, entry: Entry, now: int) -> RunRow:
+        """Return the run after its next entry, appended ``now``, in nanoseconds since 1970.
+
+        A rewind begins the next branch, in which ids may be used again.
+        """
+        rewound = entry.kind == "rewind"
+        return replace(
+            self,
+            last_seq=entry.seq,
+            branch=self.branch + int(rewound),
+            closed_step=min(self.closed_step, entry.step) if rewound else self.closed_step,
+            update_time=max(now, self.update_time),
+        )
 
 
 @dataclass(frozen=True, slots=True)

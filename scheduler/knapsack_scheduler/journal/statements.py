@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +23,14 @@ RUN_OF_NAME = RUN.where(runs.c.run_id == sa.bindparam("name"))
 RUN_HELD = RUN_OF_NAME.with_for_update()
 _ENTRY_COLUMNS = tuple(field.name for field in fields(Entry))
 _MOVED = ("last_seq", "branch", "closed_step", "update_time")
+_STANDS_AT = (
+    *("run_key", "identity", "last_seq", "branch"),
+    *("snapshot_seq", "floor_seq", "closed_step"),
+)
+_WAS = tuple(f"was_{name}" for name in _STANDS_AT)
+_entry_values = attrgetter(*_ENTRY_COLUMNS)
+_moved_values = attrgetter(*_MOVED)
+_was_values = attrgetter(*_STANDS_AT)
 
 
 def driver_of(connection: sa.Connection) -> Any:
@@ -65,6 +74,13 @@ class CallStatements:
             dialect,
         )
 
+        self._move_on = _Worded(
+            sa.update(runs)
+            .where(*[runs.c[name] == sa.bindparam(f"was_{name}") for name in _STANDS_AT])
+            .values(last_seq=sa.bindparam("to_seq"), update_time=sa.bindparam("to_time")),
+            dialect,
+        )
+
     def find(self, driver: Any, run_id: str) -> RunRow | None:
         """Return the run of that name, or None."""
         return _run(self._find.run(driver, {"name": run_id}))
@@ -75,14 +91,20 @@ class CallStatements:
 
     def append(self, driver: Any, run_key: int, entry: Entry) -> None:
         """Store an entry of a run."""
-        values = {name: getattr(entry, name) for name in _ENTRY_COLUMNS}
-        checksum = entry.checksum
-        self._insert.run(driver, {"run_key": run_key, **values, "checksum": checksum})
+        values = dict(zip(_ENTRY_COLUMNS, _entry_values(entry), strict=True))
+        values |= {"run_key": run_key, "checksum": entry.checksum}
+        self._insert.run(driver, values)
 
     def move(self, driver: Any, run: RunRow) -> None:
         """Store what an entry has changed of its run."""
-        values = {name: getattr(run, name) for name in _MOVED}
+        values = dict(zip(_MOVED, _moved_values(run), strict=True))
         self._move.run(driver, {"of_run": run.run_key, **values})
+
+    def move_on(self, driver: Any, run: RunRow, now: int) -> bool:
+        """Store that a run has one more entry; false, and nothing, if it is not as given."""
+        values = dict(zip(_WAS, _was_values(run), strict=True))
+        values |= {"to_seq": run.last_seq + 1, "to_time": max(now, run.update_time)}
+        return bool(self._move_on.run(driver, values).rowcount == 1)
 
 
 def _run(cursor: Any) -> RunRow | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import sqlalchemy as sa
@@ -105,31 +105,28 @@ class Reading:
 
 
 class Writing(Reading):
-    """Holds the run alone: nobody else appends until the transaction ends."""
+    """Holds the run alone: nobody else appends until the transaction ends.
+
+    Attributes:
+        run: as the transaction found it.
+        run_after: with what was appended.
+        appended: entries, as they are stored.
+        time_ns: of all of them, nanoseconds since 1970.
+    """
 
     def __init__(self, connection: sa.Connection, run: RunRow, statements: CallStatements) -> None:
         super().__init__(connection, run)
         self._statements = statements
         self._driver = driver_of(connection)
         self.run_after = run
+        self.time_ns = time.time_ns()
         self.appended: list[Entry] = []
 
     def append(self, entry: Entry) -> None:
-        """Store an entry under the next number, in the run's present branch.
-
-        A rewind begins the next branch, in which ids may be used again.
-        """
-        run = self.run_after
-        numbered = replace(entry, seq=run.last_seq + 1, branch=run.branch)
-        self._statements.append(self._driver, run.run_key, numbered)
-        rewound = entry.kind == "rewind"
-        self.run_after = replace(
-            run,
-            last_seq=numbered.seq,
-            branch=run.branch + int(rewound),
-            closed_step=min(run.closed_step, entry.step) if rewound else run.closed_step,
-            update_time=max(time.time_ns(), run.update_time),
-        )
+        """Store an entry under the next number, in the run's present branch."""
+        numbered = self.run_after.numbered(entry)
+        self._statements.append(self._driver, self.run.run_key, numbered)
+        self.run_after = self.run_after.after(numbered, self.time_ns)
         self.appended.append(numbered)
 
     def finish(self) -> None:

@@ -119,7 +119,7 @@ class Tracker:
                 self.allocation.step,
                 (),
                 policy_version,
-                Rewards(owner, rewards, None),
+                Rewards.of_each(owner, rewards),
                 ignored=False,
             )
         )
@@ -141,6 +141,6 @@ class Tracker:
         """
         return self.state.fold(
             OutcomesReported(
-                "", step, prompt_ids, policy_version, Rewards(owner, rewards, None), ignored=False
+                "", step, prompt_ids, policy_version, Rewards.of_each(owner, rewards), ignored=False
             )
         )

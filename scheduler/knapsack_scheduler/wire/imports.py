@@ -73,9 +73,11 @@ def _imported_part(message: pb.ImportOutcomesRequest, limits: Limits) -> Importe
         raise InvalidArgument(
             "num_rewards", f"{each.size} numbers", f"must be one per prompt ({len(ids)})"
         )
-    owner = np.repeat(np.arange(len(ids)), validation.reward_counts(each, len(message.rewards)))
+    counts = validation.reward_counts(each, len(message.rewards))
     return ImportedPart(
-        message.step, ids, rewards_at(owner, message.rewards, message.completion_tokens)
+        message.step,
+        ids,
+        rewards_at(np.arange(len(ids)), counts, message.rewards, message.completion_tokens),
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import validation
-from knapsack_scheduler.core.problem import Bounds, Budget, FloatArray
+from knapsack_scheduler.core.problem import Bounds, Budget, FloatArray, IntArray
 from knapsack_scheduler.errors import InvalidArgument
 from knapsack_scheduler.facts import Rewards
 from knapsack_scheduler.limits import Limits
@@ -148,16 +149,19 @@ def check_report(request: pb.ReportRequest, limits: Limits) -> Rewards:
 
 def rewards_of(request: pb.ReportRequest, positions: int) -> Rewards:
     """Return the rewards of a report by position."""
-    owner = validation.owners(
+    places, counts = validation.reward_positions(
         request.prompt_indices, request.num_rewards, positions, len(request.rewards)
     )
-    return rewards_at(owner, request.rewards, request.completion_tokens)
+    return rewards_at(places, counts, request.rewards, request.completion_tokens)
 
 
-def rewards_at(owner: np.ndarray, rewards: Sequence[float], tokens: Sequence[int]) -> Rewards:
+def rewards_at(
+    positions: IntArray, counts: IntArray, rewards: Sequence[float], tokens: Sequence[int]
+) -> Rewards:
     """Return rewards and completion tokens, checked, of the positions that they are of."""
     values = np.asarray(rewards, np.float32)
-    if not np.isfinite(values).all():
+    # In float64 no sum of so many float32 is infinite unless one of them is.
+    if not math.isfinite(values.sum(dtype=np.float64)):
         at = int(np.argmin(np.isfinite(values)))
         raise InvalidArgument(f"rewards[{at}]", float(values[at]), "must be a finite number")
     if len(tokens) not in (0, values.size):
@@ -167,9 +171,9 @@ def rewards_at(owner: np.ndarray, rewards: Sequence[float], tokens: Sequence[int
             f"must be empty, or as many as rewards ({values.size})",
         )
     if not len(tokens):
-        return Rewards(owner, values, None)
+        return Rewards(positions, counts, values, None)
     lengths = np.asarray(tokens, np.int64)
     if lengths.min() < 0:
         at = int(np.argmax(lengths < 0))
         raise InvalidArgument(f"completion_tokens[{at}]", int(lengths[at]), "must be 0 or more")
-    return Rewards(owner, values, lengths)
+    return Rewards(positions, counts, values, lengths)
