@@ -6,7 +6,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
@@ -33,23 +33,44 @@ class Repeated(Generic[Answer]):
 class Call:
     """A request by its kind, its id and its content.
 
-    A large one takes long to serialise: that is done once, where others do not wait for it.
+    A large one takes long to check and to serialise: that is done once, where others do not
+    wait for it.
 
     Args:
         kind: allocate, extend, report, import or rewind.
         key: its request or report id.
         payload: returns its content, equal for equal requests.
+        check: returns what is made of its fields, apart from what depends on the run; raises
+            what refuses it.
     """
 
-    def __init__(self, kind: str, key: str, payload: Callable[[], bytes]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        key: str,
+        payload: Callable[[], bytes],
+        check: Callable[[], Any] = lambda: None,
+    ) -> None:
         self.kind = kind
         self.key = key
         self._payload = payload
+        self._check = check
 
     @classmethod
-    def of(cls, kind: str, key: str, request: Message) -> Call:
+    def of(
+        cls, kind: str, key: str, request: Message, check: Callable[[], Any] = lambda: None
+    ) -> Call:
         """Return the call of a request that is one message."""
-        return cls(kind, key, lambda: wire.payload_of(request))
+        return cls(kind, key, lambda: wire.payload_of(request), check)
+
+    @cached_property
+    def checked(self) -> Any:
+        """What ``check`` has returned."""
+        return self._check()
+
+    def check(self) -> None:
+        """Raise what refuses the request, whatever its run is like."""
+        _ = self.checked
 
     @cached_property
     def payload(self) -> bytes:
@@ -61,8 +82,9 @@ class Call:
         """What tells it from a call with other content."""
         return wire.digest_of(self.payload)
 
-    def serialise(self) -> None:
-        """Work out content and digest now."""
+    def prepare(self) -> None:
+        """Check it, and work out content and digest, now."""
+        _ = self.checked
         _ = self.digest
 
     def repeated(

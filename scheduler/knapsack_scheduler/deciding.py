@@ -43,7 +43,7 @@ from knapsack_scheduler.levelling import Behind, looked
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.loadedruns import LoadedRuns
 from knapsack_scheduler.transactions import again, transacted
-from knapsack_scheduler.workers import Workers
+from knapsack_scheduler.workers import Outcome, Workers
 
 Answer = TypeVar("Answer")
 
@@ -130,6 +130,25 @@ class Decisions:
         """Wait for decisions under way."""
         self._deciders.close()
 
+    async def stored_at_once(
+        self,
+        run_id: str,
+        run: LoadedRun,
+        call: Call,
+        decide: Decide[Answer],
+        then: Outcome[Stored[Answer]],
+    ) -> Stored[Answer]:
+        """Return what a small call has come to, committed; see ``stored``.
+
+        Args:
+            run_id: of the run.
+            run: in memory; set aside, and not kept before its entries are folded.
+            call: that is to be recorded.
+            decide: works out what the call comes to.
+            then: as of ``Workers.run``.
+        """
+        return await self._transacted(lambda: self._small(run_id, run, call, decide), then)
+
     async def stored(
         self, run_id: str, run: LoadedRun, call: Call, decide: Decide[Answer], *, large: bool
     ) -> Stored[Answer]:
@@ -138,7 +157,7 @@ class Decisions:
         Args:
             run_id: of the run.
             run: in memory; set aside, and not kept before its entries are folded.
-            call: serialised before its transaction begins.
+            call: checked and serialised before its transaction begins.
             decide: works out what the call comes to.
             large: that takes long.
 
@@ -167,14 +186,18 @@ class Decisions:
             # For the same reason as in _transact.
             verdict = None
 
-    async def _transacted(self, attempt: Callable[[], Stored[Answer]]) -> Stored[Answer]:
-        return await transacted(self._writers, self._events, attempt)
+    async def _transacted(
+        self,
+        attempt: Callable[[], Stored[Answer]],
+        then: Outcome[Stored[Answer]] = lambda _stored, _error: None,
+    ) -> Stored[Answer]:
+        return await transacted(self._writers, self._events, attempt, then)
 
     def _small(
         self, run_id: str, run: LoadedRun, call: Call, decide: Decide[Answer]
     ) -> Stored[Answer]:
+        call.prepare()
         self._loaded.take(run_id)
-        call.serialise()
         verdict: _Verdict[Answer] | None = None
         if run.intact and not self._journal.shared:
             verdict = _verdict(run, decide)
@@ -205,7 +228,7 @@ class Decisions:
     def _large(
         self, run_id: str, run: LoadedRun, call: Call, decide: Decide[Answer]
     ) -> _Verdict[Answer]:
-        call.serialise()
+        call.prepare()
         again(lambda: looked(self._journal, self._loaded, run_id, run, lambda *_: None))
         return _verdict(run, decide)
 

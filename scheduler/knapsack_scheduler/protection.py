@@ -31,7 +31,7 @@ def tell_of_unheard(error: BaseException) -> None:
 
 
 async def finished(
-    work: Coroutine[Any, Any, Answer], unfinished: set[asyncio.Task[None]]
+    work: Coroutine[Any, Any, Answer], unfinished: set[asyncio.Future[None]]
 ) -> Answer:
     """Return what work comes to; if the caller is cancelled, it goes on without them.
 

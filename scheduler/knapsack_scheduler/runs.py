@@ -22,11 +22,10 @@ from functools import partial
 from typing import TypeVar
 
 from knapsack_scheduler import wire
-from knapsack_scheduler.allocations import Counted
 from knapsack_scheduler.calls import Call
 from knapsack_scheduler.deciding import REFUSALS, Decide, Decisions, Stored
-from knapsack_scheduler.errors import AlreadyExists, Busy, RunNotFound, StoreUnavailable
-from knapsack_scheduler.events import Event, Events, RunRead
+from knapsack_scheduler.errors import AlreadyExists, RunNotFound, StoreUnavailable
+from knapsack_scheduler.events import Events, RunRead
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.records import RunRow
@@ -34,8 +33,9 @@ from knapsack_scheduler.journal.transaction import Reading, Writing
 from knapsack_scheduler.levelling import Behind, looked
 from knapsack_scheduler.loaded import LoadedRun
 from knapsack_scheduler.loadedruns import LoadedRuns
-from knapsack_scheduler.protection import finished
+from knapsack_scheduler.protection import finished, tell_of_unheard
 from knapsack_scheduler.runconfig import RunConfig
+from knapsack_scheduler.settling import Settling
 from knapsack_scheduler.snapshotting import Snapshotter
 from knapsack_scheduler.transactions import again, transacted
 from knapsack_scheduler.turns import Turns
@@ -75,24 +75,25 @@ class Runs:
         self._loaded = LoadedRuns(loaded_bytes)
         self._turns = Turns()
         self._rewinds = Turns()
-        self._unfinished: set[asyncio.Task[None]] = set()
-        self._settling: set[asyncio.Future[None]] = set()
+        self._unfinished: set[asyncio.Future[None]] = set()
         # Others may hold runs of a shared store, and then each of them takes a thread.
         self._writers = Workers("writes", 8 if journal.shared else 4)
         self._readers = Workers("reads", 4)
         self._folders = Workers("folds", 2)
         self._decisions = Decisions(journal, self._loaded, self._writers, events)
         self._snapshots = Snapshotter(journal, retention, events)
+        self._settling = Settling(self._turns, self._readers, self._loaded, self._snapshots, events)
 
     async def settled(self) -> None:
         """Wait until all that was answered is folded and told of."""
-        while self._settling:
-            await asyncio.wait(self._settling)
+        await self._settling.ended()
 
     async def ended(self) -> None:
         """Wait until all that was begun is done too, whether somebody waits for it or not."""
-        while under_way := {*self._unfinished, *self._settling}:
-            await asyncio.wait(under_way)
+        while self._unfinished or self._settling:
+            await self._settling.ended()
+            if self._unfinished:
+                await asyncio.wait(self._unfinished)
 
     def close(self) -> None:
         """Wait for what is under way; a snapshot is given up."""
@@ -123,7 +124,8 @@ class Runs:
         """Decide a call with the run locked and level with the journal, and store it.
 
         A caller that is cancelled does not cancel the call: it is finished and
-        committed, and a retry finds its answer.
+        committed, and a retry finds its answer. Unless a run that others write to too turns out
+        to be far behind then: nothing is stored.
 
         Args:
             run_id: of the run.
@@ -143,6 +145,13 @@ class Runs:
             Busy: calls before this one take too long; nothing was begun.
         """
 
+        run = self._loaded.get(run_id) if self._turns.is_free(run_id) else None
+        if run is not None and not large(run):
+            with suppress(Behind, RunNotFound):
+                return await self._at_once(run_id, run, call, decide, heavy)
+        # One that is wrong in any case is refused before it waits for anything.
+        call.check()
+
         async def locked() -> Answer:
             await self._turns.take(run_id)
             settling = False
@@ -150,7 +159,7 @@ class Runs:
                 stored = await self._stored(run_id, call, decide, create, large)
                 if not stored.entries:
                     return stored.decided.answer
-                folded = self._settle_soon(run_id, stored, heavy)
+                folded = self._settling.begin(run_id, stored, heavy)
                 settling = True
             finally:
                 if not settling:
@@ -161,59 +170,44 @@ class Runs:
 
         return await finished(locked(), self._unfinished)
 
-    def _settle_soon(
-        self, run_id: str, stored: Stored[Answer], heavy: bool
-    ) -> asyncio.Future[None] | None:
-        """Have a call settled, which ends its turn; returns what is done when it is folded.
+    async def _at_once(
+        self, run_id: str, run: LoadedRun, call: Call, decide: Decide[Answer], heavy: bool
+    ) -> Answer:
+        """Do a small call on a run that is in memory and that nobody works on.
 
-        A timer of no time: to begin a task takes some of the time in which the answer goes.
+        Most calls come this way. What has to be done once it is stored is done by who is told
+        of that, whether the caller is there or not: a task that nobody may cancel would take
+        some turns of the event loop more.
+
+        Raises:
+            Behind: the run has to be read anew first; nothing was stored.
+            RunNotFound: it was deleted.
         """
-        loop = asyncio.get_running_loop()
-        begun = loop.create_future()
-        folded = loop.create_future() if heavy else None
+        under_way = asyncio.get_running_loop().create_future()
+        folded = None
 
-        def begin() -> None:
-            task = loop.create_task(self._settle(run_id, stored, folded))
-            self._settling.add(task)
-            task.add_done_callback(self._settling.discard)
-            self._settling.discard(begun)
-            begun.set_result(None)
+        def told(stored: Stored[Answer] | None, error: BaseException | None) -> None:
+            nonlocal folded
+            if stored is not None and stored.entries:
+                folded = self._settling.begin(run_id, stored, heavy)
+            else:
+                self._turns.end(run_id)
+            self._unfinished.discard(under_way)
+            under_way.set_result(None)
+            if caller_left and error is not None and not isinstance(error, Behind):
+                tell_of_unheard(error)
 
-        self._settling.add(begun)
-        loop.call_later(0.0, begin)
-        return folded
-
-    async def _settle(
-        self, run_id: str, stored: Stored[Answer], folded: asyncio.Future[None] | None
-    ) -> None:
-        """Fold what was stored, tell of it, and end the turn.
-
-        When all of an allocation has come, what the next decision needs of the statistics is
-        worked out too. A trainer updates its weights before that: it costs nobody anything.
-        """
+        caller_left = False
+        await self._turns.take(run_id)
+        self._unfinished.add(under_way)
         try:
-            # The answer goes first: it takes some turns of the event loop, and a thread at
-            # work would hold each of them up.
-            for _ in range(_TURNS_OF_AN_ANSWER):
-                if self._turns.awaited(run_id):
-                    break
-                await asyncio.sleep(0)
-            event, completes = await self._readers.run(lambda: self._fold(run_id, stored))
-            if folded is not None:
-                folded.set_result(None)
-            if event is not None:
-                self._events.emit(event)
-            if completes:
-                await self._readers.run(stored.run.state.prepare)
-        except (RuntimeError, Busy) as error:
-            # A service that ends has no threads any more.
-            _LOG.info("run %r: not folded, to be read anew: %s", run_id, error)
-        except Exception:
-            _LOG.exception("run %r: could not be folded, to be read anew", run_id)
-        finally:
-            if folded is not None and not folded.done():
-                folded.set_result(None)
-            self._turns.end(run_id)
+            stored = await self._decisions.stored_at_once(run_id, run, call, decide, told)
+        except asyncio.CancelledError:
+            caller_left = True
+            raise
+        if folded is not None:
+            await folded
+        return stored.decided.answer
 
     async def look(self, run_id: str, work: Callable[[LoadedRun, Reading], Answer]) -> Answer:
         """Return what work makes of a run that is level with the journal, changing nothing.
@@ -396,18 +390,6 @@ class Runs:
         self._loaded.keep(run_id, run)
         return run
 
-    def _fold(self, run_id: str, stored: Stored[Answer]) -> tuple[Event | None, bool]:
-        """Take in what was stored; returns what there is to tell, and if an allocation is whole."""
-        run, row, counted = stored.run, stored.row, Counted()
-        for entry in stored.entries:
-            counted = run.applied(entry, stored.decided.fact)
-            row = row.after(entry, stored.time_ns)
-        run.row = row
-        event = stored.decided.event(counted)
-        self._loaded.keep(run_id, run)
-        self._snapshots.offer(run)
-        return event, counted.completes
-
     def _rewind(
         self,
         run_id: str,
@@ -432,5 +414,3 @@ class Runs:
 
 _ATTEMPTS = 4
 """To level with a run that changes while it is folded."""
-
-_TURNS_OF_AN_ANSWER = 16

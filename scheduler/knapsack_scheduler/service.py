@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
+from google.protobuf.message import Message
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import pages, validation, wire
@@ -56,8 +57,6 @@ _FEW = 16_384
 
 _MANY = 32_768
 """Prompts or rewards beyond which a call holds so much memory that it is folded first."""
-
-Checked = TypeVar("Checked")
 
 
 class SchedulerService:
@@ -199,25 +198,33 @@ class SchedulerService:
 
     async def allocate(self, request: pb.AllocateRequest) -> pb.Allocation:
         """Divide a budget among the prompts of a batch."""
-        ids = await self._checked(
-            len(request.prompt_ids), lambda: wire.check_allocate(request, self._limits)
+        call = await self._begun(
+            "allocate",
+            request.request_id,
+            request,
+            len(request.prompt_ids),
+            lambda: wire.check_allocate(request, self._limits),
         )
-        call = Call.of("allocate", request.request_id, request)
         return await self._runs.alone(
             request.run_id,
             call,
-            lambda run: decide_allocation(call, request, ids, self._limits, run),
+            lambda run: decide_allocation(call, request, call.checked, self._limits, run),
             create=True,
-            large=lambda _run: len(ids) > _FEW,
-            heavy=len(ids) > _MANY,
+            large=lambda _run: len(request.prompt_ids) > _FEW,
+            heavy=len(request.prompt_ids) > _MANY,
         )
 
-    async def _checked(self, numbers: int, check: Callable[[], Checked]) -> Checked:
-        """Check a request of so many prompts or rewards: a small one here and now.
+    async def _begun(
+        self, kind: str, key: str, request: Message, numbers: int, check: Callable[[], Any]
+    ) -> Call:
+        """Return the call of a request, checked if it has so many prompts or rewards.
 
-        A thread would take longer to begin than to check it.
+        A small one is checked by whoever decides it: that takes less than to hand it over.
         """
-        return check() if numbers <= _FEW else await self._runs.in_thread(check)
+        call = Call.of(kind, key, request, check)
+        if numbers > _FEW:
+            await self._runs.in_thread(call.check)
+        return call
 
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
         """Spend what an allocation has left."""
@@ -235,14 +242,17 @@ class SchedulerService:
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
-        rewards = await self._checked(
-            len(request.rewards), lambda: wire.check_report(request, self._limits)
+        call = await self._begun(
+            "report",
+            request.report_id,
+            request,
+            len(request.rewards),
+            lambda: wire.check_report(request, self._limits),
         )
-        call = Call.of("report", request.report_id, request)
         return await self._runs.alone(
             request.run_id,
             call,
-            lambda run: decide_report(call, request, rewards, self._limits, run),
+            lambda run: decide_report(call, request, call.checked, self._limits, run),
             create=not request.allocation_id,
             heavy=len(request.rewards) > _MANY,
         )
@@ -319,7 +329,7 @@ class SchedulerService:
         """Add the outcomes of a whole stream."""
         call = Call("import", stream.request_id, stream.payload)
 
-        await self._runs.in_thread(call.serialise)
+        await self._runs.in_thread(call.prepare)
         return await self._runs.alone(
             stream.run_id,
             call,

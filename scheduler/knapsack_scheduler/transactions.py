@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from knapsack_scheduler.errors import Busy, StoreInterrupted, Unavailable
 from knapsack_scheduler.events import Committed, Events
-from knapsack_scheduler.workers import Workers
+from knapsack_scheduler.workers import Outcome, Workers
 
 _LOG = logging.getLogger(__name__)
 
@@ -20,26 +20,39 @@ _PAUSES = (0.05, 0.2, 0.5)
 """Seconds before a transaction that was cut off is begun anew."""
 
 
-async def transacted(workers: Workers, events: Events, attempt: Callable[[], Answer]) -> Answer:
+async def transacted(
+    workers: Workers,
+    events: Events,
+    attempt: Callable[[], Answer],
+    then: Outcome[Answer] = lambda _answer, _error: None,
+) -> Answer:
     """Return what a transaction returns, done by one of the workers and told of.
+
+    Args:
+        workers: threads for it.
+        events: where to tell of it.
+        attempt: does it.
+        then: as of ``Workers.run``.
 
     Raises:
         Busy: no thread came free in time; nothing was begun.
     """
-    start, failed, busy = time.perf_counter(), False, False
-    try:
-        return await workers.run(lambda: again(attempt))
-    except Unavailable as error:
-        busy = isinstance(error, Busy)
-        failed = not busy
-        raise
-    finally:
-        # The answer goes first, in this turn of the event loop and the next: whoever listens
-        # takes some of its time.
+    start = time.perf_counter()
+
+    def told(answer: Answer | None, error: BaseException | None) -> None:
         seconds = time.perf_counter() - start
-        asyncio.get_running_loop().call_later(
-            0.0, lambda: events.emit(Committed(seconds, failed, busy))
-        )
+        busy = isinstance(error, Busy)
+        failed = isinstance(error, Unavailable) and not busy
+        # What was refused, or given up, has committed nothing.
+        if error is None or failed or busy:
+            # The answer goes first, in this turn of the event loop and the next: whoever
+            # listens takes some of its time.
+            asyncio.get_running_loop().call_later(
+                0.0, lambda: events.emit(Committed(seconds, failed, busy))
+            )
+        then(answer, error)
+
+    return await workers.run(lambda: again(attempt), told)
 
 
 def again(attempt: Callable[[], Answer]) -> Answer:

@@ -36,6 +36,10 @@ class Turns:
         """Count the runs that somebody works on."""
         return len(self._turns)
 
+    def is_free(self, run_id: str) -> bool:
+        """Return whether nobody works on the run, so that a turn is taken without waiting."""
+        return run_id not in self._turns
+
     def awaited(self, run_id: str) -> bool:
         """Return whether others wait for whoever works on the run."""
         return self._turns[run_id].users > 1

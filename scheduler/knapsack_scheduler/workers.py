@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from knapsack_scheduler.errors import Busy
 
 Answer = TypeVar("Answer")
+Outcome = Callable[[Answer | None, BaseException | None], None]
 
 PATIENCE_SECONDS = 10.0
 """How long work waits for a thread before its call is refused."""
@@ -42,15 +43,35 @@ class Workers:
         self._closing = Lock()
         self._closed = False
 
-    async def run(self, work: Callable[[], Answer]) -> Answer:
+    async def run(
+        self, work: Callable[[], Answer], then: Outcome[Answer] = lambda _answer, _error: None
+    ) -> Answer:
         """Return what work returns, done off the event loop.
 
         Work that has begun is finished, also when its caller is cancelled.
+
+        Args:
+            work: to do in a thread.
+            then: told what it came to, on the event loop and before the caller, exactly once:
+                also when the caller was cancelled meanwhile, and when nothing could be begun.
 
         Raises:
             Busy: no thread came free in time; nothing was begun.
             RuntimeError: the threads are closed.
         """
+        try:
+            answer = await self._begun(work, then)
+        except BaseException as error:
+            then(None, error)
+            raise
+        try:
+            return await answer  # type: ignore[no-any-return]
+        finally:
+            # So it does this frame, and the future has the error; nobody waits any more.
+            answer = None
+
+    async def _begun(self, work: Callable[[], Answer], then: Outcome[Answer]) -> Any:
+        """Return the future of work that a thread was given."""
         if self._free.locked():
             await self._wait()
         else:
@@ -59,14 +80,19 @@ class Workers:
         answer: Any = loop.create_future()
 
         def done(result: Answer | None, error: BaseException | None) -> None:
+            nonlocal answer
             self._under_way -= 1
             self._free.release()
-            if answer is None or answer.cancelled():
-                return
-            if error is None:
-                answer.set_result(result)
-            else:
-                answer.set_exception(error)
+            try:
+                then(result, error)
+            finally:
+                if not answer.cancelled():
+                    if error is None:
+                        answer.set_result(result)
+                    else:
+                        answer.set_exception(error)
+                # An error holds the frames that it passed, and through them this function.
+                answer = None
 
         # With the call's context, for the request id in the lines of the log.
         context = copy_context()
@@ -79,8 +105,8 @@ class Workers:
                 error = raised
             # Without a loop there is nobody left who waits.
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(done, result, error)
-            # An error holds the frames that it passed, this one too, and with them the request.
+                loop.call_soon_threadsafe(done, result, error, context=context)
+            # So it does this frame, and with it the request.
             result = error = None
 
         try:
@@ -88,11 +114,7 @@ class Workers:
         except BaseException:
             self._free.release()
             raise
-        try:
-            return await answer  # type: ignore[no-any-return]
-        finally:
-            # So does this frame, and the future has the error; nobody waits any more.
-            answer = None
+        return answer
 
     def _submit(self, work: Callable[[], None]) -> None:
         with self._closing:

@@ -98,6 +98,98 @@ def test_no_call_is_recorded_twice_in_a_branch(journal: Journal) -> None:
         assert writing.run.branch == 1
 
 
+def test_an_entry_is_appended_to_a_run_as_it_was_read(journal: Journal) -> None:
+    """It is stored as in a transaction of one's own, and the run is what is said of it."""
+    run = journal.create_run("run", b"config", 7)
+    for number, now in enumerate((10, 12, 11), 1):
+        given = entry(f"k{number}", step=number, payload=bytes([number]))
+        stored = journal.append(run, given, now)
+        assert stored == run.numbered(given)
+        run = run.after(stored, now)
+        assert journal.find_run("run") == run
+    assert (run.last_seq, run.update_time) == (3, 12)
+    append(journal, entry("back", kind="rewind", step=2))
+    run = journal.find_run("run")
+    assert run is not None
+    assert journal.append(run, entry("k1"), 13) == run.numbered(entry("k1"))
+    with journal.writing("run") as writing:
+        found = list(writing.tail(0))
+        assert [(e.seq, e.key, e.branch) for e in found] == [
+            (1, "k1", 0), (2, "k2", 0), (3, "k3", 0), (4, "back", 0), (5, "k1", 1),
+        ]  # fmt: skip
+        assert [e.payload for e in found[:3]] == [b"\1", b"\2", b"\3"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE runs SET snapshot_seq = 1",
+        "UPDATE runs SET floor_seq = 1",
+        "UPDATE runs SET floor_step = 0",
+        "UPDATE runs SET closed_step = 0",
+        "UPDATE runs SET branch = 1",
+        "UPDATE runs SET identity = identity + 1",
+    ],
+)
+def test_nothing_is_appended_to_a_run_that_has_changed(journal: Journal, change: str) -> None:
+    """By another call, a snapshot, a compaction, a rewind, or as another run of its name."""
+    run = journal.create_run("run", b"", 0)
+    first = journal.append(run, entry("first"), 1)
+    assert first is not None
+    assert journal.append(run, entry("of what it was before"), 2) is None
+    run = run.after(first, 1)
+    with journal.transaction() as connection:
+        connection.exec_driver_sql(change)
+    assert journal.append(run, entry("lost"), 3) is None
+    there = journal.find_run("run")
+    assert there is not None
+    assert (there.last_seq, there.update_time) == (1, 1)
+    with journal.reading("run") as reading:
+        assert reading.entry(1).key == "first"
+        assert len(list(reading.tail(1))) == 0
+    assert journal.append(there, entry("next"), 4) is not None
+
+
+def test_nothing_is_appended_to_a_run_that_was_deleted(journal: Journal) -> None:
+    """Nor to the one that has its place in the database now."""
+    run = journal.create_run("run", b"", 0)
+    journal.delete_run("run")
+    assert journal.append(run, entry("lost"), 1) is None
+    journal.create_run("run", b"", 0)
+    assert journal.append(run, entry("lost"), 1) is None
+    assert keys(journal) == []
+
+
+def test_no_call_is_appended_twice(journal: Journal) -> None:
+    """The second one leaves nothing, neither its entry nor a number."""
+    run = journal.create_run("run", b"", 0)
+    first = journal.append(run, entry("a"), 1)
+    assert first is not None
+    run = run.after(first, 1)
+    with pytest.raises(Exception, match=r"UNIQUE|unique"):
+        journal.append(run, entry("a"), 2)
+    assert journal.find_run("run") == run
+
+
+def test_one_of_two_who_append_to_a_run_at_once_does(journal: Journal) -> None:
+    """Each of them has read it as it is."""
+    run = journal.create_run("run", b"", 0)
+    begin = threading.Barrier(2)
+    done: list[bool] = []
+
+    def work(name: str) -> None:
+        begin.wait(30)
+        done.append(journal.append(run, entry(name), 1) is not None)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(done) == [False, True]
+    assert len(keys(journal)) == 1
+
+
 def test_runs_are_apart_and_named_once(journal: Journal) -> None:
     """A name is taken until its run is deleted, and then nothing of it is left."""
     first = journal.create_run("run", b"one", 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -141,9 +141,9 @@ async def test_a_small_call_is_handed_to_one_thread(
     kinds: list[str] = []
     run = Workers.run
 
-    async def noted(workers: Workers, work: Callable[[], Any]) -> Any:
+    async def noted(workers: Workers, *work: Any) -> Any:
         kinds.append(workers._kind)
-        return await run(workers, work)
+        return await run(workers, *work)
 
     async with open_service(f"sqlite:///{tmp_path / 'stats.db'}") as service:
         await service.create_run(pb.CreateRunRequest(run_id="run"))

@@ -25,7 +25,7 @@ _ENTRY_COLUMNS = tuple(field.name for field in fields(Entry))
 _MOVED = ("last_seq", "branch", "closed_step", "update_time")
 _STANDS_AT = (
     *("run_key", "identity", "last_seq", "branch"),
-    *("snapshot_seq", "floor_seq", "closed_step"),
+    *("snapshot_seq", "floor_seq", "floor_step", "closed_step"),
 )
 _WAS = tuple(f"was_{name}" for name in _STANDS_AT)
 _entry_values = attrgetter(*_ENTRY_COLUMNS)
