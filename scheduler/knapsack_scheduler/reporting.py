@@ -129,7 +129,7 @@ def _check_report(request: pb.ReportRequest, rewards: Rewards, allocation: OpenA
     validation.within_positions(rewards.positions, positions)
     # Weights are summed as float64, which is exact for as many rollouts as there can be.
     coming = np.bincount(rewards.positions, rewards.counts, positions)
-    over = coming > np.subtract(allocation.allocated, allocation.delivered, dtype=np.float64)
+    over = coming > allocation.allocated - allocation.delivered
     if over.any():
         at = int(np.argmax(over))
         delivered = allocation.delivered + coming

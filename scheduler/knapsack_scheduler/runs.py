@@ -86,6 +86,8 @@ class Runs:
 
     async def settled(self) -> None:
         """Wait until all that was answered is folded and told of."""
+        # What was answered in this turn of the event loop is begun to be settled in the next.
+        await asyncio.sleep(0)
         await self._settling.ended()
 
     async def ended(self) -> None:
@@ -154,12 +156,13 @@ class Runs:
 
         async def locked() -> Answer:
             await self._turns.take(run_id)
+            folded = asyncio.get_running_loop().create_future() if heavy else None
             settling = False
             try:
                 stored = await self._stored(run_id, call, decide, create, large)
                 if not stored.entries:
                     return stored.decided.answer
-                folded = self._settling.begin(run_id, stored, heavy)
+                self._settling.begin(run_id, stored, folded)
                 settling = True
             finally:
                 if not settling:
@@ -183,13 +186,14 @@ class Runs:
             Behind: the run has to be read anew first; nothing was stored.
             RunNotFound: it was deleted.
         """
-        under_way = asyncio.get_running_loop().create_future()
-        folded = None
+        loop = asyncio.get_running_loop()
+        under_way = loop.create_future()
+        folded = loop.create_future() if heavy else None
+        caller_left = False
 
         def told(stored: Stored[Answer] | None, error: BaseException | None) -> None:
-            nonlocal folded
             if stored is not None and stored.entries:
-                folded = self._settling.begin(run_id, stored, heavy)
+                self._settling.begin(run_id, stored, folded)
             else:
                 self._turns.end(run_id)
             self._unfinished.discard(under_way)
@@ -197,7 +201,6 @@ class Runs:
             if caller_left and error is not None and not isinstance(error, Behind):
                 tell_of_unheard(error)
 
-        caller_left = False
         await self._turns.take(run_id)
         self._unfinished.add(under_way)
         try:
@@ -205,7 +208,7 @@ class Runs:
         except asyncio.CancelledError:
             caller_left = True
             raise
-        if folded is not None:
+        if folded is not None and stored.entries:
             await folded
         return stored.decided.answer
 

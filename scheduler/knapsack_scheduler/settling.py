@@ -56,7 +56,9 @@ class Settling:
         while self._under_way:
             await asyncio.wait(self._under_way)
 
-    def begin(self, run_id: str, stored: Stored[Any], heavy: bool) -> asyncio.Future[None] | None:
+    def begin(
+        self, run_id: str, stored: Stored[Any], folded: asyncio.Future[None] | None = None
+    ) -> None:
         """Have a call settled, which ends its turn.
 
         A timer of no time: to begin a task takes some of the time in which the answer goes.
@@ -64,14 +66,10 @@ class Settling:
         Args:
             run_id: of the run.
             stored: what there is to fold.
-            heavy: the answer waits for the fold.
-
-        Returns:
-            What is done when it is folded, if it is heavy.
+            folded: to be done when it is folded, or cannot be.
         """
         loop = asyncio.get_running_loop()
         begun = loop.create_future()
-        folded = loop.create_future() if heavy else None
 
         def begin() -> None:
             task = loop.create_task(self._settle(run_id, stored, folded))
@@ -82,7 +80,6 @@ class Settling:
 
         self._under_way.add(begun)
         loop.call_later(0.0, begin)
-        return folded
 
     async def _settle(
         self, run_id: str, stored: Stored[Any], folded: asyncio.Future[None] | None
@@ -100,8 +97,7 @@ class Settling:
                     break
                 await asyncio.sleep(0)
             event, completes = await self._readers.run(lambda: self._fold(run_id, stored))
-            if folded is not None:
-                folded.set_result(None)
+            _done(folded)
             if event is not None:
                 self._events.emit(event)
             if completes:
@@ -112,8 +108,7 @@ class Settling:
         except Exception:
             _LOG.exception("run %r: could not be folded, to be read anew", run_id)
         finally:
-            if folded is not None and not folded.done():
-                folded.set_result(None)
+            _done(folded)
             self._turns.end(run_id)
 
     def _fold(self, run_id: str, stored: Stored[Any]) -> tuple[Event | None, bool]:
@@ -127,3 +122,9 @@ class Settling:
         self._loaded.keep(run_id, run)
         self._snapshots.offer(run)
         return event, counted.completes
+
+
+def _done(folded: asyncio.Future[None] | None) -> None:
+    # Done already, too, if who waited for it was cancelled.
+    if folded is not None and not folded.done():
+        folded.set_result(None)

@@ -52,8 +52,9 @@ class Workers:
 
         Args:
             work: to do in a thread.
-            then: told what it came to, on the event loop and before the caller, exactly once:
-                also when the caller was cancelled meanwhile, and when nothing could be begun.
+            then: told what it came to, on the event loop, right after the caller and exactly
+                once: also when the caller was cancelled meanwhile, and, before them, when nothing
+                could be begun.
 
         Raises:
             Busy: no thread came free in time; nothing was begun.
@@ -83,16 +84,14 @@ class Workers:
             nonlocal answer
             self._under_way -= 1
             self._free.release()
-            try:
-                then(result, error)
-            finally:
-                if not answer.cancelled():
-                    if error is None:
-                        answer.set_result(result)
-                    else:
-                        answer.set_exception(error)
-                # An error holds the frames that it passed, and through them this function.
-                answer = None
+            if not answer.cancelled():
+                if error is None:
+                    answer.set_result(result)
+                else:
+                    answer.set_exception(error)
+            # An error holds the frames that it passed, and through them this function.
+            answer = None
+            loop.call_soon(then, result, error)
 
         # With the call's context, for the request id in the lines of the log.
         context = copy_context()
