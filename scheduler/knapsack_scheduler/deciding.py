@@ -9,10 +9,11 @@ the run as the transaction finds it. In a run with many callers that could go on
 the last attempt decides with the run held.
 
 A small call is decided by the thread that writes it, as another one would take longer to
-begin. On a store that is shared it is decided with the run held from the beginning: that takes
-less than to look first whether other replicas appended. A large one is decided by a thread of
-its own kind, so that there is always one to write, after a look at the store for what has to
-be folded.
+begin. Its transaction does not read the run first: it moves the run's row on if that is still
+the one in memory, and else is begun anew. On a store that is shared it is decided with the run
+held from the beginning: that takes less than to look first whether other replicas appended. A
+large one is decided by a thread of its own kind, so that there is always one to write, after a
+look at the store for what has to be folded.
 """
 
 from __future__ import annotations
