@@ -6,7 +6,7 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from google.protobuf.message import Message
 
@@ -40,8 +40,7 @@ class Call:
         kind: allocate, extend, report, import or rewind.
         key: its request or report id.
         payload: returns its content, equal for equal requests.
-        check: returns what is made of its fields, apart from what depends on the run; raises
-            what refuses it.
+        check: raises what refuses it whatever its run is like. Called more than once.
     """
 
     def __init__(
@@ -49,28 +48,19 @@ class Call:
         kind: str,
         key: str,
         payload: Callable[[], bytes],
-        check: Callable[[], Any] = lambda: None,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
         self.kind = kind
         self.key = key
         self._payload = payload
-        self._check = check
+        self.check = check
 
     @classmethod
     def of(
-        cls, kind: str, key: str, request: Message, check: Callable[[], Any] = lambda: None
+        cls, kind: str, key: str, request: Message, check: Callable[[], object] = lambda: None
     ) -> Call:
         """Return the call of a request that is one message."""
         return cls(kind, key, lambda: wire.payload_of(request), check)
-
-    @cached_property
-    def checked(self) -> Any:
-        """What ``check`` has returned."""
-        return self._check()
-
-    def check(self) -> None:
-        """Raise what refuses the request, whatever its run is like."""
-        _ = self.checked
 
     @cached_property
     def payload(self) -> bytes:
@@ -84,7 +74,7 @@ class Call:
 
     def prepare(self) -> None:
         """Check it, and work out content and digest, now."""
-        _ = self.checked
+        self.check()
         _ = self.digest
 
     def repeated(

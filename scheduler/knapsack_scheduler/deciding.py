@@ -32,6 +32,7 @@ from knapsack_scheduler.errors import (
     InvalidArgument,
     NotFound,
     ResourceExhausted,
+    RunNotFound,
     SchedulerError,
     StoreUnavailable,
 )
@@ -263,8 +264,8 @@ class Decisions:
                 decided = _decided(verdict, writing)
                 if decided.entry is not None:
                     writing.append(decided.entry)
-        except (*REFUSALS, StoreUnavailable, _Moved):
-            if run.intact:
+        except (*REFUSALS, StoreUnavailable, _Moved) as error:
+            if run.intact and not isinstance(error, RunNotFound):
                 self._loaded.keep(run_id, run)
             # An error holds the frames that it passed: it must not be held by them.
             verdict = None

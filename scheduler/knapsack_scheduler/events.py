@@ -173,7 +173,7 @@ class RunRemoved:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A transaction of the store ended, or was not begun.
+    """A transaction of the store ended, or was not begun; one of a wrong request is not told of.
 
     Attributes:
         seconds: from the wait for its thread to its end, the decision of a small call included.

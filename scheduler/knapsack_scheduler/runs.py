@@ -127,7 +127,7 @@ class Runs:
 
         A caller that is cancelled does not cancel the call: it is finished and
         committed, and a retry finds its answer. Unless a run that others write to too turns out
-        to be far behind then: nothing is stored.
+        to be far behind, or deleted: then nothing is stored.
 
         Args:
             run_id: of the run.
@@ -146,8 +146,9 @@ class Runs:
             RunNotFound: no run of that name.
             Busy: calls before this one take too long; nothing was begun.
         """
-
-        run = self._loaded.get(run_id) if self._turns.is_free(run_id) else None
+        run = None
+        if self._turns.is_free(run_id) and self._writers.is_free:
+            run = self._loaded.get(run_id)
         if run is not None and not large(run):
             with suppress(Behind, RunNotFound):
                 return await self._at_once(run_id, run, call, decide, heavy)

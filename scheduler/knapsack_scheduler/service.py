@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from functools import partial
-from typing import Any
+from functools import cache, partial
 
 import numpy as np
-from google.protobuf.message import Message
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import pages, validation, wire
@@ -198,33 +196,18 @@ class SchedulerService:
 
     async def allocate(self, request: pb.AllocateRequest) -> pb.Allocation:
         """Divide a budget among the prompts of a batch."""
-        call = await self._begun(
-            "allocate",
-            request.request_id,
-            request,
-            len(request.prompt_ids),
-            lambda: wire.check_allocate(request, self._limits),
-        )
+        check = cache(partial(wire.check_allocate, request, self._limits))
+        if len(request.prompt_ids) > _FEW:
+            await self._runs.in_thread(check)
+        call = Call.of("allocate", request.request_id, request, check)
         return await self._runs.alone(
             request.run_id,
             call,
-            lambda run: decide_allocation(call, request, call.checked, self._limits, run),
+            lambda run: decide_allocation(call, request, check(), self._limits, run),
             create=True,
             large=lambda _run: len(request.prompt_ids) > _FEW,
             heavy=len(request.prompt_ids) > _MANY,
         )
-
-    async def _begun(
-        self, kind: str, key: str, request: Message, numbers: int, check: Callable[[], Any]
-    ) -> Call:
-        """Return the call of a request, checked if it has so many prompts or rewards.
-
-        A small one is checked by whoever decides it: that takes less than to hand it over.
-        """
-        call = Call.of(kind, key, request, check)
-        if numbers > _FEW:
-            await self._runs.in_thread(call.check)
-        return call
 
     async def extend(self, request: pb.ExtendRequest) -> pb.Allocation:
         """Spend what an allocation has left."""
@@ -242,17 +225,15 @@ class SchedulerService:
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
-        call = await self._begun(
-            "report",
-            request.report_id,
-            request,
-            len(request.rewards),
-            lambda: wire.check_report(request, self._limits),
-        )
+        # A small one is checked by the thread that decides it.
+        check = cache(partial(wire.check_report, request, self._limits))
+        if len(request.rewards) > _FEW:
+            await self._runs.in_thread(check)
+        call = Call.of("report", request.report_id, request, check)
         return await self._runs.alone(
             request.run_id,
             call,
-            lambda run: decide_report(call, request, call.checked, self._limits, run),
+            lambda run: decide_report(call, request, check(), self._limits, run),
             create=not request.allocation_id,
             heavy=len(request.rewards) > _MANY,
         )

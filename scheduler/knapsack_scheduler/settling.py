@@ -71,7 +71,7 @@ class Settling:
         loop = asyncio.get_running_loop()
         begun = loop.create_future()
 
-        def begin() -> None:
+        def go_on() -> None:
             task = loop.create_task(self._settle(run_id, stored, folded))
             self._under_way.add(task)
             task.add_done_callback(self._under_way.discard)
@@ -79,7 +79,7 @@ class Settling:
             begun.set_result(None)
 
         self._under_way.add(begun)
-        loop.call_later(0.0, begin)
+        loop.call_later(0.0, go_on)
 
     async def _settle(
         self, run_id: str, stored: Stored[Any], folded: asyncio.Future[None] | None

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from knapsack_scheduler.errors import Busy, StoreInterrupted, Unavailable
+from knapsack_scheduler.errors import Busy, InvalidArgument, StoreInterrupted, Unavailable
 from knapsack_scheduler.events import Committed, Events
 from knapsack_scheduler.workers import Outcome, Workers
 
@@ -38,13 +38,21 @@ async def transacted(
         Busy: no thread came free in time; nothing was begun.
     """
     start = time.perf_counter()
+    end: float | None = None
+
+    def timed() -> Answer:
+        nonlocal end
+        try:
+            return again(attempt)
+        finally:
+            end = time.perf_counter()
 
     def told(answer: Answer | None, error: BaseException | None) -> None:
-        seconds = time.perf_counter() - start
         busy = isinstance(error, Busy)
         failed = isinstance(error, Unavailable) and not busy
-        # What was refused, or given up, has committed nothing.
-        if error is None or failed or busy:
+        # There is none for a request that is wrong, or whose caller did not wait for a thread.
+        if not isinstance(error, InvalidArgument | asyncio.CancelledError):
+            seconds = (time.perf_counter() if end is None else end) - start
             # The answer goes first, in this turn of the event loop and the next: whoever
             # listens takes some of its time.
             asyncio.get_running_loop().call_later(
@@ -52,7 +60,7 @@ async def transacted(
             )
         then(answer, error)
 
-    return await workers.run(lambda: again(attempt), told)
+    return await workers.run(timed, told)
 
 
 def again(attempt: Callable[[], Answer]) -> Answer:

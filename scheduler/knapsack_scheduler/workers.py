@@ -43,6 +43,11 @@ class Workers:
         self._closing = Lock()
         self._closed = False
 
+    @property
+    def is_free(self) -> bool:
+        """Whether a thread is free, so that work is begun without waiting."""
+        return not self._free.locked()
+
     async def run(
         self, work: Callable[[], Answer], then: Outcome[Answer] = lambda _answer, _error: None
     ) -> Answer:
@@ -52,9 +57,9 @@ class Workers:
 
         Args:
             work: to do in a thread.
-            then: told what it came to, on the event loop, right after the caller and exactly
-                once: also when the caller was cancelled meanwhile, and, before them, when nothing
-                could be begun.
+            then: told once what it came to, on the event loop: in the turn in which the caller
+                hears of it, after them, and also if they were cancelled meanwhile. If nothing
+                could be begun it is told of that before the caller.
 
         Raises:
             Busy: no thread came free in time; nothing was begun.
@@ -73,10 +78,10 @@ class Workers:
 
     async def _begun(self, work: Callable[[], Answer], then: Outcome[Answer]) -> Any:
         """Return the future of work that a thread was given."""
-        if self._free.locked():
-            await self._wait()
-        else:
+        if self.is_free:
             await self._free.acquire()
+        else:
+            await self._wait()
         loop = asyncio.get_running_loop()
         answer: Any = loop.create_future()
 
@@ -128,14 +133,15 @@ class Workers:
             self._queue.put(work)
 
     async def _wait(self) -> None:
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(self._patience):
                 await self._free.acquire()
-        except TimeoutError:
-            raise Busy(
-                f"the {self._count} threads for {self._kind} of runs were busy for "
-                f"{self._patience:g} s, as with a store that is slow; try again"
-            ) from None
+                return
+        # Not while the other is handled: through the frames of that it would hold the request.
+        raise Busy(
+            f"the {self._count} threads for {self._kind} of runs were busy for "
+            f"{self._patience:g} s, as with a store that is slow; try again"
+        )
 
     def close(self) -> None:
         """Wait for what is under way; nothing is begun any more."""

@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
+from knapsack_scheduler import service as service_module
+from knapsack_scheduler import transactions
 from knapsack_scheduler.embedded import open_service
 from knapsack_scheduler.errors import InvalidArgument, RunNotFound, StoreUnavailable
 from knapsack_scheduler.events import Committed, Event
 from knapsack_scheduler.journal.compaction import Retention
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.service import SchedulerService
+from knapsack_scheduler.state import RunState
 
 from gates import Gate, soon
 
@@ -101,6 +105,40 @@ async def test_a_wrong_request_opens_no_transaction(
     assert len([event for event in told if isinstance(event, Committed)]) == 1
 
 
+async def test_the_caller_s_own_time_is_not_the_store_s(
+    service: SchedulerService, calls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they do before they wait for anything again is not counted."""
+    told: list[Event] = []
+    service.events.listen(told.append)
+    seconds = [1.0]
+    monkeypatch.setattr(transactions, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    await service.report(calls.own_report(["a"], [[1.0]]))
+    seconds[0] = 8.0
+    await service.settled()
+    assert [event.seconds for event in told if isinstance(event, Committed)] == [0.0]
+
+
+async def test_a_wrong_request_waits_for_no_thread(
+    service: SchedulerService, calls: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While all that write are busy with other runs, it is refused as what it is."""
+    writers = service._runs._writers
+    held = [
+        asyncio.ensure_future(writers.run(gate.before(lambda: None, lambda: True)))
+        for _ in range(4)
+    ]
+    await gate.reached(4)
+    with pytest.raises(InvalidArgument, match="prompt_ids"):
+        await soon(service.allocate(calls.allocate([])))
+    waiting = asyncio.ensure_future(service.report(calls.own_report(["a"], [[1.0]])))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    gate.open()
+    await asyncio.gather(*held, waiting)
+    assert await rollouts(service) == 1
+
+
 async def stalled(
     service: SchedulerService, call: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +178,47 @@ async def test_a_service_ends_after_a_call_whose_caller_has_gone(
         asyncio.get_running_loop().call_soon(gate.open)
     async with open_service(url) as service:
         assert await rollouts(service) == 2
+
+
+async def test_a_caller_who_leaves_while_the_fold_is_awaited(
+    service: SchedulerService, calls: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a report so large that it is folded before its answer: it is stored already."""
+    monkeypatch.setattr(service_module, "_MANY", 1)
+    fold = gate.before(RunState.fold, lambda *_: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "fold", fold)
+        caller = asyncio.ensure_future(service.report(calls.own_report(["a"], [[1.0, 0.0]])))
+        await gate.reached()
+    caller.cancel()
+    await asyncio.wait([caller])
+    gate.open()
+    assert await rollouts(service) == 2
+
+
+async def test_a_caller_who_leaves_a_run_that_has_to_be_read_anew(
+    postgres: Any, calls: Any, gate: Gate, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Another replica has rewound it meanwhile: nothing is stored, and it goes on."""
+    store = postgres.new_store()
+    async with open_service(store) as one, open_service(store) as two:
+        await one.report(calls.own_report(["a"], [[1.0]], 1))
+        await one.settled()
+        journal = one._journal
+        with monkeypatch.context() as patch:
+            patch.setattr(journal, "writing", gate.before(journal.writing, lambda *_: True))
+            caller = asyncio.ensure_future(one.report(calls.own_report(["a"], [[1.0]], 2)))
+            await gate.reached()
+        await soon(two.rewind_run(calls.rewind(0)))
+        caller.cancel()
+        await asyncio.wait([caller])
+        gate.open()
+        await one.ended()
+        assert await rollouts(one) == 0
+        await soon(one.report(calls.own_report(["a"], [[1.0]], 1)))
+        assert await rollouts(one) == await rollouts(two) == 1
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("broken"), StoreUnavailable("broken")])

@@ -41,8 +41,8 @@ def insert(connection: sa.Connection, table: str, by_driver: bool) -> None:
 
 
 def count(one: OneWriter, table: str) -> int:
-    """Return how many rows there are, in a transaction of its own."""
-    with one as connection:
+    """Return how many rows there are, as the next writer finds it."""
+    with OneWriter(one._engine, 0.01) as connection:
         rows: int = connection.exec_driver_sql(f"SELECT count(*) FROM {table}").scalar_one()
     return rows
 
@@ -73,12 +73,22 @@ def test_a_transaction_that_was_undone_is_not_said_to_be_committed(
 
 @HOW
 def test_who_writes_while_it_is_closed_is_refused(one: OneWriter, by_driver: bool) -> None:
-    """What is undone by that is not taken for stored."""
+    """Nothing is stored of it, neither what came before nor what comes after."""
 
     def closed(connection: sa.Connection) -> None:
         insert(connection, "named", by_driver)
         one.close()
+        connection.exec_driver_sql("INSERT INTO named VALUES (2)")
+        one.driver.execute("INSERT INTO named VALUES (3)")
 
     with pytest.raises(StoreUnavailable, match="undone"), one as connection:
         closed(connection)
+    assert count(one, "named") == 0
+
+
+def test_nobody_begins_after_it_is_closed(one: OneWriter) -> None:
+    """Another connection would be left open."""
+    one.close()
+    with pytest.raises(StoreUnavailable, match="is closed"), one:
+        pass
     assert count(one, "named") == 0

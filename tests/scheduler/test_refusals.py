@@ -79,9 +79,15 @@ REPORT = [
     ({"num_rewards": [2**31 - 1] * 2}, "num_rewards", "number of rewards (2)"),
     ({"rewards": [1.0, NAN]}, "rewards[1]", "finite"),
     ({"rewards": [INF, 1.0]}, "rewards[0]", "finite"),
+    ({"rewards": [INF, -INF]}, "rewards[0]", "finite"),
     ({"completion_tokens": [1]}, "completion_tokens", "as many as rewards (2)"),
     ({"completion_tokens": [1, -1]}, "completion_tokens[1]", "0 or more"),
     ({"num_rewards": [5, 0], "rewards": [1.0] * 5}, "num_rewards[0]", "4 were allocated"),
+    (
+        {"prompt_indices": [1, 1], "num_rewards": [2, 3], "rewards": [1.0] * 5},
+        "num_rewards[0]",
+        "brings position 1 to 5 rollouts; 4 were allocated",
+    ),
 ]
 OWN_REPORT = [
     ({"prompt_ids": []}, "prompt_ids", "at least one"),

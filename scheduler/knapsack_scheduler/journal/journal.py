@@ -1,7 +1,7 @@
 """Append, tail and look up: the promises of the journal.
 
-- An entry that ``writing`` has committed survives a crash of the process and, on a disk
-  that keeps its word, a loss of power.
+- An entry that ``writing`` or ``append`` has committed survives a crash of the process and, on a
+  disk that keeps its word, a loss of power.
 - Entries of a run are numbered 1, 2, 3 .. in the order in which they became visible:
   whoever has seen number n has seen all before it.
 - (kind, key, branch) is unique in a run: no call is recorded twice.
@@ -279,7 +279,9 @@ class Journal:
 
         Raises:
             StoreUnavailable: nothing was stored, or it is not known whether it was.
+            IntegrityError: of the driver; a call of its kind and key is there.
         """
+        assert entry.kind != "rewind"
         numbered = run.numbered(entry)
         with self._errors, self._begun() as connection:
             driver = self._writer.driver if self._writer else driver_of(connection)

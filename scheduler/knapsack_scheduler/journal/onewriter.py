@@ -36,6 +36,7 @@ class OneWriter:
         self._patience = patience
         self._lock = threading.Lock()
         self._connection: sa.Connection | None = None
+        self._closed = False
         self.driver: Any = None
 
     def __enter__(self) -> sa.Connection:
@@ -45,6 +46,8 @@ class OneWriter:
                 f"the store cannot be used: those who write before took {self._patience:g} s"
             )
         try:
+            if self._closed:
+                raise StoreUnavailable("the store cannot be used: it is closed")
             # SQLAlchemy's own part of the one connection there is takes time to make.
             if self._connection is None:
                 self._connection = self._engine.connect()
@@ -82,6 +85,8 @@ class OneWriter:
         # SQLite undoes a transaction by itself after some errors. To commit none does not fail.
         if connection is None or not self.driver.in_transaction:
             raise StoreUnavailable("the store cannot be used: the transaction was undone")
+        if self._closed:
+            raise StoreUnavailable("the store cannot be used: it is closed, the transaction undone")
         if connection.in_transaction():
             connection.commit()
         else:
@@ -97,10 +102,14 @@ class OneWriter:
                 given_back.rollback()
 
     def close(self) -> None:
-        """Give the connection back; who writes and ends too late for it is refused."""
-        held = self._lock.acquire(timeout=self._patience)
-        try:
-            self._give_back()
-        finally:
-            if held:
+        """Give the connection back; who writes and ends too late for it is refused.
+
+        Their transaction is theirs to undo: undone here, what they do next would be stored by
+        itself, statement by statement.
+        """
+        self._closed = True
+        if self._lock.acquire(timeout=self._patience):
+            try:
+                self._give_back()
+            finally:
                 self._lock.release()

@@ -22,7 +22,6 @@ from knapsack_scheduler.wire.requests import (
     check_policy,
     check_report,
     check_tokens,
-    rewards_of,
 )
 
 __all__ = [
@@ -42,7 +41,6 @@ __all__ = [
     "fact_of",
     "parse_config",
     "payload_of",
-    "rewards_of",
     "run_message",
     "stats_message",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -160,8 +159,7 @@ def rewards_at(
 ) -> Rewards:
     """Return rewards and completion tokens, checked, of the positions that they are of."""
     values = np.asarray(rewards, np.float32)
-    # In float64 no sum of so many float32 is infinite unless one of them is.
-    if not math.isfinite(values.sum(dtype=np.float64)):
+    if not np.isfinite(values).all():
         at = int(np.argmin(np.isfinite(values)))
         raise InvalidArgument(f"rewards[{at}]", float(values[at]), "must be a finite number")
     if len(tokens) not in (0, values.size):
