@@ -177,8 +177,9 @@ async def test_a_store_that_stalls_is_read_and_refuses_what_it_cannot_write(
     names = [f"run-{number}" for number in range(8)]
     for calls.run_id in names:
         await service.allocate(calls.allocate())
-    stalled = gate.before(Journal.writing, lambda _journal, _run_id: True)
-    monkeypatch.setattr(Journal, "writing", stalled)
+    for name in ("append", "writing"):
+        stalled = gate.before(getattr(Journal, name), lambda *_: True)
+        monkeypatch.setattr(Journal, name, stalled)
     monkeypatch.setattr(service._runs._writers, "_patience", 0.05)
     monkeypatch.setattr(service._runs._turns, "_patience", 0.05)
     hanging, requests = [], []
