@@ -30,6 +30,22 @@ class Repeated(Generic[Answer]):
     answer: Callable[[bytes], Answer]
 
 
+class Once(Generic[Answer]):
+    """Returns what some work returns, which is done when it is first asked for."""
+
+    __slots__ = ("_answers", "_work")
+
+    def __init__(self, work: Callable[[], Answer]) -> None:
+        self._work = work
+        self._answers: list[Answer] = []
+
+    def __call__(self) -> Answer:
+        """Return it; work that raises is done anew next time."""
+        if not self._answers:
+            self._answers.append(self._work())
+        return self._answers[0]
+
+
 class Call:
     """A request by its kind, its id and its content.
 

@@ -19,7 +19,7 @@ look at the store for what has to be folded.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -132,15 +132,15 @@ class Decisions:
         """Wait for decisions under way."""
         self._deciders.close()
 
-    async def stored_at_once(
+    def stored_at_once(
         self,
         run_id: str,
         run: LoadedRun,
         call: Call,
         decide: Decide[Answer],
         then: Outcome[Stored[Answer]],
-    ) -> Stored[Answer]:
-        """Return what a small call has come to, committed; see ``stored``.
+    ) -> Awaitable[Stored[Answer]]:
+        """Return, once awaited, what a small call has come to, committed; see ``stored``.
 
         Args:
             run_id: of the run.
@@ -149,7 +149,7 @@ class Decisions:
             decide: works out what the call comes to.
             then: as of ``Workers.run``.
         """
-        return await self._transacted(lambda: self._small(run_id, run, call, decide), then)
+        return self._transacted(lambda: self._small(run_id, run, call, decide), then)
 
     async def stored(
         self, run_id: str, run: LoadedRun, call: Call, decide: Decide[Answer], *, large: bool
@@ -188,12 +188,12 @@ class Decisions:
             # For the same reason as in _transact.
             verdict = None
 
-    async def _transacted(
+    def _transacted(
         self,
         attempt: Callable[[], Stored[Answer]],
         then: Outcome[Stored[Answer]] = lambda _stored, _error: None,
-    ) -> Stored[Answer]:
-        return await transacted(self._writers, self._events, attempt, then)
+    ) -> Awaitable[Stored[Answer]]:
+        return transacted(self._writers, self._events, attempt, then)
 
     def _small(
         self, run_id: str, run: LoadedRun, call: Call, decide: Decide[Answer]

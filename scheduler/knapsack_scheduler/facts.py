@@ -57,12 +57,14 @@ class Rewards:
     Attributes:
         positions: that rewards are of, int64[k]; one may be there more than once.
         counts: rewards of each, int64[k], 0 or more, n in all.
+        highest: of the positions; 0 if there are none.
         rewards: float32[n].
         tokens: completion length of each rollout, int64[n]; None if unknown.
     """
 
     positions: IntArray
     counts: IntArray
+    highest: int
     rewards: npt.NDArray[np.float32]
     tokens: IntArray | None
 
@@ -71,7 +73,7 @@ class Rewards:
         cls, owner: IntArray, rewards: npt.NDArray[np.float32], tokens: IntArray | None = None
     ) -> Rewards:
         """Return rewards whose positions are given one by one, int64[n]."""
-        return cls(owner, np.ones(owner.size, np.int64), rewards, tokens)
+        return cls(owner, np.ones(owner.size, np.int64), int(owner.max(initial=0)), rewards, tokens)
 
     def owner(self) -> IntArray:
         """Return the position of each reward, int64[n]."""

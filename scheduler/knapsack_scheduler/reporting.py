@@ -126,7 +126,7 @@ def _check_report(request: pb.ReportRequest, rewards: Rewards, allocation: OpenA
             "step", request.step, f"must be the allocation's, {allocation.step}, or not set"
         )
     positions = allocation.rows.size
-    validation.within_positions(rewards.positions, positions)
+    validation.within_positions(rewards.positions, rewards.highest, positions)
     # Weights are summed as float64, which is exact for as many rollouts as there can be.
     coming = np.bincount(rewards.positions, rewards.counts, positions)
     over = coming > allocation.allocated - allocation.delivered

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 
 from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_scheduler import pages, validation, wire
 from knapsack_scheduler.allocating import decide_allocation, decide_extension
-from knapsack_scheduler.calls import Call
+from knapsack_scheduler.calls import Call, Once
 from knapsack_scheduler.errors import (
     AlreadyExists,
     NotFound,
@@ -196,7 +196,7 @@ class SchedulerService:
 
     async def allocate(self, request: pb.AllocateRequest) -> pb.Allocation:
         """Divide a budget among the prompts of a batch."""
-        check = cache(partial(wire.check_allocate, request, self._limits))
+        check = Once(lambda: wire.check_allocate(request, self._limits))
         if len(request.prompt_ids) > _FEW:
             await self._runs.in_thread(check)
         call = Call.of("allocate", request.request_id, request, check)
@@ -226,7 +226,7 @@ class SchedulerService:
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
         # A small one is checked by the thread that decides it.
-        check = cache(partial(wire.check_report, request, self._limits))
+        check = Once(lambda: wire.check_report(request, self._limits))
         if len(request.rewards) > _FEW:
             await self._runs.in_thread(check)
         call = Call.of("report", request.report_id, request, check)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from knapsack_scheduler.errors import Busy, InvalidArgument, StoreInterrupted, Unavailable
@@ -20,13 +20,13 @@ _PAUSES = (0.05, 0.2, 0.5)
 """Seconds before a transaction that was cut off is begun anew."""
 
 
-async def transacted(
+def transacted(
     workers: Workers,
     events: Events,
     attempt: Callable[[], Answer],
     then: Outcome[Answer] = lambda _answer, _error: None,
-) -> Answer:
-    """Return what a transaction returns, done by one of the workers and told of.
+) -> Awaitable[Answer]:
+    """Return, once awaited, what a transaction returns, done by one of the workers and told of.
 
     Args:
         workers: threads for it.
@@ -60,7 +60,7 @@ async def transacted(
             )
         then(answer, error)
 
-    return await workers.run(timed, told)
+    return workers.run(timed, told)
 
 
 def again(attempt: Callable[[], Answer]) -> Answer:

@@ -99,8 +99,11 @@ def per_position(field: str, values: Sequence[int], count: int, default: int) ->
 
 def reward_positions(
     indices: Sequence[int], counts: Sequence[int], count: int, rewards: int
-) -> tuple[IntArray, IntArray]:
-    """Return positions and how many rewards each has, int64[k] both."""
+) -> tuple[IntArray, IntArray, int]:
+    """Return positions and how many rewards each has, int64[k] both, and the highest position.
+
+    That is 0 if there are none.
+    """
     places = np.asarray(indices, np.int64)
     each = np.asarray(counts, np.int64)
     if places.size != each.size:
@@ -109,13 +112,14 @@ def reward_positions(
             f"{each.size} numbers",
             f"must be one for each of prompt_indices ({places.size})",
         )
-    within_positions(places, count)
-    return places, reward_counts(each, rewards)
+    highest = _highest(places)
+    within_positions(places, highest, count)
+    return places, reward_counts(each, rewards), highest
 
 
-def within_positions(places: IntArray, count: int) -> None:
-    """Refuse positions, int64[k], that are not among so many."""
-    if places.size and _highest(places) >= count:
+def within_positions(places: IntArray, highest: int, count: int) -> None:
+    """Refuse positions, int64[k], that are not among so many; ``highest`` is one of them."""
+    if places.size and highest >= count:
         at = int(np.argmax((places < 0) | (places >= count)))
         raise InvalidArgument(
             f"prompt_indices[{at}]", int(places[at]), f"must be from 0 to {count - 1}"

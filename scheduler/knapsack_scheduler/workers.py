@@ -66,22 +66,22 @@ class Workers:
             RuntimeError: the threads are closed.
         """
         try:
-            answer = await self._begun(work, then)
+            if self.is_free:
+                await self._free.acquire()
+            else:
+                await self._wait()
+            answer = self._handed_over(work, then)
         except BaseException as error:
             then(None, error)
             raise
         try:
             return await answer  # type: ignore[no-any-return]
         finally:
-            # So it does this frame, and the future has the error; nobody waits any more.
+            # An error holds the frames that it passed, and the future has the error.
             answer = None
 
-    async def _begun(self, work: Callable[[], Answer], then: Outcome[Answer]) -> Any:
-        """Return the future of work that a thread was given."""
-        if self.is_free:
-            await self._free.acquire()
-        else:
-            await self._wait()
+    def _handed_over(self, work: Callable[[], Answer], then: Outcome[Answer]) -> Any:
+        """Return the future of work that a thread is given."""
         loop = asyncio.get_running_loop()
         answer: Any = loop.create_future()
 
@@ -110,7 +110,7 @@ class Workers:
             # Without a loop there is nobody left who waits.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(done, result, error, context=context)
-            # So it does this frame, and with it the request.
+            # So it does this one, and with it the request.
             result = error = None
 
         try:

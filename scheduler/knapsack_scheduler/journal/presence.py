@@ -20,12 +20,11 @@ class Presence:
     """
 
     def __init__(self, file: Path) -> None:
-        self._paths = [str(file), f"{file}-wal"]
-        self._known = [_of(path) for path in self._paths]
+        self._known = [(path, _of(path)) for path in (str(file), f"{file}-wal")]
 
     def check(self) -> None:
         """Raise StoreUnavailable if another file, or none, is where one was opened."""
-        for path, known in zip(self._paths, self._known, strict=True):
+        for path, known in self._known:
             if _of(path) != known:
                 raise StoreUnavailable(
                     f"the store cannot be used: {path} was deleted or replaced while in use; "

@@ -74,11 +74,9 @@ def _imported_part(message: pb.ImportOutcomesRequest, limits: Limits) -> Importe
             "num_rewards", f"{each.size} numbers", f"must be one per prompt ({len(ids)})"
         )
     counts = validation.reward_counts(each, len(message.rewards))
-    return ImportedPart(
-        message.step,
-        ids,
-        rewards_at(np.arange(len(ids)), counts, message.rewards, message.completion_tokens),
-    )
+    places = np.arange(len(ids))
+    rewards = rewards_at(places, counts, len(ids) - 1, message.rewards, message.completion_tokens)
+    return ImportedPart(message.step, ids, rewards)
 
 
 def imported_of(payload: bytes, limits: Limits) -> OutcomesImported:

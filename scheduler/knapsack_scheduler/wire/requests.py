@@ -148,14 +148,18 @@ def check_report(request: pb.ReportRequest, limits: Limits) -> Rewards:
 
 def rewards_of(request: pb.ReportRequest, positions: int) -> Rewards:
     """Return the rewards of a report by position."""
-    places, counts = validation.reward_positions(
+    places, counts, highest = validation.reward_positions(
         request.prompt_indices, request.num_rewards, positions, len(request.rewards)
     )
-    return rewards_at(places, counts, request.rewards, request.completion_tokens)
+    return rewards_at(places, counts, highest, request.rewards, request.completion_tokens)
 
 
 def rewards_at(
-    positions: IntArray, counts: IntArray, rewards: Sequence[float], tokens: Sequence[int]
+    positions: IntArray,
+    counts: IntArray,
+    highest: int,
+    rewards: Sequence[float],
+    tokens: Sequence[int],
 ) -> Rewards:
     """Return rewards and completion tokens, checked, of the positions that they are of."""
     values = np.asarray(rewards, np.float32)
@@ -169,9 +173,9 @@ def rewards_at(
             f"must be empty, or as many as rewards ({values.size})",
         )
     if not len(tokens):
-        return Rewards(positions, counts, values, None)
+        return Rewards(positions, counts, highest, values, None)
     lengths = np.asarray(tokens, np.int64)
     if lengths.min() < 0:
         at = int(np.argmax(lengths < 0))
         raise InvalidArgument(f"completion_tokens[{at}]", int(lengths[at]), "must be 0 or more")
-    return Rewards(positions, counts, values, lengths)
+    return Rewards(positions, counts, highest, values, lengths)
