@@ -8,7 +8,6 @@ wrong with them is raised as the driver's own errors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from operator import attrgetter
 from typing import Any
@@ -27,10 +26,9 @@ _STANDS_AT = (
     *("run_key", "identity", "last_seq", "branch"),
     *("snapshot_seq", "floor_seq", "floor_step", "closed_step"),
 )
-_WAS = tuple(f"was_{name}" for name in _STANDS_AT)
 _entry_values = attrgetter(*_ENTRY_COLUMNS)
 _moved_values = attrgetter(*_MOVED)
-_was_values = attrgetter(*_STANDS_AT)
+_values_stood_at = attrgetter(*_STANDS_AT)
 
 
 def driver_of(connection: sa.Connection) -> Any:
@@ -39,19 +37,27 @@ def driver_of(connection: sa.Connection) -> Any:
 
 
 class _Worded:
-    """A statement as one driver takes it."""
+    """A statement as one driver takes it.
 
-    def __init__(self, statement: sa.ClauseElement, dialect: sa.Dialect) -> None:
+    Args:
+        statement: with parameters.
+        dialect: of the database.
+        names: of the parameters, in the order in which ``run`` is given their values.
+    """
+
+    def __init__(self, statement: sa.ClauseElement, dialect: sa.Dialect, *names: str) -> None:
         compiled = statement.compile(dialect=dialect)
         self._text = str(compiled)
+        self._names = names
         # None where the driver takes values by name.
-        self._order: list[str] | None = getattr(compiled, "positiontup", None)
+        order: list[str] | None = getattr(compiled, "positiontup", None)
+        self._places = None if order is None else [names.index(name) for name in order]
 
-    def run(self, driver: Any, values: Mapping[str, Any]) -> Any:
-        """Execute it on the driver's connection with values by name; returns its cursor."""
-        if self._order is None:
-            return driver.execute(self._text, values)
-        return driver.execute(self._text, [values[name] for name in self._order])
+    def run(self, driver: Any, *values: Any) -> Any:
+        """Execute it on the driver's connection; returns its cursor."""
+        if self._places is None:
+            return driver.execute(self._text, dict(zip(self._names, values, strict=True)))
+        return driver.execute(self._text, [values[place] for place in self._places])
 
 
 class CallStatements:
@@ -64,47 +70,44 @@ class CallStatements:
     """
 
     def __init__(self, dialect: sa.Dialect) -> None:
-        self._find = _Worded(RUN_OF_NAME, dialect)
-        self._hold = _Worded(RUN_HELD, dialect)
-        self._insert = _Worded(sa.insert(entries), dialect)
+        self._find = _Worded(RUN_OF_NAME, dialect, "name")
+        self._hold = _Worded(RUN_HELD, dialect, "name")
+        self._insert = _Worded(sa.insert(entries), dialect, "run_key", "checksum", *_ENTRY_COLUMNS)
         self._move = _Worded(
             sa.update(runs)
             .where(runs.c.run_key == sa.bindparam("of_run"))
             .values({name: sa.bindparam(name) for name in _MOVED}),
             dialect,
+            *("of_run", *_MOVED),
         )
-
         self._move_on = _Worded(
             sa.update(runs)
             .where(*[runs.c[name] == sa.bindparam(f"was_{name}") for name in _STANDS_AT])
             .values(last_seq=sa.bindparam("to_seq"), update_time=sa.bindparam("to_time")),
             dialect,
+            *("to_seq", "to_time", *[f"was_{name}" for name in _STANDS_AT]),
         )
 
     def find(self, driver: Any, run_id: str) -> RunRow | None:
         """Return the run of that name, or None."""
-        return _run(self._find.run(driver, {"name": run_id}))
+        return _run(self._find.run(driver, run_id))
 
     def hold(self, driver: Any, run_id: str) -> RunRow | None:
         """Return the run of that name, held alone until the transaction ends, or None."""
-        return _run(self._hold.run(driver, {"name": run_id}))
+        return _run(self._hold.run(driver, run_id))
 
     def append(self, driver: Any, run_key: int, entry: Entry) -> None:
         """Store an entry of a run."""
-        values = dict(zip(_ENTRY_COLUMNS, _entry_values(entry), strict=True))
-        values |= {"run_key": run_key, "checksum": entry.checksum}
-        self._insert.run(driver, values)
+        self._insert.run(driver, run_key, entry.checksum, *_entry_values(entry))
 
     def move(self, driver: Any, run: RunRow) -> None:
         """Store what an entry has changed of its run."""
-        values = dict(zip(_MOVED, _moved_values(run), strict=True))
-        self._move.run(driver, {"of_run": run.run_key, **values})
+        self._move.run(driver, run.run_key, *_moved_values(run))
 
     def move_on(self, driver: Any, run: RunRow, now: int) -> bool:
         """Store that a run has one more entry; false, and nothing, if it is not as given."""
-        values = dict(zip(_WAS, _was_values(run), strict=True))
-        values |= {"to_seq": run.last_seq + 1, "to_time": max(now, run.update_time)}
-        return bool(self._move_on.run(driver, values).rowcount == 1)
+        to = run.last_seq + 1, max(now, run.update_time)
+        return bool(self._move_on.run(driver, *to, *_values_stood_at(run)).rowcount == 1)
 
 
 def _run(cursor: Any) -> RunRow | None:
