@@ -173,7 +173,9 @@ class RunRemoved:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A transaction of the store ended, or was not begun; one of a wrong request is not told of.
+    """A transaction of the store ended, or no thread came free for it.
+
+    It is not told of a request that is wrong, in itself or for its run.
 
     Attributes:
         seconds: from the wait for its thread to its end, the decision of a small call included.

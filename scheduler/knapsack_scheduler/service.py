@@ -225,9 +225,10 @@ class SchedulerService:
 
     async def report(self, request: pb.ReportRequest) -> pb.ReportResponse:
         """Record rewards."""
-        # A small one is checked by the thread that decides it.
+        # A small one is checked where it is decided, or where it would have to wait for that.
         check = Once(lambda: wire.check_report(request, self._limits))
-        if len(request.rewards) > _FEW:
+        numbers = len(request.rewards), len(request.prompt_indices), len(request.prompt_ids)
+        if max(numbers) > _FEW:
             await self._runs.in_thread(check)
         call = Call.of("report", request.report_id, request, check)
         return await self._runs.alone(

@@ -50,9 +50,9 @@ def transacted(
     def told(answer: Answer | None, error: BaseException | None) -> None:
         busy = isinstance(error, Busy)
         failed = isinstance(error, Unavailable) and not busy
-        # There is none for a request that is wrong, or whose caller did not wait for a thread.
-        if not isinstance(error, InvalidArgument | asyncio.CancelledError):
-            seconds = (time.perf_counter() if end is None else end) - start
+        # Not of one that is wrong, and not of what could not be begun for other reasons.
+        if busy or (end is not None and not isinstance(error, InvalidArgument)):
+            seconds = (end or time.perf_counter()) - start
             # The answer goes first, in this turn of the event loop and the next: whoever
             # listens takes some of its time.
             asyncio.get_running_loop().call_later(

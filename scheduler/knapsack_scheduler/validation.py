@@ -118,7 +118,7 @@ def reward_positions(
 
 
 def within_positions(places: IntArray, highest: int, count: int) -> None:
-    """Refuse positions, int64[k], that are not among so many; ``highest`` is one of them."""
+    """Refuse positions, int64[k], that are not among so many; ``highest`` is of ``_highest``."""
     if places.size and highest >= count:
         at = int(np.argmax((places < 0) | (places >= count)))
         raise InvalidArgument(

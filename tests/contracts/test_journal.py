@@ -6,6 +6,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,6 +170,35 @@ def test_no_call_is_appended_twice(journal: Journal) -> None:
     with pytest.raises(Exception, match=r"UNIQUE|unique"):
         journal.append(run, entry("a"), 2)
     assert journal.find_run("run") == run
+
+
+def test_a_journal_is_not_closed_under_a_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that they do next is stored, and the file is not another's to open meanwhile."""
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    journal = Journal(url)
+    journal.open()
+    run = journal.create_run("run", b"", 0)
+    assert journal._writer is not None
+    monkeypatch.setattr(journal._writer, "_patience", 0.01)
+    append_entry = journal._statements.append
+
+    def closed_before(*arguments: Any) -> None:
+        journal.close()
+        with pytest.raises(ConfigError, match="in use"):
+            Journal(url).open()
+        append_entry(*arguments)
+
+    monkeypatch.setattr(journal._statements, "append", closed_before)
+    with pytest.raises(StoreUnavailable, match="is closed"):
+        journal.append(run, entry("lost"), 1)
+    journal.close()
+    again = Journal(url)
+    again.open()
+    assert again.find_run("run") == run
+    assert keys(again) == []
+    again.close()
 
 
 def test_one_of_two_who_append_to_a_run_at_once_does(journal: Journal) -> None:

@@ -89,6 +89,6 @@ def test_who_writes_while_it_is_closed_is_refused(one: OneWriter, by_driver: boo
 def test_nobody_begins_after_it_is_closed(one: OneWriter) -> None:
     """Another connection would be left open."""
     one.close()
-    with pytest.raises(StoreUnavailable, match="is closed"), one:
+    with pytest.raises(StoreUnavailable, match=r"is closed$"), one:
         pass
     assert count(one, "named") == 0

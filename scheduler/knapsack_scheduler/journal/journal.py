@@ -127,11 +127,16 @@ class Journal:
             )
 
     def close(self) -> None:
-        """Close every connection and release the file."""
-        if self._writer is not None:
-            self._writer.close()
+        """Close every connection and release the file; not while somebody writes.
+
+        Then both are left to the end of the process: SQLite's driver does not outlive a
+        connection that is closed under it.
+        """
+        nobody_writes = self._writer is None or self._writer.close()
         if self._reading_engine is not None:
             self._reading_engine.dispose()
+        if not nobody_writes:
+            return
         self._engine.dispose()
         if self._file_lock:
             self._file_lock.release()

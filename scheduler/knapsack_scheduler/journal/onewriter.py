@@ -101,15 +101,17 @@ class OneWriter:
                 # and would leave the driver's open.
                 given_back.rollback()
 
-    def close(self) -> None:
-        """Give the connection back; who writes and ends too late for it is refused.
+    def close(self) -> bool:
+        """Give the connection back, and begin no more; returns whether nobody writes any longer.
 
-        Their transaction is theirs to undo: undone here, what they do next would be stored by
-        itself, statement by statement.
+        Who does is refused at the end, and undoes it: undone here, what they do next would be
+        stored by itself, statement by statement.
         """
         self._closed = True
-        if self._lock.acquire(timeout=self._patience):
-            try:
-                self._give_back()
-            finally:
-                self._lock.release()
+        if not self._lock.acquire(timeout=self._patience):
+            return False
+        try:
+            self._give_back()
+        finally:
+            self._lock.release()
+        return True
