@@ -18,6 +18,7 @@ try:
     from knapsack_genserver.engine import Engine
     from knapsack_genserver.errors import ConfigError, EngineDied, GeneratorError
     from knapsack_genserver.feeder import Feeding
+    from knapsack_genserver.helptext import ShownDefaults
     from knapsack_genserver.server import ServerOptions, serve
     from knapsack_genserver.session import Patience
     from knapsack_genserver.wire import Limits
@@ -213,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         help="serve the API until SIGTERM",
         description="Serve the API until SIGTERM. With --engine vllm every flag that is not "
         "listed here is vLLM's own, as of vllm serve.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=ShownDefaults,
         # An abbreviation of ours might be a flag of vLLM's.
         allow_abbrev=False,
     )

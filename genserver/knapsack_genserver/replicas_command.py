@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import grpc
 
+from knapsack_genserver.helptext import ShownDefaults
 from knapsack_genserver.server import ServerOptions, host_and_port
 from knapsack_proto.v1 import generation_pb2 as pb
 from knapsack_proto.v1 import generation_pb2_grpc as rpc
@@ -26,7 +27,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "why it does not serve. With --set, have so many: new ones serve once they hold the "
         "weights that serve, those that are too many finish what they hold. Exits with 0, 1 if "
         "--wait was too short, or 2 if the server refuses or does not answer.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=ShownDefaults,
     )
     add = command.add_argument
     add("--address", default=ServerOptions().listen, help="HOST:PORT of the server's API")
