@@ -18,7 +18,13 @@ from knapsack_scheduler import allocating
 from knapsack_scheduler import service as service_module
 from knapsack_scheduler.calls import Call
 from knapsack_scheduler.embedded import open_service
-from knapsack_scheduler.errors import AlreadyExists, InvalidArgument, NotFound, StoreInterrupted
+from knapsack_scheduler.errors import (
+    AlreadyExists,
+    Busy,
+    InvalidArgument,
+    NotFound,
+    StoreInterrupted,
+)
 from knapsack_scheduler.journal.compaction import Retention, compact
 from knapsack_scheduler.journal.journal import Journal
 from knapsack_scheduler.journal.transaction import Writing
@@ -157,31 +163,62 @@ async def test_a_small_call_is_handed_to_one_thread(
             kinds.clear()
 
 
-@pytest.mark.parametrize("few", [4, 8])
-async def test_a_refused_call_is_let_go_of_at_once(
-    calls: Any, monkeypatch: pytest.MonkeyPatch, few: int
-) -> None:
-    """Its error holds no circle of references, in which a request of many megabytes would stay."""
-    monkeypatch.setattr(service_module, "_FEW", few)
-    made: list[weakref.ref[Call]] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref[Call]]]:
+    """Calls as they are made, while nothing collects circles of references."""
+    calls_made: list[weakref.ref[Call]] = []
     init = Call.__init__
 
     def noted(call: Call, *arguments: Any) -> None:
         init(call, *arguments)
-        made.append(weakref.ref(call))
+        calls_made.append(weakref.ref(call))
 
     monkeypatch.setattr(Call, "__init__", noted)
     gc.collect()
     gc.disable()
-    try:
-        # At its end no thread is left that could be about to let go.
-        async with open_service("sqlite://") as service:
-            await service.create_run(pb.CreateRunRequest(run_id="run"))
-            with suppress(InvalidArgument):
-                await service.allocate(calls.allocate(IDS, 1))
-        assert [call() for call in made] == [None]
-    finally:
-        gc.enable()
+    yield calls_made
+    gc.enable()
+
+
+@pytest.mark.parametrize("few", [4, 8])
+async def test_a_refused_call_is_let_go_of_at_once(
+    calls: Any, monkeypatch: pytest.MonkeyPatch, made: list[weakref.ref[Call]], few: int
+) -> None:
+    """Its error holds no circle of references, in which a request of many megabytes would stay."""
+    monkeypatch.setattr(service_module, "_FEW", few)
+    # At its end no thread is left that could be about to let go.
+    async with open_service("sqlite://") as service:
+        await service.create_run(pb.CreateRunRequest(run_id="run"))
+        with suppress(InvalidArgument):
+            await service.allocate(calls.allocate(IDS, 1))
+    assert [call() for call in made] == [None]
+
+
+@pytest.mark.parametrize("waits_for", ["_writers", "_turns"])
+async def test_a_call_whose_wait_was_in_vain_is_let_go_of_at_once(
+    calls: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    made: list[weakref.ref[Call]],
+    gate: Gate,
+    waits_for: str,
+) -> None:
+    """For a thread, or for a call of its run that came before."""
+    async with open_service("sqlite://") as service:
+        await service.create_run(pb.CreateRunRequest(run_id="run"))
+        runs = service._runs
+        monkeypatch.setattr(getattr(runs, waits_for), "_patience", 0.0)
+        stalled = gate.before(lambda: None, lambda: True)
+        held = [asyncio.ensure_future(runs._writers.run(stalled)) for _ in range(4)]
+        await gate.reached(4)
+        if waits_for == "_turns":
+            await runs._turns.take("run")
+        with suppress(Busy):
+            await service.allocate(calls.allocate(IDS, 64))
+        if waits_for == "_turns":
+            runs._turns.end("run")
+        gate.open()
+        await asyncio.gather(*held)
+    assert [call() for call in made] == [None]
 
 
 async def test_a_decision_that_another_replica_overtakes_is_made_anew(
