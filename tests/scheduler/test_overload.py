@@ -30,6 +30,7 @@ from knapsack_proto.v1 import scheduler_pb2 as pb
 from knapsack_proto.v1 import scheduler_pb2_grpc as rpc
 from knapsack_scheduler import rpc as rpc_module
 from knapsack_scheduler.journal.journal import Journal
+from knapsack_scheduler.journal.records import Entry, RunRow
 from knapsack_scheduler.journal.transaction import Writing
 from knapsack_scheduler.limits import Limits
 from knapsack_scheduler.rpc import SchedulerServicer
@@ -463,14 +464,22 @@ class StalledJournal(Journal):
         self.stalled = threading.Semaphore(0)
         self.go_on = threading.Event()
 
-    @contextlib.contextmanager
-    def writing(self, run_id: str) -> Iterator[Writing]:
-        """Hold a run."""
+    def _stall(self, run_id: str) -> None:
         if run_id.startswith("slow"):
             self.stalled.release()
             assert self.go_on.wait(60)
+
+    @contextlib.contextmanager
+    def writing(self, run_id: str) -> Iterator[Writing]:
+        """Hold a run."""
+        self._stall(run_id)
         with super().writing(run_id) as writing:
             yield writing
+
+    def append(self, run: RunRow, entry: Entry, now: int) -> Entry | None:
+        """Append to a run as it was read."""
+        self._stall(run.run_id)
+        return super().append(run, entry, now)
 
 
 async def test_large_calls_that_stall_leave_threads_for_small_ones(
