@@ -133,15 +133,14 @@ class Workers:
             self._queue.put(work)
 
     async def _wait(self) -> None:
-        with suppress(TimeoutError):
+        try:
             async with asyncio.timeout(self._patience):
                 await self._free.acquire()
-                return
-        # Not while the other is handled: through the frames of that it would hold the request.
-        raise Busy(
-            f"the {self._count} threads for {self._kind} of runs were busy for "
-            f"{self._patience:g} s, as with a store that is slow; try again"
-        )
+        except TimeoutError:
+            raise Busy(
+                f"the {self._count} threads for {self._kind} of runs were busy for "
+                f"{self._patience:g} s, as with a store that is slow; try again"
+            ) from None
 
     def close(self) -> None:
         """Wait for what is under way; nothing is begun any more."""
